@@ -1,0 +1,227 @@
+"""The settings of every stage: `params.yaml` names a profile, `configs/<profile>.yaml` holds it whole.
+
+Each section belongs to one stage or component. Unknown keys are errors, nothing is changed after loading,
+and a default cites the paper (arXiv 2406.04314) or the published configuration where it comes from one.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spo.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The diffusion model to align: a diffusers repository by hub name or local folder."""
+
+    family: Literal["sd15", "sdxl"]
+    path: str
+    revision: str | None = None
+    variant: str | None = None  # e.g. fp16
+    vae: str | None = None  # another VAE, e.g. madebyollin/sdxl-vae-fp16-fix
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    resolution: Positive  # pixels; height and width
+    gradient_checkpointing: bool = False
+
+
+class SamplingConfig(Section):
+    """The DDIM sampler of SPO's rollout; the paper's is 20 steps, eta 1, guidance 5."""
+
+    steps: Positive = 20
+    eta: Fraction = 1.0
+    guidance_scale: Annotated[float, Field(ge=1)] = 5.0
+
+
+class PromptsConfig(Section):
+    source: str  # a .txt, .json, .jsonl, .csv, .tsv or .parquet file
+    field: str | None = None  # of the prompt, where rows have fields
+    max_prompts: Positive | None = None
+
+
+class PreferencesConfig(Section):
+    source: str  # a folder or file of JSON Lines or parquet, or hub:NAME
+    split: str = "train"  # of a hub data set
+    max_pairs: Positive | None = None
+
+
+class PrepareConfig(Section):
+    prompts: PromptsConfig
+    preferences: PreferencesConfig
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+
+
+class LabelsConfig(Section):
+    """Where the preference model's labels come from: people, or a clean-image model's opinion (SDXL's recipe)."""
+
+    kind: Literal["human", "pseudo"] = "human"
+    model: str | None = None  # of pseudo-labels: a CLIP repository such as yuvalkirstain/PickScore_v1
+    tie_margin: Fraction = 0.1  # softmax gap below which a pseudo-label is a tie
+
+    @model_validator(mode="after")
+    def _pseudo_needs_model(self) -> "LabelsConfig":
+        if self.kind == "pseudo" and self.model is None:
+            raise ValueError("labels.kind=pseudo needs labels.model, e.g. yuvalkirstain/PickScore_v1")
+        return self
+
+
+class TrainPreferenceConfig(Section):
+    """The step-aware preference model (paper section 4.1; SD 1.5: 8000 steps at 3e-6)."""
+
+    start_from: str  # a CLIP repository: PickScore, or the embedded default's
+    checkpoint: str | None = None  # an already trained step-aware model: skips training
+    processor: str | None = None  # tokenizer's repository, where start_from has none
+    steps: Positive = 8000
+    batch_size: Positive = 64
+    learning_rate: Rate = 3e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    weight_decay: Annotated[float, Field(ge=0)] = 0.3
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    preprocessing: Literal["antialias", "published"] = "antialias"
+    labels: LabelsConfig = LabelsConfig()
+    evaluate_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)
+    log_every: Positive = 20
+
+
+class LoraConfig(Section):
+    """alpha = rank, gaussian start, on the attention projections."""
+
+    rank: Positive = 4
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class OptimizerConfig(Section):
+    """AdamW at a constant rate; the published code never clips, though it says it does."""
+
+    learning_rate: Rate = 6e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    eight_bit: bool = False
+
+
+class SpoConfig(Section):
+    """SPO (paper section 4; published settings for SD 1.5 as defaults)."""
+
+    method: Literal["spo"] = "spo"
+    seed: int = 0
+    epochs: Positive = 10
+    rollouts_per_epoch: Positive | None = None  # None: every training prompt once an epoch
+    prompts_per_rollout: Positive = 40
+    candidates: Annotated[int, Field(ge=2)] = 4
+    first_step: Annotated[int, Field(ge=0)] = 4
+    branch_steps: Positive = 1
+    threshold: Fraction = 0.3
+    beta: Rate = 10.0
+    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
+    batch_size: Positive = 40  # pairs an update
+    continue_from: Literal["random", "win", "lose"] = "random"
+    checkpoints: Positive = 4  # saved along the way, for evaluation to choose from
+    full_fine_tuning: bool = False
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+MethodConfig = SpoConfig  # a discriminated union over `method` once there are more
+
+
+class EvaluateConfig(Section):
+    num_prompts: Positive  # of the test split, each with `images_per_prompt` seeds
+    num_validation_prompts: Positive  # on which each method's checkpoint is chosen
+    images_per_prompt: Positive = 1
+    steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=1)] = 5.0
+    etas: tuple[Fraction, ...] = (0.0, 1.0)  # the samplers; the first one decides
+    batch_size: Positive = 64
+    seed: int = 1234
+    metrics: tuple[str, ...]  # "oracle" in the embedded world
+    bootstrap_samples: Positive = 10_000
+
+
+class Config(Section):
+    profile: str
+    seed: int = 0
+    methods: tuple[str, ...] = ("spo",)
+    model: ModelConfig
+    sampling: SamplingConfig = SamplingConfig()
+    prepare: PrepareConfig
+    train_preference: TrainPreferenceConfig
+    align: dict[str, MethodConfig]
+    evaluate: EvaluateConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        for name, method in self.align.items():
+            branched = self.sampling.steps - method.first_step
+            if branched <= 0 or branched % method.branch_steps:
+                allowed = [n for n in range(1, branched + 1) if branched % n == 0]
+                raise ValueError(
+                    f"align.{name}.branch_steps={method.branch_steps} must divide "
+                    f"sampling.steps - first_step = {branched}; use one of {allowed}"
+                    if branched > 0
+                    else f"align.{name}.first_step={method.first_step} must be below sampling.steps={self.sampling.steps}"
+                )
+        missing = [name for name in self.methods if name not in self.align]
+        if missing:
+            raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")
+        return self
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage writes, relative to the project: runs/<profile>/<stage>."""
+        return Path("runs") / self.profile / stage
+
+
+def load_config(root: Path = Path(), profile: str | None = None) -> Config:
+    """Read params.yaml and the profile it names (or `profile`); ConfigError in one line if anything is wrong."""
+    shared = _read_yaml(root / "params.yaml")
+    name = profile or shared.get("profile")
+    if not isinstance(name, str):
+        raise ConfigError(f"params.yaml: profile is {name!r}; name one of {_profiles(root)}")
+    path = root / "configs" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"profile {name!r} has no {path}; there are {_profiles(root)}")
+    values = _read_yaml(path)
+    twice = (set(shared) - {"profile"}) & set(values)
+    if twice:
+        raise ConfigError(f"{sorted(twice)} stand in both params.yaml and {path}; keep one of each")
+    try:
+        return Config.model_validate({**shared, **values, "profile": name})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+
+
+def _profiles(root: Path) -> list[str]:
+    return sorted(path.stem for path in (root / "configs").glob("*.yaml"))
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; run from the project's folder")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}; it should hold named sections")
+    return values
+
+
+def _first_line(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+        problems.append(f"{where}: {message}{got}" if where else message)
+    return "; ".join(problems)

@@ -1,0 +1,152 @@
+"""The vocabulary of the core. Shapes: b prompts, k candidates, n pairs, c h w of a latent."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Transition:
+    """p(x_prev | x_t) = N(mean, std^2 I), and the x_0 that the model predicts from x_t."""
+
+    mean: Tensor  # (b, c, h, w)
+    std: Tensor  # (b, 1, 1, 1)
+    x_0: Tensor  # (b, c, h, w)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The best and the worst candidate of each prompt, and whether they differ enough to learn from."""
+
+    win: Tensor  # (b,) int: index of a candidate
+    lose: Tensor  # (b,) int
+    keep: Tensor  # (b,) bool
+    margin: Tensor  # (b,) in [0, 1): difference of softmax([score of win, score of lose])
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to minimise and, detached, what to watch while it falls."""
+
+    value: Tensor  # ()
+    metrics: dict[str, Tensor]
+
+
+class Conditioning:
+    """Batch-first named tensors that condition a model; opaque except to its adapter."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        sizes = {name: len(tensor) for name, tensor in tensors.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"conditioning tensors differ in batch size: {sizes}")
+        self.tensors = dict(tensors)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        return type(self)({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def repeat(self, k: int) -> Self:
+        """The whole batch k times over: (b, ...) -> (k * b, ...)."""
+        return type(self)({name: tensor.repeat(k, *[1] * (tensor.ndim - 1)) for name, tensor in self.tensors.items()})
+
+    def repeat_interleave(self, k: int) -> Self:
+        """Each row k times: (n, ...) -> (n * k, ...)."""
+        return type(self)({name: tensor.repeat_interleave(k, dim=0) for name, tensor in self.tensors.items()})
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Conditioning]") -> Self:
+        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Win-lose pairs of one denoising step; index 0 of the second axis is the win, 1 the lose.
+
+    Holding t_prev frees the loss from a scheduler's hidden state.
+    """
+
+    x_t: Tensor  # (n, 1, c, h, w) where win and lose share x_t, else (n, 2, c, h, w)
+    x_prev: Tensor  # (n, 2, c, h, w)
+    t: Tensor  # (n,) int, training timestep
+    t_prev: Tensor  # (n,) int
+    cond: Conditioning  # n
+    margin: Tensor  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, index: Tensor | slice) -> "Pairs":
+        return Pairs(
+            self.x_t[index],
+            self.x_prev[index],
+            self.t[index],
+            self.t_prev[index],
+            self.cond[index],
+            self.margin[index],
+        )
+
+    @staticmethod
+    def cat(parts: "Sequence[Pairs]") -> "Pairs":
+        """Join pairs; a shared x_t is expanded only where others do not share theirs."""
+        width = max(part.x_t.shape[1] for part in parts)
+        return Pairs(
+            torch.cat([part.x_t.expand(-1, width, -1, -1, -1) for part in parts]),
+            torch.cat([part.x_prev for part in parts]),
+            torch.cat([part.t for part in parts]),
+            torch.cat([part.t_prev for part in parts]),
+            Conditioning.cat([part.cond for part in parts]),
+            torch.cat([part.margin for part in parts]),
+        )
+
+
+class Noise(Protocol):
+    """Random numbers keyed by what they are for, never by the order of calls (see core/noise.py)."""
+
+    def normal(self, step: int, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (b, *shape) for grid step `step`; step -1 is the initial latent."""
+        ...
+
+    def choice(self, step: int, k: int) -> Tensor:
+        """Uniform ints (b,) below k for grid step `step`."""
+        ...
+
+
+class Denoiser(Protocol):
+    """A diffusion model: what the core needs of it, and no more."""
+
+    timesteps: Tensor  # (T,) int, descending: the sampling grid
+    latent_shape: tuple[int, int, int]  # c, h, w
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The guided model output (b, c, h, w) for x_t (b, c, h, w) at timesteps t (b,)."""
+        ...
+
+    def transition(self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> Transition: ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (b, 3, H, W) in [0, 1] of latents (b, c, h, w)."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, `predict` is the reference model: the same network with its adapter off."""
+        ...
+
+
+class Scorer(Protocol):
+    """A preference model; higher is better."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Text features (b, d), computed once a prompt."""
+        ...
+
+    def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        """Scores (n,) of images (n, 3, H, W) in [0, 1] for text features (n, d) at timesteps t (n,)."""
+        ...
