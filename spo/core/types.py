@@ -25,7 +25,7 @@ class Selection:
     win: Tensor  # (b,) int: index of a candidate
     lose: Tensor  # (b,) int
     keep: Tensor  # (b,) bool
-    margin: Tensor  # (b,) in [0, 1): difference of softmax([score of win, score of lose])
+    margin: Tensor  # (b,) in [0, 1]: difference of softmax([score of win, score of lose])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Random numbers keyed by what they are for: (seed, epoch, prompt, step, purpose).
+
+A run's numbers therefore do not depend on how prompts are batched, on the number of processes, on the order of
+calls, or on being resumed. The published code draws from one global generator a process.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+_NORMAL, _CHOICE = 0, 1  # purposes
+
+
+class KeyedNoise:
+    """types.Noise for a batch of prompts, each named by an integer that is its own throughout a run.
+
+    Numbers are drawn on the CPU and moved to `device`, so that they are the same on every device.
+    Prompts with equal ids get equal numbers. torch's CPU generator keeps 32 bits of its seed: over a whole run
+    a few unrelated draws coincide by chance, which is harmless. Raises ValueError for no prompts.
+    """
+
+    def __init__(self, seed: int, epoch: int, prompt_ids: Sequence[int], device: torch.device | str = "cpu"):
+        if not prompt_ids:
+            raise ValueError("noise needs at least one prompt, got none")
+        self.seed = seed
+        self.epoch = epoch
+        self.prompt_ids = list(prompt_ids)
+        self.device = device
+
+    def normal(self, step: int, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (b, *shape), float32, for grid step `step`; step -1 is the initial latent."""
+        draws = [torch.randn(shape, generator=generator) for generator in self._generators(step, _NORMAL)]
+        return torch.stack(draws).to(self.device)
+
+    def choice(self, step: int, k: int) -> Tensor:
+        """Uniform int64 (b,) in [0, k) for grid step `step`; sees no scores."""
+        draws = [torch.randint(k, (), generator=generator) for generator in self._generators(step, _CHOICE)]
+        return torch.stack(draws).to(self.device)
+
+    def _generators(self, step: int, purpose: int) -> list[Generator]:
+        return [
+            Generator().manual_seed(_stable_hash(self.seed, self.epoch, prompt_id, step, purpose))
+            for prompt_id in self.prompt_ids
+        ]
+
+
+def _stable_hash(*key: int) -> int:
+    """63 bits of BLAKE2b, the same in every process and Python version (unlike `hash`)."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,29 @@
+"""Which candidates become the win and the lose of a pair."""
+
+import torch
+from torch import Tensor
+
+from spo.core.precision import at_least_float32
+from spo.core.types import Selection
+
+
+def select_pairs(scores: Tensor, *, threshold: float) -> Selection:
+    """Best and worst candidate of each prompt; kept iff their softmax probabilities differ by more than threshold.
+
+    The margin is p_win - p_lose for p = softmax([s_win, s_lose]), which is tanh((s_win - s_lose) / 2)
+    (SPO, arXiv 2406.04314, section 4.2). scores: (k, b), k >= 2, higher is better; threshold in [0, 1].
+    Equal scores have margin 0, and NaN scores margin NaN: neither is kept. Raises ValueError for wrong k or threshold.
+    """
+    if scores.ndim != 2 or len(scores) < 2:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}; use (k, b) with at least k = 2 candidates")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold} must lie in [0, 1]; the paper uses 0.3 and 0.4")
+    best, win = at_least_float32(scores).max(dim=0)
+    worst, lose = at_least_float32(scores).min(dim=0)
+    margin = torch.tanh((best - worst) / 2)
+    return Selection(win, lose, keep=margin > threshold, margin=margin)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Candidate index[j] of each prompt j: x (k, b, ...), index (b,) int -> (b, ...)."""
+    return x[index, torch.arange(len(index), device=index.device)]
