@@ -1,0 +1,171 @@
+"""Preference models on disk: our folders, the published files, and plain CLIPs to start from.
+
+A folder of ours holds config.json (our format's mark, the CLIP's configuration, the preprocessing),
+model.safetensors and the tokenizer. The published code has one pickled state dict without any of the rest.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from spo.errors import ModelError
+from spo.files import atomic_path, write_json
+from spo.preference.clip import StepAwareCLIP
+from spo.preference.preprocess import Mode, Preprocessing
+from spo.preference.repository import one_line, read_clip, read_config, read_preprocessing, read_tokenizer
+
+FORMAT = "spo step-aware preference model"
+VERSION = 1
+_MAKE_ONE = "make one with the train_preference stage or with import-preference-model"
+
+
+@dataclass(frozen=True)
+class PreferenceModel:
+    """A preference model and what belongs to it."""
+
+    model: StepAwareCLIP
+    tokenizer: CLIPTokenizer
+    preprocess: Preprocessing
+
+
+def load_clip(
+    repository: str | Path,
+    *,
+    processor: str | Path | None = None,
+    preprocessing: Mode = "antialias",
+    revision: str | None = None,
+    generator: Generator | None = None,
+) -> PreferenceModel:
+    """A plain CLIP (hub name or folder) as the step-aware model that equals it for every t, float32 on the CPU.
+
+    `processor` has the tokenizer and the mean and std where `repository` has none: PickScore's are
+    yuvalkirstain/PickScore_v1 and laion/CLIP-ViT-H-14-laion2B-s32B-b79K. `generator` as in StepAwareCLIP.from_clip.
+    ModelError where something is missing, not to be had, or does not fit.
+    """
+    config = read_config(repository, revision=revision)
+    other = {} if processor else {"revision": revision}
+    tokenizer = read_tokenizer(processor or repository, config, **other)
+    preprocess = read_preprocessing(processor or repository, config, preprocessing, **other)
+    clip = read_clip(repository, revision=revision)
+    return PreferenceModel(StepAwareCLIP.from_clip(clip, generator=generator), tokenizer, preprocess)
+
+
+def save_preference_model(
+    model: StepAwareCLIP, tokenizer: CLIPTokenizer, preprocessing: Preprocessing, folder: str | Path
+) -> None:
+    """Write a folder that load_preference_model reads; it is whole or not there."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        tokenizer.save_pretrained(temporary)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors")
+        clip = json.loads(model.clip.config.to_json_string(use_diff=False))
+        mark = {"format": FORMAT, "version": VERSION}
+        write_json(temporary / "config.json", {**mark, "preprocessing": asdict(preprocessing), "clip": clip})
+
+
+def load_preference_model(folder: str | Path) -> PreferenceModel:
+    """Read what save_preference_model wrote, in float32 on the CPU; ModelError in one line if it cannot be."""
+    folder = Path(folder)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is no preference model: {one_line(error)}; {_MAKE_ONE}") from None
+    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        raise ModelError(f"{folder}/config.json is not that of a {FORMAT}, version {VERSION}; {_MAKE_ONE}")
+    try:
+        config = CLIPConfig.from_dict(values["clip"])
+        preprocess = _preprocessing(**values["preprocessing"])
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{folder} is a damaged preference model: {one_line(error)}; {_MAKE_ONE}") from None
+    return PreferenceModel(_filled(config, weights, str(folder)), read_tokenizer(folder, config), preprocess)
+
+
+def read_published(file: str | Path, config: CLIPConfig) -> StepAwareCLIP:
+    """The step-aware model of a published .bin, of a CLIP with the configuration `config`.
+
+    Only tensors are unpickled. ModelError if the file is missing or damaged, holds code or anything but tensors,
+    or if a weight is missing, unknown or of another shape.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ModelError(f"{file} does not exist; give the path of a published preference model (.bin)") from None
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        raise ModelError(
+            f"{file} cannot be read as a file of tensors alone, so nothing of it was run: {one_line(error, 120)}; "
+            "download the published .bin again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{file} holds no state dict (names and tensors); give a published preference model (.bin)")
+    ids = [name for name in state if str(name).endswith(".embeddings.position_ids")]  # of older transformers: 0, 1, ...
+    weights = {name: value for name, value in state.items() if name not in ids}
+    return _filled(config, weights, str(file), name_in_file=published_name)
+
+
+def import_published(
+    file: str | Path,
+    repository: str | Path,
+    folder: str | Path,
+    *,
+    processor: str | Path | None = None,
+    preprocessing: Mode = "published",
+    revision: str | None = None,
+) -> None:
+    """Make a published .bin a folder of ours; configuration and tokenizer come from the CLIP `repository`.
+
+    The published files are of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; its weights are not needed. `processor` as in
+    load_clip. ModelError where the file or the repository cannot be read or they do not fit.
+    """
+    config = read_config(repository, revision=revision)
+    other = {} if processor else {"revision": revision}
+    tokenizer = read_tokenizer(processor or repository, config, **other)
+    preprocess = read_preprocessing(processor or repository, config, preprocessing, **other)
+    save_preference_model(read_published(file, config), tokenizer, preprocess, folder)
+
+
+def export_published(folder: str | Path, file: str | Path) -> None:
+    """Write a folder of ours as the published code's .bin; ModelError if the folder cannot be read."""
+    state = load_preference_model(folder).model.state_dict()
+    with atomic_path(file) as temporary:
+        torch.save({published_name(name): tensor for name, tensor in state.items()}, temporary)
+
+
+def published_name(name: str) -> str:
+    """The published code's name of a weight of StepAwareCLIP."""
+    name = name.removeprefix("clip.")
+    name = re.sub(r"^layer_modulation\.(\d+)\.", r"vision_model.encoder.layers.\1.adaLN_modulation.1.", name)
+    name = re.sub(r"^final_modulation\.", "vision_model.adaLN_modulation.1.", name)
+    return f"model.{name}"
+
+
+def _preprocessing(*, size: int, mean: Sequence[float], std: Sequence[float], mode: Mode) -> Preprocessing:
+    return Preprocessing(size=size, mean=tuple(mean), std=tuple(std), mode=mode)
+
+
+def _filled(
+    config: CLIPConfig, weights: Mapping[str, Tensor], source: str, *, name_in_file: Callable[[str], str] = str
+) -> StepAwareCLIP:
+    """A new model with `weights`, which must be exactly its own in name and shape."""
+    model = StepAwareCLIP(CLIPModel(config)).float()
+    shapes = {name_in_file(name): tensor.shape for name, tensor in model.state_dict().items()}
+    problems = {
+        "lacks": [name for name in shapes if name not in weights],
+        "has the unknown": [name for name in weights if name not in shapes],
+        "has another shape of": [name for name in shapes if name in weights and weights[name].shape != shapes[name]],
+    }
+    found = [f"{what} {names[0]} (one of {len(names)})" for what, names in problems.items() if names]
+    if found:
+        raise ModelError(f"{source} does not fit its CLIP configuration: it {', '.join(found)}; name the CLIP it is of")
+    model.load_state_dict({name: weights[name_in_file(name)] for name in model.state_dict()})
+    return model.eval()

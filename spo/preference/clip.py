@@ -1,0 +1,101 @@
+"""The step-aware preference model: a CLIP whose vision tower knows the timestep (paper section 4.1).
+
+A plain CLIP judges clean images. Adaptive layer norm (DiT, arXiv 2212.09748) tells its vision tower how far the
+predicted x_0 it looks at still is from the clean image. It starts as the identity: the plain CLIP for every t.
+"""
+
+import math
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from transformers import CLIPModel
+
+FREQUENCIES = 128  # each as a cosine and a sine: the sinusoidal embedding is 256 wide
+MAX_PERIOD = 10_000
+
+
+class TimestepEmbedder(nn.Module):
+    """Linear(SiLU(Linear(sinusoids of t))), as wide as the vision tower."""
+
+    def __init__(self, width: int, *, generator: Generator | None = None):
+        super().__init__()
+        first, last = nn.Linear(2 * FREQUENCIES, width), nn.Linear(width, width)
+        for layer in (first, last):
+            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+            nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embeddings (..., width) of timesteps t (...)."""
+        rates = torch.exp(-math.log(MAX_PERIOD) * torch.arange(FREQUENCIES, device=t.device) / FREQUENCIES)
+        angles = t[..., None].float() * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.parameters()).dtype))
+
+
+class StepAwareCLIP(nn.Module):
+    """A transformers CLIPModel and the adaLN of its vision tower; score = exp(logit_scale) * cos(image, text).
+
+    Each encoder layer has six modulations of t, the shift, scale and gate of its attention and of its MLP:
+    x + gate * branch(norm(x) * (1 + scale) + shift); the pooled token has a shift and a scale after its norm.
+    The modulations depend on t alone, so they are computed once for each distinct t of a batch.
+
+    Only the modules that CLIPModel exposes are called, none is copied; `clip` is wrapped, not cloned.
+    """
+
+    def __init__(self, clip: CLIPModel, *, generator: Generator | None = None):
+        super().__init__()
+        width = clip.vision_embed_dim
+        self.clip = clip
+        self.t_embedder = TimestepEmbedder(width, generator=generator)
+        self.layer_modulation = nn.ModuleList(
+            _identity_modulation(width, parts=6, gates=(2, 5)) for _ in clip.vision_model.encoder.layers
+        )
+        self.final_modulation = _identity_modulation(width, parts=2)
+
+    @classmethod
+    def from_clip(cls, clip: CLIPModel, *, generator: Generator | None = None) -> Self:
+        """The start of training: equals `clip` for every t, on its device and in its dtype.
+
+        `generator`: a CPU generator of the timestep embedder's weights, which act only once training has begun.
+        """
+        return cls(clip, generator=generator).to(device=clip.device, dtype=clip.dtype)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Unit features (b, d), float32, of token ids (b, length)."""
+        features = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return F.normalize(features.float(), dim=-1)
+
+    def image_features(self, pixels: Tensor, t: Tensor) -> Tensor:
+        """Unit features (n, d), float32, of normalised pixels (n, 3, size, size) at timesteps t (n,), or () for all."""
+        tower = self.clip.vision_model
+        distinct, row = torch.unique(t, return_inverse=True)
+        condition = F.silu(self.t_embedder(distinct))  # (distinct timesteps, width)
+        x = tower.pre_layrnorm(tower.embeddings(pixels))
+        for layer, modulation in zip(tower.encoder.layers, self.layer_modulation, strict=True):
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(condition)[row].unsqueeze(-2).chunk(6, -1)
+            attention, _ = layer.self_attn(_modulate(layer.layer_norm1(x), shift_1, scale_1), attention_mask=None)
+            x = x + gate_1 * attention
+            x = x + gate_2 * layer.mlp(_modulate(layer.layer_norm2(x), shift_2, scale_2))
+        shift, scale = self.final_modulation(condition)[row].chunk(2, -1)
+        pooled = _modulate(tower.post_layernorm(x[:, 0]), shift, scale)
+        return F.normalize(self.clip.visual_projection(pooled).float(), dim=-1)
+
+    def score(self, image: Tensor, text: Tensor) -> Tensor:
+        """exp(logit_scale) * cosine (n,), float32, of unit features (n, d) each."""
+        return self.clip.logit_scale.float().exp() * (image * text).sum(dim=-1)
+
+
+def _identity_modulation(width: int, *, parts: int, gates: tuple[int, ...] = ()) -> nn.Linear:
+    """A layer whose parts are 0, and 1 for the gates, for every t."""
+    layer = nn.Linear(width, parts * width)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    for gate in gates:
+        nn.init.ones_(layer.bias[gate * width : (gate + 1) * width])
+    return layer
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift

@@ -1,0 +1,133 @@
+"""A plain CLIP by hub name or local folder: its configuration, weights, tokenizer and preprocessing.
+
+No code of a repository is run. Pickled weights, where a repository has no safetensors, are read as tensors only.
+"""
+
+import json
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import logging as transformers_logging
+
+from spo.errors import ModelError
+from spo.preference.preprocess import Mode, Preprocessing
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+SMALL_FILES = ["*.json", "merges.txt"]
+SAFETENSORS = ["model*.safetensors"]
+PICKLED = ["pytorch_model*.bin"]
+
+
+def fetch(repository: str | Path, patterns: list[str], *, revision: str | None = None) -> Path:
+    """The local folder of a repository: itself, or the hub's cache with the files that match `patterns`.
+
+    ModelError where it is neither a folder nor to be had from the hub.
+    """
+    folder, name = Path(repository), str(repository)
+    if folder.is_dir():
+        return folder
+    if not HUB_NAME.fullmatch(name):
+        raise ModelError(f"CLIP model {name!r} is no folder here; put one there, or name one of the hub as OWNER/NAME")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"CLIP model {name!r} is no folder here and cannot be fetched from the hub: {one_line(error)}; where there "
+            f"is no network, run `hf download {name} --local-dir models/{name.split('/')[1]}` elsewhere, bring the "
+            "folder here and name it instead"
+        ) from None
+
+
+def read_clip(repository: str | Path, *, revision: str | None = None) -> CLIPModel:
+    """The CLIPModel in float32 on the CPU; ModelError if it is missing, no CLIP, or lacks weights."""
+    config = read_config(repository, revision=revision)
+    folder = fetch(repository, SAFETENSORS, revision=revision)
+    if not any(folder.glob(SAFETENSORS[0])):
+        folder = fetch(repository, PICKLED, revision=revision)
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = CLIPModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ModelError(
+            f"the weights of CLIP model {str(repository)!r} cannot be read: {one_line(error)}; "
+            "give a folder that transformers' CLIPModel.save_pretrained wrote"
+        ) from None
+    clip, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"CLIP model {str(repository)!r} lacks {len(missing)} weights such as {missing[0]}; give a whole CLIPModel"
+        )
+    return clip
+
+
+def read_config(repository: str | Path, *, revision: str | None = None) -> CLIPConfig:
+    """The CLIP's configuration; ModelError if there is none, or another kind of model's."""
+    values = _read_json(fetch(repository, SMALL_FILES, revision=revision) / "config.json", repository)
+    if values is None or values.get("model_type") != "clip":
+        found = "has no config.json" if values is None else f"is a {values.get('model_type')!r} model"
+        raise ModelError(f"{str(repository)!r} {found}; a CLIP model is needed, such as yuvalkirstain/PickScore_v1")
+    return CLIPConfig.from_dict(values)
+
+
+def read_tokenizer(repository: str | Path, config: CLIPConfig, *, revision: str | None = None) -> CLIPTokenizer:
+    """The tokenizer; ModelError if it is missing or does not fit the text tower of `config`.
+
+    Without its files transformers would make an empty one and all prompts alike.
+    """
+    folder = fetch(repository, SMALL_FILES, revision=revision)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise ModelError(
+            f"{str(repository)!r} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); name a repository "
+            "that has one as the processor, for PickScore laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        )
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the tokenizer of {str(repository)!r} cannot be read: {one_line(error)}") from None
+    text: Any = config.text_config
+    if len(tokenizer) > text.vocab_size or text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: older files
+        raise ModelError(
+            f"the tokenizer of {str(repository)!r} has {len(tokenizer)} tokens and ends a text with "
+            f"{tokenizer.eos_token_id}, but the CLIP has {text.vocab_size} and {text.eos_token_id}; name the CLIP's own"
+        )
+    return tokenizer
+
+
+def read_preprocessing(
+    repository: str | Path, config: CLIPConfig, mode: Mode, *, revision: str | None = None
+) -> Preprocessing:
+    """The CLIP's size and the repository's mean and std; CLIP's usual ones where it has no preprocessor_config.json."""
+    folder = fetch(repository, SMALL_FILES, revision=revision)
+    values = _read_json(folder / "preprocessor_config.json", repository) or {}
+    vision: Any = config.vision_config
+    mean = tuple(values.get("image_mean", OPENAI_CLIP_MEAN))
+    std = tuple(values.get("image_std", OPENAI_CLIP_STD))
+    return Preprocessing(size=vision.image_size, mean=mean, std=std, mode=mode)
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error's message without line breaks, cut at `limit` characters."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= limit else message[: limit - 3] + "..."
+
+
+def _read_json(path: Path, repository: str | Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path.name} of {str(repository)!r} is no valid JSON: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path.name} of {str(repository)!r} holds a {type(values).__name__}; it should hold keys")
+    return values

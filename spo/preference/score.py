@@ -1,0 +1,55 @@
+"""The preference model in use: a core.types.Scorer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo.preference.checkpoint import PreferenceModel
+
+
+class PreferenceScorer:
+    """Scores of images by a preference model, without gradients; higher is better.
+
+    A `dtype` below float32 runs under autocast; the weights stay as they are, and features and scores are float32.
+    Text features are computed once a prompt and handed in; the published code computes them anew at every step.
+    """
+
+    def __init__(
+        self,
+        preference: PreferenceModel,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.device = torch.device(device)
+        self.model = preference.model.to(self.device).eval()
+        self.tokenizer = preference.tokenizer
+        self.preprocess = preference.preprocess
+        self._precision: dict[str, Any] = {
+            "device_type": self.device.type,
+            "dtype": dtype,
+            "enabled": dtype != torch.float32,
+        }
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Text features (b, d); prompts longer than the model's context are cut."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.model.clip.text_model.config.max_position_embeddings,
+            return_tensors="pt",
+        ).input_ids
+        with torch.autocast(**self._precision):
+            return self.model.text_features(tokens.to(self.device))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        """Scores (n,) of images (n, 3, H, W) in [0, 1] for text features (n, d) at timesteps t (n,), or () for all."""
+        pixels = self.preprocess(images.to(self.device))
+        with torch.autocast(**self._precision):
+            features = self.model.image_features(pixels, t.to(self.device))
+        return self.model.score(features, text.to(self.device))
