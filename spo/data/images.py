@@ -1,0 +1,58 @@
+"""Pictures from bytes that nobody vouches for."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from spo.data.rows import RowError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: some of Pillow's readers start programs
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 256 * 2**20
+
+# Pillow only warns of a picture that unpacks to more memory than is sane; here that is always an error.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def decode_image(data: object) -> Image.Image:
+    """The whole picture, decoded, as RGB and upright.
+
+    Of an animation it is the first frame; alpha is laid over white; 16-bit grey keeps its upper 8 bits.
+    RowError (a DataError) if `data` is no bytes, or no whole picture of FORMATS within MAX_PIXELS.
+    """
+    if not isinstance(data, bytes):
+        raise RowError("image missing", data)
+    if not data:
+        raise RowError("image empty")
+    if len(data) > MAX_BYTES:
+        raise RowError("image too large", f"{len(data)} bytes, at most {MAX_BYTES}")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.verify()  # checksums, where the format has them
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise RowError("image too large", f"{width} x {height} pixels, at most {MAX_PIXELS}")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except RowError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise RowError("image too large", str(error)) from None
+    except Image.UnidentifiedImageError:
+        raise RowError("image broken", f"no {', '.join(FORMATS)}: starts with {data[:12]!r}") from None
+    except Exception as error:  # on broken bytes Pillow's readers raise nearly anything
+        raise RowError("image broken", f"{type(error).__name__}: {error}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise RowError("image broken", "floating-point pixels have no white point; save it with 8 bits")
+    if image.mode.startswith("I"):  # 16 bits, perhaps held in 32
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -1,0 +1,202 @@
+"""Preference pairs: two pictures of one caption, and which of them people prefer.
+
+`read_preferences` checks a user's pairs one at a time; `PairWriter` writes them in Pick-a-Pic's parquet layout
+(caption, jpg_0, jpg_1, label_0, label_1); `read_pairs` and `PreferencePairs` read such a file back, in order or by
+index. Images stay the encoded bytes they came as; `spo.data.images.decode_image` makes pictures of them.
+"""
+
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spo.data.images import decode_image
+from spo.data.preference_files import RawRow, raw_rows
+from spo.data.prompts import check_prompt
+from spo.data.rows import Rejected, RowError, nothing_usable
+from spo.errors import DataError
+
+SUM_TOLERANCE = 1e-3  # of label_0 + label_1 = 1
+SCHEMA = pa.schema(
+    {
+        "caption": pa.string(),
+        "jpg_0": pa.binary(),
+        "jpg_1": pa.binary(),
+        "label_0": pa.float64(),
+        "label_1": pa.float64(),
+    }
+)
+GROUP_ROWS, GROUP_BYTES = 64, 4 * 2**20  # a row group ends at either: what one access by index reads
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two encoded images of a caption; the labels are in [0, 1] and sum to 1, a tie is (.5, .5)."""
+
+    caption: str
+    image_0: bytes
+    image_1: bytes
+    label_0: float
+    label_1: float
+
+    @property
+    def is_tie(self) -> bool:
+        return abs(self.label_0 - self.label_1) <= SUM_TOLERANCE
+
+
+def read_preferences(source: str, *, root: Path = Path(), split: str = "train") -> Iterator[PreferencePair | Rejected]:
+    """Check every row of a source (see `raw_rows`), in order and a few at a time; images are decoded to the end.
+
+    DataError if the source cannot be read, or at its end if none of its rows was usable.
+    """
+    usable = False
+    reasons: Counter[str] = Counter()
+    first: Rejected | None = None
+    for item in _checked(raw_rows(source, root=root, split=split)):
+        if isinstance(item, Rejected):
+            reasons[item.reason] += 1
+            first = first or item
+        else:
+            usable = True
+        yield item
+    if not usable:
+        raise nothing_usable("preference pairs", source, dict(reasons.most_common()), first)
+
+
+def check_pair(row: RawRow) -> PreferencePair | Rejected:
+    """The pair that a raw row holds, or why it holds none."""
+    try:
+        if isinstance(row.fields, RowError):
+            raise row.fields
+        fields = row.fields
+        pair = PreferencePair(
+            check_prompt(fields["caption"]),
+            _check_image(fields["image_0"]),
+            _check_image(fields["image_1"]),
+            _check_label(fields["label_0"]),
+            _check_label(fields["label_1"]),
+        )
+        if abs(pair.label_0 + pair.label_1 - 1) > SUM_TOLERANCE:
+            raise RowError("labels do not sum to 1", f"{pair.label_0:g} and {pair.label_1:g}")
+    except RowError as error:
+        return error.at(row.source, row.number)
+    return pair
+
+
+def _checked(rows: Iterator[RawRow]) -> Iterator[PreferencePair | Rejected]:
+    """Check rows on every core: Pillow decodes outside of Python's lock."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        while chunk := list(islice(rows, 32)):
+            yield from pool.map(check_pair, chunk)
+
+
+def _check_image(value: object) -> bytes:
+    decode_image(value)
+    assert isinstance(value, bytes)
+    return value
+
+
+def _check_label(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise RowError("label not in [0, 1]", value)
+    return float(value)
+
+
+class PairWriter:
+    """Writes pairs to a parquet file as they come; it holds one row group in memory."""
+
+    def __init__(self, path: Path):
+        self.count = 0
+        self._rows: list[PreferencePair] = []
+        self._bytes = 0
+        # pictures do not compress, and statistics of them would be copies of them
+        self._writer = pq.ParquetWriter(
+            path, SCHEMA, compression="none", use_dictionary=["caption"], write_statistics=False
+        )
+
+    def write(self, pair: PreferencePair) -> None:
+        self.count += 1
+        self._rows.append(pair)
+        self._bytes += len(pair.image_0) + len(pair.image_1)
+        if len(self._rows) >= GROUP_ROWS or self._bytes >= GROUP_BYTES:
+            self._flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            rows = [(pair.caption, pair.image_0, pair.image_1, pair.label_0, pair.label_1) for pair in self._rows]
+            columns = [
+                pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), SCHEMA.types, strict=True)
+            ]
+            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        self._rows, self._bytes = [], 0
+
+
+def read_pairs(path: Path) -> Iterator[PreferencePair]:
+    """Pairs of a prepared file in order, a row group at a time; DataError if it is none."""
+    pairs = PreferencePairs(path)
+    return (pairs[index] for index in range(len(pairs)))
+
+
+class PreferencePairs:
+    """Pairs of a prepared file by index; reads a pair's row group (at most 64 pairs or 4 MiB) when it is asked for.
+
+    DataError if the file is missing or is no prepared file. It can be sent to worker processes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            self._file = pq.ParquetFile(self.path, memory_map=True, pre_buffer=False)
+        except (OSError, pa.ArrowException) as error:
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"is broken: {' '.join(str(error).split())}"
+            raise DataError(f"preference file {self.path} {why}; run `python -m spo prepare`") from None
+        if self._file.schema_arrow.names != SCHEMA.names:
+            raise DataError(
+                f"preference file {self.path} has columns {self._file.schema_arrow.names}; it needs {SCHEMA.names}: "
+                "run `python -m spo prepare`"
+            )
+        metadata = self._file.metadata
+        self._ends = list(accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
+        self._group: tuple[int, pa.Table] | None = None  # the one read last
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        group = bisect_right(self._ends, index)
+        if self._group is None or self._group[0] != group:
+            self._group = (group, self._file.read_row_group(group, use_threads=False))
+        offset = index - (self._ends[group - 1] if group else 0)
+        return PreferencePair(*(column[offset].as_py() for column in self._group[1].columns))
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Every pair's caption, read without the images."""
+        return self._file.read(columns=["caption"], use_threads=False).column(0).to_pylist()
+
+    @cached_property
+    def labels(self) -> list[tuple[float, float]]:
+        """Every pair's labels, read without the images."""
+        table = self._file.read(columns=["label_0", "label_1"], use_threads=False)
+        return list(zip(*(column.to_pylist() for column in table.columns), strict=True))

@@ -1,0 +1,67 @@
+"""Rows of a user's files: each one is used, or rejected with its number and a reason."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+
+from spo.errors import DataError
+
+EXCERPT = 80  # characters
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that is not used, or (row None) what a whole file lacks."""
+
+    source: str
+    row: int | None  # from 1: the line of a text or JSON Lines file, else the record
+    reason: str  # its kind, under which it is counted
+    excerpt: str
+
+
+class RowError(DataError):
+    """A row cannot be used; `reason` is its kind, `excerpt` what was found."""
+
+    def __init__(self, reason: str, found: object = ""):
+        text = found if isinstance(found, str) else repr(found)
+        self.reason = reason
+        self.excerpt = text[:EXCERPT].encode("utf-8", "backslashreplace").decode("utf-8")
+        super().__init__(f"{reason}: {self.excerpt}" if self.excerpt else reason)
+
+    def at(self, source: str | Path, row: int | None) -> Rejected:
+        return Rejected(str(source), row, self.reason, self.excerpt)
+
+
+def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
+    """How many rows each reason took, the commonest first."""
+    return dict(Counter(item.reason for item in rejected).most_common())
+
+
+def nothing_usable(what: str, source: str | Path, reasons: dict[str, int], first: Rejected | None) -> DataError:
+    """The error for a source all of whose rows were rejected; it names the reasons and the first row."""
+    if first is None:
+        return DataError(f"{source} holds no {what}; it is empty")
+    counts = ", ".join(f"{reason} ({n})" for reason, n in reasons.items())
+    where = first.source if first.row is None else f"{first.source} row {first.row}"
+    return DataError(f"{source} holds no usable {what}: {counts}; first {where}: {first.reason}: {first.excerpt!r}")
+
+
+def open_text(path: Path, newline: str | None = None) -> TextIOWrapper:
+    """Open UTF-8 text, with or without a byte order mark; wrong bytes become surrogates. DataError if it fails."""
+    try:
+        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; name an existing file") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Line number and value of each line of JSON Lines; the value of an empty or broken line is a RowError."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, json.loads(line) if line.strip() else RowError("empty")
+            except (ValueError, RecursionError):
+                yield number, RowError("broken JSON", line.strip())

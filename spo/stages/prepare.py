@@ -1,0 +1,107 @@
+"""Prepare: raw prompts and preference pairs -> validated files, split so that no prompt is on two sides.
+
+Reads what `config.prepare` names; writes runs/<profile>/prepare/ as a whole or not at all:
+prompts/{train,validation,test}.txt, preferences/{train,validation}.parquet, rejected.jsonl and metrics.json.
+
+A pair whose caption is a validation or test prompt goes to validation, one whose caption is a training prompt to
+training; other captions are split by the same hash of caption and seed.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from spo.config import Config
+from spo.data.preferences import PairWriter, read_preferences
+from spo.data.prompts import Split, prompt_hash, read_prompts, split_prompts
+from spo.data.rows import Rejected, count_reasons
+from spo.errors import DataError
+from spo.files import atomic_path, write_json, write_text
+from spo.progress import progress
+from spo.tracking import Tracker
+
+
+def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> dict[str, Any]:
+    """Run the stage below `root`; its metrics. DataError if a source cannot be read or yields nothing for a side."""
+    with atomic_path(root / config.folder("prepare")) as folder:
+        folder.mkdir(parents=True)
+        with (folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as log:
+            split, prompt_counts = _prepare_prompts(config, root, folder, log)
+            pair_counts = _prepare_preferences(config, root, folder, log, split)
+        metrics = {"prompts": prompt_counts, "preferences": pair_counts}
+        write_json(folder / "metrics.json", metrics)
+    tracker.log_metrics(metrics)
+    return metrics
+
+
+def _prepare_prompts(config: Config, root: Path, folder: Path, log: TextIO) -> tuple[Split, dict[str, Any]]:
+    source = config.prepare.prompts
+    prompts, rejected = read_prompts(root / source.source, field=source.field, max_prompts=source.max_prompts)
+    split = split_prompts(
+        prompts,
+        seed=config.seed,
+        validation_fraction=config.prepare.validation_fraction,
+        test_fraction=config.prepare.test_fraction,
+    )
+    sides = asdict(split)
+    for side, of_side in sides.items():
+        write_text(folder / "prompts" / f"{side}.txt", "".join(f"{prompt}\n" for prompt in of_side))
+    for item in rejected:
+        _write_line(log, item)
+    counts = {
+        "read": len(prompts) + len(rejected),
+        "kept": len(prompts),
+        "duplicates": sum(item.reason == "duplicate" for item in rejected),
+        "rejected": count_reasons(rejected),
+        **{side: len(of_side) for side, of_side in sides.items()},
+    }
+    return split, counts
+
+
+def _prepare_preferences(config: Config, root: Path, folder: Path, log: TextIO, split: Split) -> dict[str, Any]:
+    source = config.prepare.preferences
+    train, held_out = frozenset(split.train), frozenset((*split.validation, *split.test))
+    (folder / "preferences").mkdir()
+    reasons: Counter[str] = Counter()
+    captions: set[str] = set()
+    read = kept = ties = 0
+    with (
+        PairWriter(folder / "preferences/train.parquet") as to_train,
+        PairWriter(folder / "preferences/validation.parquet") as to_validation,
+    ):
+        for item in progress(read_preferences(source.source, root=root, split=source.split), label="preference pairs"):
+            if isinstance(item, Rejected):
+                read += item.row is not None  # a file as a whole is no row
+                reasons[item.reason] += 1
+                _write_line(log, item)
+                continue
+            by_hash = prompt_hash(item.caption, config.seed) < config.prepare.validation_fraction
+            held = item.caption in held_out or (item.caption not in train and by_hash)
+            (to_validation if held else to_train).write(item)
+            captions.add(item.caption)
+            read += 1
+            kept += 1
+            ties += item.is_tie
+            if kept == source.max_pairs:
+                break
+    for side, writer in (("training", to_train), ("validation", to_validation)):
+        if not writer.count:
+            raise DataError(
+                f"{source.source}: of {kept} usable preference pairs with {len(captions)} captions none falls to "
+                f"{side}; give pairs of more captions, or change prepare.validation_fraction"
+            )
+    return {
+        "read": read,
+        "kept": kept,
+        "ties": ties,
+        "rejected": dict(reasons.most_common()),
+        "captions": len(captions),
+        "train": to_train.count,
+        "validation": to_validation.count,
+    }
+
+
+def _write_line(log: TextIO, item: Rejected) -> None:
+    log.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
