@@ -1,0 +1,61 @@
+"""Cheap tricks with pictures, as controls: a method's gain should be more than any of these buys.
+
+Each takes images (n, 3, h, w) in [0, 1] and returns such images.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def contrast(images: Tensor, factor: float) -> Tensor:
+    """Distances from mid-grey times `factor`; 1 changes nothing."""
+    return ((images - 0.5) * factor + 0.5).clamp(0, 1)
+
+
+def saturation(images: Tensor, factor: float) -> Tensor:
+    """Distances from each pixel's own grey times `factor`; 1 changes nothing, 0 leaves grey."""
+    weights = torch.tensor(LUMA, device=images.device, dtype=images.dtype).view(3, 1, 1)
+    grey = (images * weights).sum(dim=1, keepdim=True)
+    return (grey + (images - grey) * factor).clamp(0, 1)
+
+
+def gamma(images: Tensor, exponent: float) -> Tensor:
+    """Every value to the power of `exponent`; below 1 brightens."""
+    return images.clamp(0, 1) ** exponent
+
+
+def blur(images: Tensor, std: float) -> Tensor:
+    """Gaussian blur of `std` > 0 pixels, with the border's pixels repeated beyond it."""
+    if std <= 0:
+        raise ValueError(f"std={std} must be above 0 pixels; leave the blur out for none")
+    reach = max(1, round(3 * std))
+    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.softmax(-(offsets**2) / (2 * std**2), dim=0)
+    channels = images.shape[1]
+    padded = F.pad(images, (reach, reach, reach, reach), mode="replicate")
+    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    return F.conv2d(rows, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+
+
+def sharpen(images: Tensor, amount: float, *, std: float = 1.5) -> Tensor:
+    """Unsharp mask: what a blur of `std` pixels takes away, added `amount` times."""
+    return (images + amount * (images - blur(images, std))).clamp(0, 1)
+
+
+def best_contrast(
+    images: Tensor,
+    prompts: Sequence[str],
+    score_fn: Callable[[Tensor, Sequence[str]], Tensor],
+    factors: Sequence[float],
+) -> tuple[float, Tensor]:
+    """The one factor of contrast that the scores (n,) of `score_fn` like best on average, and the images at it."""
+    if not factors:
+        raise ValueError("factors is empty; give at least one factor of contrast, such as [1.0, 1.5]")
+    means = [score_fn(contrast(images, factor), prompts).float().mean().item() for factor in factors]
+    best = factors[max(range(len(means)), key=means.__getitem__)]
+    return best, contrast(images, best)

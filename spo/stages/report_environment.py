@@ -1,0 +1,48 @@
+"""What the report was made with: versions, commit and machine."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "mlflow", "prefect", "dvc")
+
+
+def environment(root: Path) -> dict[str, str]:
+    """Names and values worth knowing when a run is to be repeated."""
+    facts = {"commit": git_commit(root), "machine": machine(), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return facts
+
+
+def git_commit(root: Path) -> str:
+    """The commit of `root`, and whether files differ from it; says so where there is none."""
+    commit = _git(root, "rev-parse", "HEAD")
+    if not commit:
+        return "not in a git repository"
+    return f"{commit[:12]}, with uncommitted changes" if _git(root, "status", "--porcelain") else commit[:12]
+
+
+def machine() -> str:
+    """The GPUs if there are any, else the processor."""
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

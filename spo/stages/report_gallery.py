@@ -1,0 +1,71 @@
+"""The pictures of the report: each prompt with the same seed in every column, held within the page."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from spo.errors import DataError
+from spo.stages.report_inputs import Row
+
+LARGEST = 384  # pixels; larger pictures are shown smaller, so that the page stays light
+
+
+@dataclass(frozen=True)
+class Picture:
+    column: str
+    data: str  # a data URI
+    width: int
+    height: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Card:
+    prompt: str
+    pictures: list[Picture]  # in the order of the columns
+
+
+def gallery(
+    images: Path, scores: Sequence[Row], columns: Sequence[str], *, eta: float, metric: str, limit: int = 48
+) -> list[Card]:
+    """The first `limit` prompts, not a choice of them; DataError where a picture is missing or broken."""
+    first: dict[int, str] = {}
+    score: dict[tuple[str, int], float] = {}
+    for row in scores:
+        index = int(row["prompt_index"])
+        if row["eta"] == eta and row["image_index"] == 0:
+            first.setdefault(index, row["prompt"])
+            if metric in row:
+                score[row["column"], index] = row[metric]
+    return [
+        Card(
+            first[index],
+            [picture(images / column / f"{index:04d}-0.png", column, score.get((column, index))) for column in columns],
+        )
+        for index in sorted(first)[:limit]
+    ]
+
+
+def picture(path: Path, column: str, score: float | None) -> Picture:
+    """A picture as a data URI: itself if it is small, else a smaller JPEG."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format == "PNG" and max(image.size) <= LARGEST:
+                image.verify()
+                width, height, kind = *image.size, "png"
+            else:
+                small = image.convert("RGB")
+                small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=88)
+                data, width, height, kind = buffer.getvalue(), *small.size, "jpeg"
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; run `python -m spo evaluate` again") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{path} is no readable picture ({error}); run `python -m spo evaluate` again") from None
+    return Picture(column, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width, height, score)

@@ -1,0 +1,56 @@
+"use strict";
+
+const cards = [...document.querySelectorAll(".card")];
+const filter = document.getElementById("filter");
+const zoom = document.getElementById("zoom");
+let open = -1;
+
+function visible() {
+  return cards.filter((card) => !card.hidden);
+}
+
+filter.addEventListener("input", () => {
+  const wanted = filter.value.trim().toLowerCase();
+  for (const card of cards) {
+    card.hidden = !card.querySelector(".prompt").textContent.toLowerCase().includes(wanted);
+  }
+  const left = visible().length;
+  document.getElementById("count").textContent = `${left} of ${cards.length}`;
+  document.getElementById("nothing").hidden = left > 0;
+});
+
+function show(index) {
+  const shown = visible();
+  open = (index + shown.length) % shown.length;
+  const card = shown[open];
+  document.getElementById("zoom-prompt").textContent = card.querySelector(".prompt").textContent;
+  document.getElementById("zoom-pictures").replaceChildren(
+    ...[...card.querySelectorAll(".picture")].map((picture) => picture.cloneNode(true)),
+  );
+}
+
+for (const card of cards) {
+  card.querySelector(".open").addEventListener("click", () => {
+    show(visible().indexOf(card));
+    zoom.showModal();
+  });
+}
+
+for (const button of zoom.querySelectorAll("[data-step]")) {
+  button.addEventListener("click", () => show(open + Number(button.dataset.step)));
+}
+
+document.getElementById("close").addEventListener("click", () => zoom.close());
+
+zoom.addEventListener("click", (event) => {
+  if (event.target === zoom) zoom.close(); // the backdrop
+});
+
+zoom.addEventListener("keydown", (event) => {
+  if (event.key === "ArrowLeft") show(open - 1);
+  if (event.key === "ArrowRight") show(open + 1);
+});
+
+zoom.addEventListener("close", () => {
+  visible()[open]?.querySelector(".open").focus();
+});

@@ -1,0 +1,117 @@
+"""Laws of the bootstrap intervals."""
+
+import numpy as np
+import pytest
+
+from spo.evaluation.statistics import mean_interval, paired_difference
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def width(interval) -> float:
+    return interval.high - interval.low
+
+
+def test_interval_of_a_constant_is_that_constant():
+    interval = mean_interval([0.1] * 12, range(12))
+    assert interval.low == interval.mean == interval.high
+    assert (interval.mean, interval.n) == (0.1, 12)
+
+
+def test_constant_gain_is_certain(rng):
+    base = rng.integers(0, 64, 30) / 64
+    result = paired_difference(base + 0.25, base, range(30))
+    assert (result.low, result.difference, result.high) == (0.25, 0.25, 0.25)
+    assert (result.win_rate_low, result.win_rate, result.win_rate_high) == (1, 1, 1)
+    assert (result.ties, result.n) == (0, 30)
+
+
+def test_interval_agrees_with_the_normal_one_on_many_prompts(rng):
+    values = rng.normal(2.0, 1.0, 400)
+    interval = mean_interval(values, range(400))
+    half = 1.96 * values.std() / 20
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.01)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.01)
+
+
+def test_95_percent_of_intervals_hold_the_true_mean_of_clustered_skewed_scores(rng):
+    prompts, images, runs = 80, 3, 400
+    groups = np.repeat(np.arange(prompts), images).tolist()
+    held = 0
+    for run in range(runs):
+        values = np.repeat(rng.exponential(1.0, prompts), images) + rng.normal(0, 0.5, prompts * images)
+        interval = mean_interval(values, groups, samples=500, seed=run)
+        held += interval.low <= 1.0 <= interval.high
+    assert 0.91 <= held / runs <= 0.98
+
+
+def test_pairing_is_narrower_than_comparing_unrelated_images(rng):
+    difficulty = rng.normal(0, 1, 100)
+    base = difficulty + rng.normal(0, 0.1, 100)
+    tuned = difficulty + rng.normal(0.1, 0.1, 100)
+    paired = paired_difference(tuned, base, range(100))
+    unpaired = paired_difference(rng.permutation(tuned), base, range(100))
+    assert width(paired) < width(unpaired) / 4
+    assert paired.low > 0 > unpaired.low
+    assert paired.difference == pytest.approx(unpaired.difference)
+
+
+def test_clustering_is_wider_than_naive_where_images_of_a_prompt_are_alike(rng):
+    values = np.repeat(rng.normal(0, 1, 50), 4) + rng.normal(0, 0.1, 200)
+    clustered = mean_interval(values, np.repeat(np.arange(50), 4).tolist())
+    naive = mean_interval(values, range(200))
+    assert width(clustered) == pytest.approx(2 * width(naive), rel=0.15)  # sqrt(4 images)
+    assert clustered.mean == pytest.approx(naive.mean)
+
+
+def test_ties_count_half():
+    result = paired_difference([1, 2, 3, 0], [1, 1, 3, 1], "abcd")
+    assert result.ties == 2
+    assert result.win_rate == 0.5
+
+
+def test_swapping_the_sides_negates_the_difference(rng):
+    a, b = rng.normal(size=(2, 40))
+    forth, back = paired_difference(a, b, range(40)), paired_difference(b, a, range(40))
+    assert back.difference == -forth.difference
+    assert (back.low, back.high) == pytest.approx((-forth.high, -forth.low))
+    assert back.win_rate == pytest.approx(1 - forth.win_rate)
+
+
+def test_same_seed_same_interval_and_other_seed_another(rng):
+    values = rng.normal(size=50)
+    assert mean_interval(values, range(50), seed=3) == mean_interval(values, range(50), seed=3)
+    assert mean_interval(values, range(50), seed=3) != mean_interval(values, range(50), seed=4)
+
+
+def test_names_of_groups_do_not_matter(rng):
+    values = rng.normal(size=12)
+    numbers = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    words = [f"prompt {9 - i}" for i in numbers]
+    assert mean_interval(values, numbers) == mean_interval(values, words)
+
+
+def test_a_higher_level_is_wider(rng):
+    values = rng.normal(size=40)
+    assert width(mean_interval(values, range(40), level=0.99)) > width(mean_interval(values, range(40), level=0.8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mean_interval([1.0, 2.0], ["a"]), "2 values and 1 groups"),
+        (lambda: mean_interval([1.0, 2.0], ["a", "a"]), "at least 2 prompts, got 1"),
+        (lambda: mean_interval([], []), "at least 2 prompts, got 0"),
+        (lambda: mean_interval([1.0, float("nan")], "ab"), "1 of 2 entries not finite, the first at 1"),
+        (lambda: mean_interval([[1.0, 2.0]], "a"), "should be one column"),
+        (lambda: mean_interval([1.0, 2.0], "ab", level=95), "level=95"),
+        (lambda: mean_interval([1.0, 2.0], "ab", samples=0), "samples=0"),
+        (lambda: paired_difference([1.0, 2.0], [1.0], "ab"), "a has 2 values and b has 1"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
