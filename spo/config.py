@@ -66,12 +66,15 @@ class LabelsConfig(Section):
 
     kind: Literal["human", "pseudo"] = "human"
     model: str | None = None  # of pseudo-labels: a CLIP repository such as yuvalkirstain/PickScore_v1
+    processor: str | None = None  # tokenizer's repository, where `model` has none
     tie_margin: Fraction = 0.1  # softmax gap below which a pseudo-label is a tie
 
     @model_validator(mode="after")
     def _pseudo_needs_model(self) -> "LabelsConfig":
-        if self.kind == "pseudo" and self.model is None:
-            raise ValueError("labels.kind=pseudo needs labels.model, e.g. yuvalkirstain/PickScore_v1")
+        if (self.kind == "pseudo") != (self.model is not None):
+            raise ValueError(
+                "labels.kind=pseudo needs labels.model, e.g. yuvalkirstain/PickScore_v1, and kind=human has none"
+            )
         return self
 
 
@@ -86,10 +89,13 @@ class TrainPreferenceConfig(Section):
     learning_rate: Rate = 3e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     weight_decay: Annotated[float, Field(ge=0)] = 0.3
+    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     preprocessing: Literal["antialias", "published"] = "antialias"
     labels: LabelsConfig = LabelsConfig()
-    evaluate_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)
+    evaluate_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)  # as published
+    evaluate_pairs: Positive = 512  # validation pairs that accuracy is measured on, at most
     log_every: Positive = 20
 
 
@@ -134,17 +140,54 @@ class SpoConfig(Section):
 MethodConfig = SpoConfig  # a discriminated union over `method` once there are more
 
 
+class OracleConfig(Section):
+    """The judge of the drawn world; its scores are `aesthetic`, `alignment` and their factors."""
+
+    kind: Literal["oracle"] = "oracle"
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return ("aesthetic", "alignment")
+
+
+class ClipMetricConfig(Section):
+    """A CLIP's score of image and prompt: PickScore, CLIPScore and their like, named by their repository."""
+
+    kind: Literal["clip"] = "clip"
+    name: str  # of the score, e.g. pickscore
+    model: str  # a CLIP repository
+    processor: str | None = None  # tokenizer's repository, where `model` has none
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+MetricConfig = Annotated[OracleConfig | ClipMetricConfig, Field(discriminator="kind")]
+
+
 class EvaluateConfig(Section):
     num_prompts: Positive  # of the test split, each with `images_per_prompt` seeds
     num_validation_prompts: Positive  # on which each method's checkpoint is chosen
     images_per_prompt: Positive = 1
     steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 5.0
-    etas: tuple[Fraction, ...] = (0.0, 1.0)  # the samplers; the first one decides
+    etas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, 1.0)  # the samplers; the first one decides
     batch_size: Positive = 64
     seed: int = 1234
-    metrics: tuple[str, ...]  # "oracle" in the embedded world
+    metrics: Annotated[tuple[MetricConfig, ...], Field(min_length=1)]
+    primary: str  # the score that is to rise
+    guarded: tuple[str, ...] = ()  # scores that must not fall
+    guard_tolerance: Annotated[float, Field(ge=0)] = 0.005  # fall of a guarded mean that choosing forgives
     bootstrap_samples: Positive = 10_000
+
+    @model_validator(mode="after")
+    def _scores_exist(self) -> "EvaluateConfig":
+        known = [name for metric in self.metrics for name in metric.scores]
+        for name in (self.primary, *self.guarded):
+            if name not in known:
+                raise ValueError(f"primary and guarded name scores of the metrics, {known}; got {name!r}")
+        return self
 
 
 class Config(Section):
@@ -162,13 +205,15 @@ class Config(Section):
     def _consistent(self) -> "Config":
         for name, method in self.align.items():
             branched = self.sampling.steps - method.first_step
-            if branched <= 0 or branched % method.branch_steps:
+            if branched <= 0:
+                raise ValueError(
+                    f"align.{name}.first_step={method.first_step} must be below sampling.steps={self.sampling.steps}"
+                )
+            if branched % method.branch_steps:
                 allowed = [n for n in range(1, branched + 1) if branched % n == 0]
                 raise ValueError(
                     f"align.{name}.branch_steps={method.branch_steps} must divide "
                     f"sampling.steps - first_step = {branched}; use one of {allowed}"
-                    if branched > 0
-                    else f"align.{name}.first_step={method.first_step} must be below sampling.steps={self.sampling.steps}"
                 )
         missing = [name for name in self.methods if name not in self.align]
         if missing:

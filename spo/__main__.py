@@ -1,0 +1,200 @@
+"""The commands: `python -m spo STAGE` runs one stage, `python -m spo repro` whatever of the pipeline has changed.
+
+A mistake of the user's ends with one line and exit code 1, wrong arguments with 2, Ctrl-C with 130.
+"""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spo.config import Config, load_config
+from spo.errors import SpoError
+
+STAGES = {  # in the pipeline's order; the last is not part of it
+    "prepare": "check prompts and preferences and split them",
+    "train_preference": "train the step-aware preference model",
+    "align": "align the diffusion model by one method",
+    "evaluate": "compare base and aligned models on held-out prompts",
+    "report": "write the report",
+    "pretrain": "make the embedded default's models and data anew",
+}
+SECTIONS = {  # of the configuration, that a stage reads: what its run is tracked with
+    "prepare": ("seed", "prepare"),
+    "train_preference": ("seed", "model", "sampling", "train_preference"),
+    "align": ("model", "sampling"),
+    "evaluate": ("model", "sampling", "evaluate"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except SpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run_stage(options: argparse.Namespace) -> None:
+    """One stage in the current folder, tracked, with a closing line that tells its time."""
+    stage: str = options.stage
+    method: str | None = getattr(options, "name", None)
+    root = Path()
+    config = load_config(root, options.profile)
+    if method is not None and method not in config.align:
+        raise SpoError(f"align {method}: profile {config.profile} has no such method; it has {sorted(config.align)}")
+    _settle()
+    from spo import tracking
+
+    run = importlib.import_module(f"spo.stages.{stage}").run
+    start = time.monotonic()
+    with tracking.start(config, stage, root, method=method) as tracker:
+        tracker.log_params(settings(config, stage, method))
+        run(config, *((method,) if method else ()), root=root, tracker=tracker)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{stage}{f' {method}' if method else ''}: done in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def settings(config: Config, stage: str, method: str | None = None) -> dict[str, Any]:
+    """The sections of the configuration that a stage reads."""
+    values = config.model_dump(mode="json", include=set(SECTIONS.get(stage, ())))
+    if method is not None:
+        values["align"] = config.align[method].model_dump(mode="json")
+    return values
+
+
+def repro(options: argparse.Namespace) -> int:
+    """Let DVC run the stages that have changed, under one parent run; then tell what came of it and where it lies."""
+    from spo import tracking
+
+    config = load_config()
+    interpreter = Path(sys.executable).parent  # so that `python` in dvc.yaml is this one
+    environment = {
+        "DVC_NO_ANALYTICS": "true",
+        tracking.PIPELINE_RUN: uuid.uuid4().hex,
+        **os.environ,
+        "PATH": f"{interpreter}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+    start = time.monotonic()
+    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if options.force else [])]
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise SpoError(f"the pipeline stopped (dvc's exit code {code}); the lines above tell which stage and why")
+    summary = (config.folder("report") / "summary.txt").read_text(encoding="utf-8").strip()
+    print(f"\n{summary}\n")
+    for what, where in {
+        "report": config.folder("report") / "report.html",
+        "images": config.folder("evaluate") / "images",
+        "LoRA weights": config.folder("evaluate") / "lora",
+        "runs": "`make ui`, then http://127.0.0.1:5000",
+    }.items():
+        print(f"{what:<13}{where}")
+    print(f"{'this took':<13}{time.monotonic() - start:.0f} s")
+    return 0
+
+
+def mlflow_ui(options: argparse.Namespace) -> None:
+    """Serve the tracked runs to this machine; this process becomes the server."""
+    from spo import tracking
+
+    uri = tracking.store()
+    if uri.startswith("http"):
+        print(f"the runs are at {uri}")
+        return
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise SpoError(f"there are no runs at {uri} yet; run `python -m spo repro` first")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    print(f"http://127.0.0.1:{options.port} (stop with Ctrl-C)", flush=True)
+    server = ["server", "--host", "127.0.0.1", "--port", str(options.port), "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server, "--backend-store-uri", uri])
+
+
+def import_preference_model(options: argparse.Namespace) -> None:
+    """Make a published step-aware preference model a folder that `train_preference.checkpoint` can name."""
+    _settle()
+    from spo.preference.checkpoint import import_published
+
+    import_published(options.file, options.clip, options.out, processor=options.processor)
+    print(f"{options.out}: name it as train_preference.checkpoint in a profile")
+
+
+def export_preference_model(options: argparse.Namespace) -> None:
+    """Write a trained preference model as the file that the published code reads."""
+    _settle()
+    from spo.preference.checkpoint import export_published
+
+    export_published(options.folder, options.out)
+    print(options.out)
+
+
+def _settle() -> None:
+    """What every stage wants of its process: quiet libraries, and no slow arithmetic on denormal numbers."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers
+    import torch
+    import transformers
+
+    torch.set_flush_denormal(True)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The commands and their options; each sets `run`, which takes the parsed options."""
+    parser = argparse.ArgumentParser(prog="python -m spo", description="Step-by-step Preference Optimization.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for stage, purpose in STAGES.items():
+        aliases = [stage.replace("_", "-")] if "_" in stage else []
+        command = commands.add_parser(stage, aliases=aliases, help=purpose, description=purpose)
+        if stage == "align":
+            command.add_argument("name", metavar="NAME", help="of the method: a key of the profile's align section")
+        command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
+        command.set_defaults(run=run_stage, stage=stage)
+
+    purpose = "run the stages that have changed, in order"
+    command = commands.add_parser("repro", help=purpose, description=purpose)
+    command.add_argument("--force", action="store_true", help="run all stages, changed or not")
+    command.set_defaults(run=repro)
+
+    purpose = "browse the tracked runs"
+    command = commands.add_parser("mlflow-ui", help=purpose, description=purpose)
+    command.add_argument("--port", type=int, default=5000)
+    command.set_defaults(run=mlflow_ui)
+
+    purpose = "make a published preference model (.bin) a folder of ours"
+    command = commands.add_parser("import-preference-model", help=purpose, description=purpose)
+    command.add_argument("file", metavar="FILE", type=Path)
+    command.add_argument(
+        "--clip", metavar="REPO", required=True, help="CLIP whose configuration it has: name or folder"
+    )
+    command.add_argument("--processor", metavar="REPO", help="where the tokenizer is, if not there: name or folder")
+    command.add_argument("--out", metavar="FOLDER", type=Path, required=True)
+    command.set_defaults(run=import_preference_model)
+
+    purpose = "write a preference model of ours as a published one (.bin)"
+    command = commands.add_parser("export-preference-model", help=purpose, description=purpose)
+    command.add_argument("folder", metavar="FOLDER", type=Path)
+    command.add_argument("--out", metavar="FILE", type=Path, required=True)
+    command.set_defaults(run=export_preference_model)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

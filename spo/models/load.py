@@ -1,0 +1,118 @@
+"""Diffusers repositories, by hub name or local folder, to pipelines and denoisers.
+
+Weights are read from .safetensors only and no code of a repository is run.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from spo.config import ModelConfig, SamplingConfig
+from spo.errors import ModelError
+from spo.models.base import LatentDiffusion, Pipeline
+from spo.models.sd15 import StableDiffusion
+from spo.models.sdxl import StableDiffusionXL
+
+PIPELINES: dict[str, type[Pipeline]] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:
+    """The configured model as a Denoiser; nothing of it trains yet."""
+    pipeline = load_pipeline(config, device)
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    options = {"resolution": config.resolution, **sampling.model_dump()}
+    match config.family:
+        case "sd15":
+            return StableDiffusion(pipeline, **options)
+        case "sdxl":
+            return StableDiffusionXL(pipeline, **options)
+
+
+def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
+    """The pipeline of `config.path`, with DDIM's scheduler and without safety checker or progress bars.
+
+    ModelError if it is missing, incomplete, of another family, or has no .safetensors weights.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    dtype = getattr(torch, config.dtype)
+    parts: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
+    if config.family == "sd15":
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    if config.vae is not None:
+        with _explained("vae", config.vae):
+            parts["vae"] = AutoencoderKL.from_pretrained(config.vae, dtype=dtype, use_safetensors=True)
+    with _explained("path", config.path):
+        _check_family(config)
+        pipeline = PIPELINES[config.family].from_pretrained(
+            config.path,
+            revision=config.revision,
+            variant=config.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            **parts,
+        )
+    scheduler = pipeline.scheduler.config
+    pipeline.scheduler = DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    if config.family == "sdxl" and dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        pipeline.vae.float()  # overflows in half precision; madebyollin/sdxl-vae-fp16-fix does not
+    return pipeline
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error's message without line breaks, cut at `limit` characters."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= limit else message[: limit - 3] + "..."
+
+
+def _check_family(config: ModelConfig) -> None:
+    index = DiffusionPipeline.load_config(config.path, revision=config.revision)
+    found, expected = index.get("_class_name"), PIPELINES[config.family].__name__
+    if found != expected:
+        fitting = next((name for name, kind in PIPELINES.items() if kind.__name__ == found), None)
+        mend = f"set model.family={fitting}" if fitting else f"families: {', '.join(PIPELINES)}"
+        raise ModelError(
+            f"model.path={config.path!r} holds a {found}, but family {config.family} is a {expected}; {mend}"
+        )
+
+
+@contextmanager
+def _explained(key: str, path: str) -> Iterator[None]:
+    """Turn what the libraries raise while loading `path` into a ModelError of one line."""
+    local = Path(path).is_dir()
+    if not local and not HUB_NAME.fullmatch(path):
+        raise ModelError(f"model.{key}={path!r} is no folder here; put a diffusers model there, or name one of the hub")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own, on every hub name
+            yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if local:
+            raise ModelError(
+                f"model.{key}={path!r} cannot be loaded: {one_line(error)}; "
+                "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
+            ) from None
+        raise ModelError(
+            f"model.{key}={path!r} is no folder here and cannot be fetched from the hub: {one_line(error)}; without "
+            f"a network, run `hf download {path} --local-dir models/{path.split('/')[1]}` elsewhere, bring the "
+            f"folder here and name it in model.{key}"
+        ) from None

@@ -1,0 +1,106 @@
+"""The policy's LoRA: added, saved for diffusers or for web user interfaces, loaded, merged."""
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_unet_state_dict_to_peft,
+)
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from spo.config import LoraConfig
+from spo.errors import ModelError
+from spo.files import atomic_path
+from spo.models.base import LatentDiffusion, has_adapter
+from spo.models.load import one_line
+
+WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
+
+
+def add_lora(unet: UNet2DConditionModel, config: LoraConfig, *, seed: int) -> None:
+    """Attach a trainable LoRA in float32 that changes nothing yet: A ~ N(0, 1 / rank^2) from the seed, B = 0.
+
+    alpha = rank, so the update is B A unscaled. ModelError if the UNet has none of the targets.
+    """
+    peft_config = PeftConfig(
+        r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=list(config.targets)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            unet.add_adapter(peft_config)
+        except ValueError as error:
+            raise ModelError(f"lora.targets={list(config.targets)} do not fit this UNet: {one_line(error)}") from None
+    cast_training_params(unet, torch.float32)
+
+
+def save_lora(denoiser: LatentDiffusion, folder: str | Path) -> None:
+    """Write a folder that diffusers' `pipeline.load_lora_weights(folder)` takes."""
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser.unet))
+    with atomic_path(folder) as temporary:
+        denoiser.pipeline.save_lora_weights(temporary, unet_lora_layers=layers)
+
+
+def save_kohya(denoiser: LatentDiffusion, file: str | Path) -> None:
+    """Write a .safetensors file under kohya's names, with alpha: for AUTOMATIC1111, ComfyUI and their kin."""
+    state = {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(denoiser.unet).items()}
+    state = convert_state_dict_to_kohya(state)
+    with atomic_path(file) as temporary:
+        save_file({name: weight.float().cpu().contiguous() for name, weight in state.items()}, temporary)
+
+
+def load_lora(denoiser: LatentDiffusion, source: str | Path, *, weight_name: str | None = None) -> None:
+    """Replace the policy's LoRA by one of a folder, a file or a hub repository, in diffusers' or kohya's names.
+
+    It is trainable and in float32 afterwards. Only .safetensors is read. ModelError if it is missing, changes a
+    text encoder too (which the reference could not undo) or was made for another UNet.
+    """
+    path = Path(source)
+    chosen = path.name if path.is_file() else weight_name
+    if chosen is not None and not chosen.endswith(".safetensors"):
+        raise ModelError(f"LoRA {source}: {chosen} is no .safetensors file; other formats can run code and are refused")
+    if weight_name is None and (path / WEIGHTS).is_file():
+        weight_name = WEIGHTS
+    unet = denoiser.unet
+    try:
+        state, alphas, metadata = denoiser.pipeline.lora_state_dict(
+            str(source),
+            weight_name=weight_name,
+            use_safetensors=True,
+            unet_config=unet.config,
+            return_lora_metadata=True,
+        )
+        others = sorted({name.split(".")[0] for name in state if not name.startswith("unet.")})
+        if others or not state:
+            raise ModelError(f"LoRA {source} changes {others or 'nothing'}; it should change the UNet alone")
+        if has_adapter(unet):
+            unet.unload_lora()
+        unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name="default")
+        cast_training_params(unet, torch.float32)
+        weights = {name.removeprefix("unet."): weight for name, weight in state.items()}
+        set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(weights))  # loading rounded to the base's dtype
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        raise ModelError(
+            f"LoRA {source} cannot be loaded: {one_line(error)}; "
+            f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
+        ) from None
+
+
+def save_merged(denoiser: LatentDiffusion, folder: str | Path) -> None:
+    """Write the whole pipeline with the policy as its UNet, the LoRA added into the weights."""
+    unet = copy.deepcopy(denoiser.unet).float().requires_grad_(False)
+    if has_adapter(unet):
+        unet.fuse_lora()
+        unet.unload_lora()
+    merged = copy.copy(denoiser.pipeline)
+    merged.register_modules(unet=unet.to(denoiser.dtype))
+    with atomic_path(folder) as temporary:
+        merged.save_pretrained(temporary, safe_serialization=True)

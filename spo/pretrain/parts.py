@@ -1,0 +1,193 @@
+"""The parts of the embedded default, in the order in which they are made; each writes one folder."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Generator
+from transformers import CLIPModel, CLIPTokenizer
+
+from spo.config import Config, ModelConfig, SamplingConfig
+from spo.data.prompts import split_prompts
+from spo.data.world import all_scenes
+from spo.evaluation.generate import eight_bits, generate, image_seed
+from spo.evaluation.metrics import score
+from spo.evaluation.oracle import judge
+from spo.files import read_json, write_json
+from spo.models.load import build
+from spo.preference.accuracy import pairwise_accuracy
+from spo.pretrain.clip import new_clip, new_tokenizer, save_clip, text_encoder_of, train_clip
+from spo.pretrain.denoiser import draw_latents, new_unet, save_pipeline, train_denoiser
+from spo.pretrain.pairs import Pool, compare, sample_pool
+from spo.pretrain.preference import scores, train_preference
+from spo.pretrain.recipe import RECIPE
+from spo.pretrain.vae import finish_vae, new_vae, train_vae
+from spo.progress import progress
+
+
+def generator(part: int) -> Generator:
+    """Each part's own random numbers; the global ones, which fresh weights take, are set as well."""
+    torch.manual_seed(100 * RECIPE.seed + part)
+    return Generator().manual_seed(100 * RECIPE.seed + part)
+
+
+def make_vae(folder: Path) -> None:
+    """The autoencoder."""
+    random = generator(0)
+    vae = new_vae(channels=RECIPE.vae_channels, latent_channels=RECIPE.latent_channels)
+    steps = train_vae(
+        vae,
+        steps=RECIPE.vae_steps,
+        batch_size=RECIPE.vae_batch,
+        learning_rate=RECIPE.vae_rate,
+        kl_weight=RECIPE.kl_weight,
+        generator=random,
+    )
+    _watch(steps, RECIPE.vae_steps, "autoencoder")
+    finish_vae(vae, random)
+    vae.save_pretrained(folder)
+
+
+def make_clip(folder: Path) -> None:
+    """The CLIP that knows which prompt belongs to which picture."""
+    random = generator(1)
+    tokenizer = new_tokenizer()
+    clip = new_clip(tokenizer)
+    steps = train_clip(
+        clip,
+        tokenizer,
+        steps=RECIPE.clip_steps,
+        batch_size=RECIPE.clip_batch,
+        learning_rate=RECIPE.clip_rate,
+        generator=random,
+    )
+    _watch(steps, RECIPE.clip_steps, "CLIP")
+    save_clip(clip.eval(), tokenizer, folder)
+
+
+def make_denoiser(folder: Path, vae_folder: Path, clip_folder: Path) -> None:
+    """The pipeline: final/, and earlier checkpoints step-<n>/."""
+    random = generator(2)
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    text_encoder = text_encoder_of(CLIPModel.from_pretrained(clip_folder)).train()
+    unet = new_unet(RECIPE.latent_channels).train()
+    latents, scene_index = draw_latents(vae, RECIPE.latents, random)
+    done = 0
+    with progress(total=sum(steps for steps, _ in RECIPE.unet_cycles), label="UNet") as bar:
+        for steps, rate in RECIPE.unet_cycles:
+            training = train_denoiser(
+                unet,
+                text_encoder,
+                tokenizer,
+                latents,
+                scene_index,
+                steps=steps,
+                batch_size=RECIPE.unet_batch,
+                learning_rate=rate,
+                generator=random,
+            )
+            for loss, average in training:
+                done += 1
+                bar.update(loss=loss)
+                if done in RECIPE.earlier:
+                    save_pipeline(vae, *average.modules, tokenizer, folder / f"step-{done}")
+            average.apply()  # the next cycle starts from the average
+    save_pipeline(vae, *average.modules, tokenizer, folder / "final")
+
+
+def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
+    """The pictures of the preference pairs, and the opinion of them."""
+    random = generator(3)
+    checkpoints = [*(denoiser / f"step-{step}" for step in RECIPE.earlier), denoiser / "final"]
+    made = list(
+        sample_pool(checkpoints, prompts, per_prompt=RECIPE.pictures_per_prompt, chunk=RECIPE.chunk, generator=random)
+    )
+    pool = compare(
+        torch.cat([pictures for _, pictures in made]),
+        torch.cat([rows for rows, _ in made]),
+        prompts,
+        share=RECIPE.share,
+        temperature=RECIPE.temperature,
+        tie=RECIPE.tie,
+        generator=random,
+    )
+    tensors = {name: value for name, value in asdict(pool).items() if isinstance(value, torch.Tensor)}
+    tensors["pictures"] = (pool.pictures * 255).round().byte()
+    save_file(tensors, folder / "pool.safetensors")
+    write_json(folder / "prompts.json", pool.prompts)
+
+
+def load_pool(folder: Path) -> Pool:
+    """What `make_pool` left."""
+    tensors = load_file(folder / "pool.safetensors")
+    return Pool(**{**tensors, "pictures": tensors["pictures"] / 255}, prompts=read_json(folder / "prompts.json"))
+
+
+def make_preference(folder: Path, clip_folder: Path, pool: Pool, config: Config) -> None:
+    """The preference model that the step-aware one starts from; it never sees the prompts that `prepare` holds out."""
+    clip, tokenizer = CLIPModel.from_pretrained(clip_folder).train(), CLIPTokenizer.from_pretrained(clip_folder)
+    random = generator(4)
+    split = split_prompts(
+        [scene.prompt for scene in all_scenes()],
+        seed=config.seed,
+        validation_fraction=config.prepare.validation_fraction,
+        test_fraction=config.prepare.test_fraction,
+    )
+    known = set(split.train)
+    mask = torch.tensor([pool.prompts[i] in known for i in pool.first.tolist()])
+    rows, held_out = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    steps = train_preference(
+        clip,
+        tokenizer,
+        pool,
+        rows,
+        steps=RECIPE.preference_steps,
+        batch_size=RECIPE.preference_batch,
+        learning_rate=RECIPE.preference_rate,
+        generator=random,
+    )
+    _watch(steps, RECIPE.preference_steps, "preference")
+    save_clip(clip.eval(), tokenizer, folder)
+    with torch.no_grad():
+        judged = torch.cat([scores(clip, tokenizer, pool, part) for part in held_out.split(256)])
+    label = pool.label[held_out]
+    accuracy = pairwise_accuracy(judged, torch.stack([label, 1 - label], dim=1))
+    write_json(folder / "accuracy.json", {"accuracy": accuracy.accuracy, "pairs": accuracy.num_pairs})
+
+
+def read_accuracy(folder: Path) -> dict[str, float]:
+    """Of the start model on held-out prompts."""
+    return read_json(folder / "accuracy.json")
+
+
+def judge_base(pipeline: Path, prompts: Sequence[str]) -> dict[str, float]:
+    """The oracle's means over pictures of the base: 20 DDIM steps, eta 0, guidance 5."""
+    order = torch.randperm(len(prompts), generator=generator(6))[: RECIPE.judged].tolist()
+    wanted = [prompts[i] for i in order]
+    model = build(ModelConfig(family="sd15", path=str(pipeline), resolution=64), SamplingConfig(), "cpu")
+    pictures = generate(
+        model,
+        wanted,
+        [image_seed(1, prompt, 0) for prompt in wanted],
+        steps=20,
+        guidance_scale=5.0,
+        eta=0.0,
+        batch_size=RECIPE.chunk,
+        label="base",
+    )
+    scores = score([judge], eight_bits(pictures), wanted)
+    return {name: round(values.mean().item(), 4) for name, values in scores.items()}
+
+
+def _watch(steps: Iterable[dict[str, float]], total: int, label: str) -> None:
+    """Run a training to its end, showing running means."""
+    recent: deque[dict[str, float]] = deque(maxlen=50)
+    with progress(total=total, label=label) as bar:
+        for measured in steps:
+            recent.append(measured)
+            bar.update(**{name: sum(row[name] for row in recent) / len(recent) for name in measured})

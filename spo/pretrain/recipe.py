@@ -1,0 +1,39 @@
+"""How the embedded default was made."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    seed: int = 0
+    # autoencoder
+    vae_channels: tuple[int, ...] = (8, 16, 32, 64)
+    latent_channels: int = 8
+    vae_steps: int = 3200
+    vae_batch: int = 16
+    vae_rate: float = 1.5e-3
+    kl_weight: float = 1e-4
+    # CLIP: pictures and prompts
+    clip_steps: int = 1500
+    clip_batch: int = 64
+    clip_rate: float = 2e-3
+    # text encoder and UNet
+    latents: int = 16_000
+    unet_cycles: tuple[tuple[int, float], ...] = ((6000, 2e-3), (2800, 1.2e-3))  # steps, and the rate that decays
+    unet_batch: int = 64
+    earlier: tuple[int, ...] = (2000, 4000)  # steps of checkpoints that also draw preference pictures
+    # preference pairs
+    pictures_per_prompt: int = 8
+    chunk: int = 144
+    share: float = 0.25  # of the opinion's variance that is owed to finish
+    temperature: float = 0.3  # of the opinion's logistic error, in standard deviations of utility
+    tie: float = 0.1
+    # CLIP: preferences
+    preference_steps: int = 600
+    preference_batch: int = 64
+    preference_rate: float = 5e-4
+    # figures of the model card
+    judged: int = 288
+
+
+RECIPE = Recipe()

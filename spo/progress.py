@@ -1,0 +1,108 @@
+"""How far a loop has come: a bar on a terminal, and elsewhere a plain line now and then.
+
+for batch in progress(batches, label="generate"):
+    ...
+
+with progress(total=steps, label="train") as bar:
+    ...
+    bar.update(loss=loss)  # one step further, and what to show beside it
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import Generic, Self, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def progress(iterable: Iterable[T] = (), *, total: int | None = None, label: str) -> "Progress[T]":
+    """Progress over `iterable`, or over `total` calls of `update`; an iterable with a length needs no total."""
+    return Progress(iterable, total=total, label=label)
+
+
+class Progress(Generic[T]):
+    """Counts while it is iterated; one that is not iterated counts its updates. It writes to stderr."""
+
+    def __init__(self, iterable: Iterable[T] = (), *, total: int | None = None, label: str):
+        if total is None and isinstance(iterable, Sized) and len(iterable):
+            total = len(iterable)
+        self._iterable = iterable
+        self._iterated = False
+        self._total = total
+        self._label = label
+        self._shown = ""
+        self._count = 0
+        self._start = self._last_line = time.monotonic()
+        self._closed = False
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=label, dynamic_ncols=True, file=sys.stderr) if terminal else None
+
+    def __iter__(self) -> Iterator[T]:
+        self._iterated = True
+        with self:
+            for item in self._iterable:
+                yield item
+                self._advance()
+
+    def __len__(self) -> int:
+        if self._total is None:
+            raise TypeError("this progress has no total")
+        return self._total
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, **shown: object) -> None:
+        """Show these values from now on; where nothing is iterated, also count one step."""
+        self._shown = ", ".join(
+            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._shown, refresh=False)
+        if not self._iterated:
+            self._advance()
+
+    def close(self) -> None:
+        """End the bar, or write the last line; once."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._line(last=True)
+
+    def _advance(self) -> None:
+        self._count += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _line(self, *, last: bool = False) -> None:
+        self._last_line = time.monotonic()
+        elapsed = self._last_line - self._start
+        count = f"{self._count}" if self._total is None else f"{self._count}/{self._total}"
+        parts = [f"{self._label}: {count}" + (f" in {_duration(elapsed)}" if last else "")]
+        if self._count and elapsed > 0:
+            rate = self._count / elapsed
+            parts.append(f"{rate:.2f}/s" if rate >= 1 else f"{1 / rate:.2f} s each")
+            if self._total is not None and not last:
+                parts.append(f"{_duration(max(self._total - self._count, 0) / rate)} left")
+        parts += [self._shown] if self._shown else []
+        print(", ".join(parts), file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

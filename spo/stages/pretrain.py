@@ -1,0 +1,58 @@
+"""Make the embedded default anew: its base model, its preference model to start from, its prompts and pairs.
+
+What this makes is in git, and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it all the same, in
+about two hours on two CPU cores. Each part is kept in .cache/pretrain, so that a killed run goes on with the next
+part. The recipe is fixed; the last digits of the weights depend on the machine.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from spo.config import Config
+from spo.data.world import all_scenes
+from spo.files import atomic_path, write_json, write_text
+from spo.pretrain import cards, parts
+from spo.pretrain.pairs import write_pairs
+from spo.pretrain.recipe import RECIPE
+from spo.tracking import Tracker
+
+
+def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
+    """Write data/base/tiny, data/base/tiny-preference, data/preferences/tiny and data/prompts/world.txt."""
+    torch.set_flush_denormal(True)
+    data, work = root / "data", root / ".cache" / "pretrain"
+    prompts = [scene.prompt for scene in all_scenes()]
+    write_text(data / "prompts" / "world.txt", "\n".join(prompts) + "\n")
+
+    vae = _once(work / "vae", parts.make_vae)
+    clip = _once(work / "clip", parts.make_clip)
+    denoiser = _once(work / "denoiser", lambda folder: parts.make_denoiser(folder, vae, clip))
+    pool = parts.load_pool(_once(work / "pool", lambda folder: parts.make_pool(folder, denoiser, prompts)))
+    preference = _once(work / "preference", lambda folder: parts.make_preference(folder, clip, pool, config))
+
+    figures = parts.judge_base(denoiser / "final", prompts)
+    accuracy = parts.read_accuracy(preference)
+    with atomic_path(data / "base" / "tiny") as folder:
+        shutil.copytree(denoiser / "final", folder)
+        write_text(folder / "README.md", cards.base(RECIPE, figures))
+    with atomic_path(data / "base" / "tiny-preference") as folder:
+        shutil.copytree(preference, folder, ignore=shutil.ignore_patterns("accuracy.json"))
+        write_text(folder / "README.md", cards.preference(RECIPE, accuracy))
+    with atomic_path(data / "preferences" / "tiny") as folder:
+        folder.mkdir()
+        write_pairs(pool, folder / "pairs.parquet", parts.generator(5))
+        write_text(folder / "README.md", cards.pairs(RECIPE, pool))
+    write_json(work / "metrics.json", {"base": figures, "preference": accuracy})
+    tracker.log_metrics({"base": figures, "preference": accuracy})
+
+
+def _once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A finished part is not made again."""
+    if not folder.exists():
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            make(temporary)
+    return folder

@@ -1,0 +1,116 @@
+"""Training the step-aware preference model (arXiv 2406.04314, section 4.1).
+
+A pair's two images are noised to one random timestep with the SAME noise; the frozen base predicts the x_0 of each
+with guidance; decoded, they are what the model judges at that timestep. So it learns to tell, half-way through
+sampling, which of two paths will end in the better image.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from spo.config import TrainPreferenceConfig
+from spo.core.losses import preference_loss
+from spo.core.types import Conditioning
+from spo.models.base import LatentDiffusion
+from spo.preference.accuracy import pairwise_accuracy
+from spo.preference.checkpoint import PreferenceModel
+
+
+@dataclass(frozen=True)
+class LabelledPairs:
+    """Preference pairs as the training needs them."""
+
+    latents: Tensor  # (n, 2, c, h, w)
+    label: Tensor  # (n, 2)
+    weight: Tensor  # (n,)
+    captions: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+class StepAwareTraining:
+    """The base, which shows what a pair looks like from timestep t, and the model that is to judge it."""
+
+    def __init__(self, base: LatentDiffusion, preference: PreferenceModel, config: TrainPreferenceConfig):
+        self.base = base
+        self.preference = preference
+        self.model = preference.model.to(base.device)
+        self.config = config
+
+    def train(self, pairs: LabelledPairs, *, seed: int) -> Iterator[dict[str, float]]:
+        """Train in place; yields each step's measurements. The k-th step's draws are keyed to (seed, k)."""
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.model.train()
+        for step in range(config.steps):
+            generator = Generator().manual_seed(seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * self._schedule(step)
+            index = torch.randint(len(pairs), (config.batch_size,), generator=generator)
+            t = torch.randint(len(self.base.alpha_bar), (len(index),), generator=generator)
+            scores = self.scores(pairs, index, t, generator)
+            device = scores.device
+            loss = preference_loss(scores, pairs.label[index].to(device), pairs.weight[index].to(device))
+            optimizer.zero_grad()
+            loss.value.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            yield {
+                "loss": loss.value.item(),
+                "accuracy": loss.metrics["accuracy"].item(),
+                "grad_norm": norm.item(),
+                "logit_scale": self.model.clip.logit_scale.exp().item(),
+            }
+        self.model.eval()
+
+    def _schedule(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        if self.config.schedule == "constant":
+            return warm
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.config.steps)))
+
+    def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, generator: Generator) -> Tensor:
+        """Scores (n, 2) of the pairs at `index` (n,), seen from timesteps t (n,); one UNet call for both images."""
+        latents = pairs.latents[index]
+        noise = torch.randn(len(index), 1, *latents.shape[2:], generator=generator).expand_as(latents)
+        captions = [pairs.captions[i] for i in index.tolist()]
+        images = self.views(latents, noise, t, self.base.encode(captions))  # (2 n, 3, H, W)
+        tokens = self.preference.tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=self.model.clip.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).input_ids.to(self.base.device)
+        text = self.model.text_features(tokens).repeat_interleave(2, dim=0)
+        features = self.model.image_features(
+            self.preference.preprocess(images), t.repeat_interleave(2).to(self.base.device)
+        )
+        return self.model.score(features, text).unflatten(0, (-1, 2))
+
+    @torch.no_grad()
+    def views(self, latents: Tensor, noise: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Images (n * 2, 3, H, W) in [0, 1]: the x_0 predicted from latents (n, 2, ...) noised to t (n,)."""
+        device = self.base.device
+        t = t.repeat_interleave(2).to(device)
+        x_t = self.base.add_noise(latents.flatten(0, 1).to(device), noise.flatten(0, 1).to(device), t)
+        return self.base.decode(self.base.predict_x_0(x_t, t, cond.repeat_interleave(2)))
+
+    @torch.no_grad()
+    def accuracy(self, pairs: LabelledPairs, timestep: int, *, seed: int) -> tuple[float, int]:
+        """Share of the decided pairs that the model judges as labelled from `timestep`, and how many they are."""
+        generator = Generator().manual_seed(seed)
+        self.model.eval()
+        parts = [
+            self.scores(pairs, index, torch.full((len(index),), timestep), generator)
+            for index in torch.arange(len(pairs)).split(self.config.batch_size)
+        ]
+        result = pairwise_accuracy(torch.cat(parts).cpu(), pairs.label)
+        return result.accuracy, result.num_pairs

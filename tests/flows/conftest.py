@@ -1,0 +1,85 @@
+"""A small real DVC project whose stages have the pipeline's names, and a Prefect server to run flows against."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flows  # noqa: F401  (its settings come before prefect's import)
+
+# isort: split
+from prefect.testing.utilities import prefect_test_harness
+
+DVC_YAML = """
+stages:
+  prepare:
+    cmd: sh prepare.sh
+    deps: [prepare.sh]
+    outs: ["runs/${profile}/prepare.txt"]
+  train_preference:
+    cmd: sh train_preference.sh ${profile}
+    deps: [train_preference.sh, "runs/${profile}/prepare.txt"]
+    outs: ["runs/${profile}/preference.txt"]
+  align:
+    matrix: {name: "${methods}"}
+    cmd: sh align.sh ${profile} ${item.name}
+    deps: [align.sh, "runs/${profile}/preference.txt"]
+    outs: ["runs/${profile}/align-${item.name}.txt"]
+  evaluate:
+    cmd: sh evaluate.sh ${profile}
+    deps: [evaluate.sh, "runs/${profile}/align-spo.txt"]
+    outs: ["runs/${profile}/evaluate.txt"]
+  report:
+    cmd: sh report.sh ${profile}
+    deps: [report.sh, "runs/${profile}/evaluate.txt"]
+    outs: ["runs/${profile}/report"]
+"""
+
+FILES = {
+    "dvc.yaml": DVC_YAML,
+    "params.yaml": "# which one\nprofile: tiny  # of configs/\nmethods: [spo, other]\n",
+    "configs/tiny.yaml": "seed: 0\n",
+    "configs/sd15.yaml": "seed: 0\n",
+    "prepare.sh": 'echo "prompts are ready"; mkdir -p runs/tiny; echo ready > runs/tiny/prepare.txt\n'
+    "echo $SPO_PIPELINE_RUN > pipeline_run\n",
+    "train_preference.sh": "cat runs/$1/prepare.txt > runs/$1/preference.txt\n",
+    "align.sh": "echo $2 > runs/$1/align-$2.txt\n",
+    "evaluate.sh": "cat runs/$1/align-spo.txt > runs/$1/evaluate.txt\n",
+    "report.sh": "mkdir -p runs/$1/report; cd runs/$1/report; echo 'SPO wins.' > summary.txt\n"
+    """echo '{"spo": {"win_rate": 0.712345, "prompts": 128}}' > metrics.json; echo '<html>' > report.html\n""",
+}
+
+
+@pytest.fixture(scope="session")
+def made_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as committed; copied for each test, since making it takes seconds."""
+    folder = tmp_path_factory.mktemp("made") / "project"
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "true"}
+    for command in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        [sys.executable, "-m", "dvc", "config", "core.check_update", "false"],
+    ):
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+    return folder
+
+
+@pytest.fixture
+def project(made_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The trivial DVC project, with the current folder in it."""
+    folder = shutil.copytree(made_project, tmp_path / "project")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=300):
+        yield

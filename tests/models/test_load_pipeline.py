@@ -1,0 +1,106 @@
+"""Pipelines come from safe files of the right family, and what is wrong is said in one line."""
+
+import huggingface_hub.constants
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from spo.config import ModelConfig, SamplingConfig
+from spo.errors import ModelError
+from spo.models.load import build, load_pipeline
+from spo.models.sd15 import StableDiffusion
+from spo.models.sdxl import StableDiffusionXL
+from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
+
+
+def config(family, path, **more):
+    return ModelConfig(family=family, path=str(path), resolution=RESOLUTION, **more)
+
+
+def message(*args, **more):
+    with pytest.raises(ModelError) as caught:
+        load_pipeline(config(*args, **more), "cpu")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_family_decides_pipeline_and_denoiser(family, tiny_folder):
+    denoiser = build(config(family, tiny_folder(family)), SamplingConfig(), "cpu")
+    kinds = {
+        "sd15": (StableDiffusion, StableDiffusionPipeline),
+        "sdxl": (StableDiffusionXL, StableDiffusionXLPipeline),
+    }
+    assert (type(denoiser), type(denoiser.pipeline)) == kinds[family]
+    assert denoiser.latent_shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_networks_have_the_configured_dtype(family, tiny_folder, dtype):
+    pipeline = load_pipeline(config(family, tiny_folder(family), dtype=dtype), "cpu")
+    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert {part.dtype for part in networks} == {getattr(torch, dtype)}
+
+
+def test_vae_that_overflows_in_half_precision_stays_in_float32(tiny_folder):
+    assert load_pipeline(config("sdxl", tiny_folder("sdxl"), dtype="float16"), "cpu").vae.dtype == torch.float32
+    assert load_pipeline(config("sd15", tiny_folder("sd15"), dtype="float16"), "cpu").vae.dtype == torch.float16
+
+
+def test_any_scheduler_becomes_unclipped_ddim_of_the_same_noise_schedule(family, tmp_path):
+    folder = make_tiny_pipeline(family, tmp_path / "model")
+    euler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    euler.save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "EulerDiscreteScheduler"))
+    denoiser = make_tiny_denoiser(family, folder)
+    assert type(denoiser.pipeline.scheduler) is DDIMScheduler
+    assert denoiser.pipeline.scheduler.config.clip_sample is False
+    assert denoiser.timesteps.tolist() == [801, 601, 401, 201, 1]
+    torch.testing.assert_close(denoiser.alpha_bar, euler.alphas_cumprod)
+
+
+def test_another_vae_takes_the_place_of_the_models(family, tiny_folder, tmp_path):
+    other = make_tiny_pipeline(family, tmp_path / "other", seed=5) / "vae"
+    ours = load_pipeline(config(family, tiny_folder(family), vae=str(other)), "cpu").vae
+    own = load_pipeline(config(family, tiny_folder(family)), "cpu").vae
+    theirs = load_pipeline(config(family, tmp_path / "other"), "cpu").vae
+    assert torch.equal(ours.decoder.conv_in.weight, theirs.decoder.conv_in.weight)
+    assert not torch.equal(ours.decoder.conv_in.weight, own.decoder.conv_in.weight)
+
+
+def test_missing_folder_is_named(tmp_path):
+    said = message("sd15", tmp_path / "nowhere")
+    assert f"model.path='{tmp_path}/nowhere' is no folder here" in said
+    assert "model.vae='a/b/c'" in message("sd15", tmp_path, vae="a/b/c")
+
+
+def test_without_network_a_hub_name_says_what_to_download_and_where_to_put_it(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    said = message("sd15", "someone/no-such-model")
+    assert "hf download someone/no-such-model --local-dir models/no-such-model" in said
+
+
+def test_folder_of_the_other_family_names_the_right_one(family, tiny_folder):
+    other = {"sd15": "sdxl", "sdxl": "sd15"}[family]
+    assert f"set model.family={other}" in message(family, tiny_folder(other))
+
+
+def test_folder_that_is_no_pipeline_is_refused(family, tmp_path):
+    assert "save_pretrained" in message(family, tmp_path)
+
+
+def test_weights_that_could_run_code_are_refused(family, tmp_path):
+    assert "safetensors" in message(family, make_tiny_pipeline(family, tmp_path, safe_serialization=False))
+
+
+def test_variant_that_is_not_there_is_refused(family, tiny_folder):
+    assert "fp16" in message(family, tiny_folder(family), variant="fp16")
+
+
+def test_damaged_weights_are_refused(family, tmp_path):
+    folder = make_tiny_pipeline(family, tmp_path)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be loaded" in message(family, folder)

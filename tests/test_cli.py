@@ -1,0 +1,214 @@
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spo import tracking
+from spo.__main__ import STAGES, main, settings
+from spo.config import load_config
+from spo.errors import DataError
+from spo.tracking import NullTracker
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the shipped configuration; stages run in the current folder."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Recorder(NullTracker):
+    def __init__(self) -> None:
+        self.params: dict[str, Any] = {}
+
+    def log_params(self, params: Any) -> None:
+        self.params = params
+
+
+@pytest.fixture
+def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+
+    @contextmanager
+    def start(*_: Any, **__: Any) -> Iterator[Recorder]:
+        yield recorder
+
+    monkeypatch.setattr(tracking, "start", start)
+    monkeypatch.setattr("spo.__main__._settle", lambda: None)
+    return recorder
+
+
+@pytest.fixture
+def stage(tracker: Recorder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """Every stage's module replaced by one that notes its call."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def fake_module(name: str) -> SimpleNamespace:
+        def run(config: Any, *rest: Any, root: Path, tracker: Any) -> None:
+            assert root == Path()
+            assert isinstance(tracker, Recorder)
+            calls.append((name, (config.profile, *rest)))
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(importlib, "import_module", fake_module)
+    return calls
+
+
+def run_fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(run=run))
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "align"])
+def test_a_stage_runs_with_the_profile_of_params_yaml(project: Path, stage: list[Any], name: str) -> None:
+    assert main([name]) == 0
+    assert stage == [(f"spo.stages.{name}", ("tiny",))]
+
+
+def test_align_takes_the_methods_name(project: Path, stage: list[Any], tracker: Recorder) -> None:
+    assert main(["align", "spo"]) == 0
+    assert stage == [("spo.stages.align", ("tiny", "spo"))]
+    assert tracker.params["align"]["beta"] == load_config(project).align["spo"].beta
+
+
+def test_a_name_with_a_hyphen_is_the_same_stage(project: Path, stage: list[Any]) -> None:
+    assert main(["train-preference"]) == 0
+    assert stage == [("spo.stages.train_preference", ("tiny",))]
+
+
+def test_the_option_profile_overrides_params_yaml(project: Path, stage: list[Any]) -> None:
+    (project / "configs" / "mine.yaml").write_text((project / "configs" / "tiny.yaml").read_text())
+    assert main(["prepare", "--profile", "mine"]) == 0
+    assert stage == [("spo.stages.prepare", ("mine",))]
+
+
+def test_a_stage_closes_with_one_line_that_tells_its_time(
+    project: Path, stage: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["align", "spo"])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith("align spo: done in ")
+    assert captured.out.count("\n") == 1
+
+
+@pytest.mark.usefixtures("tracker")
+def test_a_users_mistake_is_one_line_and_code_1(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_fails_with(monkeypatch, DataError("no.txt is missing"))
+    assert main(["prepare"]) == 1
+    assert capsys.readouterr().err == "error: no.txt is missing\n"
+
+
+@pytest.mark.usefixtures("tracker")
+def test_an_interrupt_is_code_130(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_fails_with(monkeypatch, KeyboardInterrupt())
+    assert main(["prepare"]) == 130
+
+
+@pytest.mark.usefixtures("tracker")
+def test_a_bug_of_ours_is_not_hidden(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_fails_with(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        main(["prepare"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["align", "nosuch"], "has no such method; it has ['spo'"),
+        (["prepare", "--profile", "nosuch"], "profile 'nosuch' has no"),
+        (["mlflow-ui"], "there are no runs"),
+    ],
+)
+def test_what_is_not_there_is_told_with_what_is(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["nosuch"], ["align"], ["prepare", "--nosuch"], ["import-preference-model"]])
+def test_wrong_arguments_are_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("command", [*STAGES, "repro", "mlflow-ui", "import-preference-model"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_a_stages_settings_are_its_own_sections() -> None:
+    config = load_config(ROOT, "tiny")
+    assert set(settings(config, "train_preference")) == {"seed", "model", "sampling", "train_preference"}
+    assert settings(config, "align", "spo")["align"]["method"] == "spo"
+    assert settings(config, "report") == {}
+
+
+def repro_with(code: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> SimpleNamespace:
+        calls.append({"command": command, "env": env})
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_repro_runs_dvc_with_this_python_and_one_pipeline_run(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = repro_with(0, monkeypatch)
+    (project / "runs/tiny/report").mkdir(parents=True)
+    (project / "runs/tiny/report/summary.txt").write_text("SPO wins.\n")
+    assert main(["repro"]) == 0
+    [call] = calls
+    assert call["command"] == [sys.executable, "-m", "dvc", "repro"]
+    assert call["env"]["SPO_PIPELINE_RUN"]
+    assert call["env"]["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == "SPO wins."
+    for what in ("runs/tiny/report/report.html", "runs/tiny/evaluate/images", "runs/tiny/evaluate/lora", "make ui"):
+        assert any(what in line for line in lines)
+
+
+def test_repro_that_fails_is_code_1(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repro_with(255, monkeypatch)
+    assert main(["repro"]) == 1
+    assert capsys.readouterr().err.startswith("error: the pipeline stopped (dvc's exit code 255)")
+
+
+def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "spo", "prepare"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "error: params.yaml is missing; run from the project's folder\n"

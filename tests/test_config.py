@@ -1,0 +1,104 @@
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from spo.config import Config, load_config
+from spo.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+PROFILES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+TINY = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def project(
+    folder: Path, change: Change = lambda values: None, params: str = "profile: mine\nmethods: [spo]\n"
+) -> Path:
+    values = copy.deepcopy(TINY)
+    change(values)
+    (folder / "configs").mkdir()
+    (folder / "configs" / "mine.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (folder / "params.yaml").write_text(params, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_shipped_profile_is_valid(profile: str) -> None:
+    config = load_config(ROOT, profile)
+    assert config.profile == profile
+    assert set(config.methods) <= set(config.align)
+    assert config.folder("align") == Path("runs") / profile / "align"
+
+
+def test_params_yaml_names_a_shipped_profile() -> None:
+    assert load_config(ROOT).profile in PROFILES
+
+
+def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
+    config = load_config(project(tmp_path))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v["align"]["spo"].update(bata=5), r"align\.spo\.bata: unknown key"),
+        (lambda v: v.update(sed=5), r"sed: unknown key"),
+        (lambda v: v["align"]["spo"].update(beta=-1), r"align\.spo\.beta: .*greater than 0, got -1"),
+        (lambda v: v["model"].pop("path"), r"model\.path: Field required"),
+        (lambda v: v["model"].update(family="sd4"), r"model\.family: .*'sd15' or 'sdxl', got 'sd4'"),
+        (
+            lambda v: v["align"]["spo"].update(branch_steps=3),
+            r"branch_steps=3 must divide .* = 8; use one of \[1, 2, 4, 8\]",
+        ),
+        (lambda v: v["align"]["spo"].update(first_step=10), r"first_step=10 must be below sampling\.steps=10"),
+        (lambda v: v["evaluate"].update(primary="beauty"), r"evaluate: primary and guarded name scores .*got 'beauty'"),
+        (lambda v: v["evaluate"].update(metrics=[]), r"evaluate\.metrics: .*at least 1 item"),
+        (lambda v: v["train_preference"].update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
+        (
+            lambda v: v.update(align={"mine": v["align"]["spo"]}),
+            r"methods names \['spo'\], but align has only \['mine'\]",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_its_place(tmp_path: Path, change: Change, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(project(tmp_path, change))
+    assert "\n" not in str(caught.value)
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_an_unknown_profile_is_told_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'other' has no .*other\.yaml; there are \['mine'\]"):
+        load_config(project(tmp_path), "other")
+
+
+def test_a_profile_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"profile is None; name one of \['mine'\]"):
+        load_config(project(tmp_path, params="methods: [spo]\n"))
+
+
+def test_a_key_stands_in_one_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\['seed'\] stand in both"):
+        load_config(project(tmp_path, params="profile: mine\nseed: 3\n"))
+
+
+@pytest.mark.parametrize(
+    ("params", "said"), [("a: [", "no valid YAML"), ("- a\n", "holds list"), ("", "holds NoneType")]
+)
+def test_a_file_that_is_no_mapping_is_told(tmp_path: Path, params: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(project(tmp_path, params=params))
+
+
+def test_another_folder_is_told_to_be_left(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run from the project's folder"):
+        load_config(tmp_path)

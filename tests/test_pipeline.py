@@ -1,0 +1,138 @@
+"""The whole pipeline as users run it, on both families' real architectures with random weights."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Generator
+
+from spo.data.world import all_scenes, draw_attributes, draw_quality, render
+from spo.models.lora import WEIGHTS
+from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
+from tests.models.tiny import FAMILIES, RESOLUTION, make_tiny_pipeline
+
+PROMPTS = [scene.prompt for scene in all_scenes()[::24]]
+
+
+def jpeg(picture: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+def write_preferences(file: Path) -> None:
+    generator = Generator().manual_seed(0)
+    scenes = all_scenes()[::24] * 2
+    first, second = (
+        render(draw_attributes(scenes, generator), draw_quality(len(scenes), generator, flaw=flaw), generator)
+        for flaw in (0.2, 1.0)
+    )
+    pq.write_table(
+        pa.table(
+            {
+                "caption": [scene.prompt for scene in scenes],
+                "jpg_0": [jpeg(picture) for picture in first],
+                "jpg_1": [jpeg(picture) for picture in second],
+                "label_0": [1.0] * len(scenes),
+                "label_1": [0.0] * len(scenes),
+            }
+        ),
+        file,
+    )
+
+
+def make_project(root: Path, family: str) -> Path:
+    """A project of the user's own: a model, a CLIP, prompts and preference pairs."""
+    (root / "configs").mkdir(parents=True)
+    make_tiny_pipeline(family, root / "model")
+    tokenizer = new_tokenizer()
+    save_clip(new_clip(tokenizer), tokenizer, root / "clip")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    write_preferences(root / "pairs.parquet")
+    spo = {"method": "spo", "epochs": 1, "prompts_per_rollout": 6, "candidates": 2, "first_step": 1, "threshold": 0.0}
+    config = {
+        "model": {"family": family, "path": "model", "resolution": RESOLUTION},
+        "sampling": {"steps": 5},
+        "prepare": {
+            "prompts": {"source": "prompts.txt"},
+            "preferences": {"source": "pairs.parquet"},
+            "validation_fraction": 0.2,
+            "test_fraction": 0.2,
+        },
+        "train_preference": {
+            "start_from": "clip",
+            "steps": 3,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "warmup_steps": 1,
+            "evaluate_timesteps": [1, 501],
+        },
+        "align": {"spo": {**spo, "branch_steps": 4 if family == "sdxl" else 1, "checkpoints": 2, "batch_size": 8}},
+        "evaluate": {
+            "num_prompts": 4,
+            "num_validation_prompts": 3,
+            "steps": 3,
+            "batch_size": 4,
+            "metrics": [{"kind": "oracle"}, {"kind": "clip", "name": "clipscore", "model": "clip"}],
+            "primary": "aesthetic",
+            "guarded": ["clipscore"],
+            "bootstrap_samples": 200,
+        },
+    }
+    (root / "configs" / "own.yaml").write_text(yaml.safe_dump(config))
+    (root / "params.yaml").write_text("profile: own\nmethods: [spo]\n")
+    return root
+
+
+def spo(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    here = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "spo", *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pipeline_goes_from_prompts_and_pairs_to_a_report_and_a_lora(family, tmp_path):
+    root = make_project(tmp_path / "project", family)
+    for command in (["prepare"], ["train_preference"], ["align", "spo"], ["evaluate"], ["report"]):
+        done = spo(root, *command)
+        assert done.returncode == 0, done.stderr[-2000:]
+    run = root / "runs" / "own"
+    metrics = json.loads((run / "evaluate" / "metrics.json").read_text())
+    for score in ("aesthetic", "alignment", "clipscore"):
+        gain = metrics["eta_0"]["spo_vs_base"][score]
+        assert gain["low"] <= gain["difference"] <= gain["high"]
+    assert metrics["eta_0"]["contrast"]["factor"] >= 1
+    with (run / "evaluate" / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 4  # columns, samplers, prompts
+    assert len(list((run / "evaluate" / "images" / "spo").glob("*.png"))) == 4
+    assert "<html" in (run / "report" / "report.html").read_text()
+
+    pipeline = DiffusionPipeline.from_pretrained(root / "model", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    assert (run / "evaluate" / "lora" / "spo" / WEIGHTS).is_file()
+    pipeline.load_lora_weights(run / "evaluate" / "lora" / "spo")
+    assert pipeline.get_active_adapters()
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_a_stage_with_one_line_and_nothing_half_written(tmp_path):
+    root = make_project(tmp_path / "project", "sd15")
+    done = spo(root, "train_preference")  # before prepare
+    assert done.returncode == 1
+    assert "run `python -m spo prepare`" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (root / "runs").exists()

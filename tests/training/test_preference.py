@@ -1,0 +1,109 @@
+"""Training the step-aware preference model over real networks of random weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator
+
+from spo.config import SamplingConfig, TrainPreferenceConfig
+from spo.preference.checkpoint import load_clip
+from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
+from spo.training.preference import LabelledPairs, StepAwareTraining
+from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = new_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_clip(new_clip(tokenizer), tokenizer, folder / "clip")
+    return make_tiny_pipeline("sd15", folder / "base"), folder / "clip"
+
+
+@pytest.fixture
+def training(folders: tuple[Path, Path]) -> StepAwareTraining:
+    config = TrainPreferenceConfig(start_from="-", steps=30, batch_size=8, learning_rate=1e-3, warmup_steps=2)
+    base = make_tiny_denoiser("sd15", folders[0], sampling=SamplingConfig(steps=5))
+    return StepAwareTraining(base, load_clip(folders[1], generator=Generator().manual_seed(0)), config)
+
+
+def make_pairs(training: StepAwareTraining, n: int = 16) -> LabelledPairs:
+    """Bright images are preferred to dark ones; either may come first."""
+    generator = Generator().manual_seed(1)
+    level = torch.tensor([0.9, 0.1]).view(1, 2, 1, 1, 1)
+    images = level + 0.05 * torch.randn(n, 2, 3, RESOLUTION, RESOLUTION, generator=generator)
+    label = torch.tensor([[1.0, 0.0]]).repeat(n, 1)
+    images[::2], label[::2] = images[::2].flip(1), label[::2].flip(1)
+    latents = training.base.encode_images(images.flatten(0, 1).clamp(0, 1)).unflatten(0, (n, 2))
+    return LabelledPairs(latents, label, torch.ones(n), ["a red circle"] * n)
+
+
+def test_two_equal_images_score_equally_because_they_share_their_noise(training):
+    pairs = make_pairs(training, 4)
+    same = replace(pairs, latents=pairs.latents[:, :1].expand_as(pairs.latents))
+    scores = training.scores(same, torch.arange(4), torch.full((4,), 501), Generator().manual_seed(0))
+    torch.testing.assert_close(scores[:, 0], scores[:, 1], rtol=1e-4, atol=1e-4)
+
+
+def test_both_images_and_both_halves_of_the_guidance_take_one_unet_call(training):
+    calls = []
+    training.base.unet.register_forward_hook(lambda *_: calls.append(1))
+    training.base.forwards = 0
+    training.scores(make_pairs(training, 4), torch.arange(4), torch.full((4,), 501), Generator().manual_seed(0))
+    assert training.base.forwards == 4 * 2 * 2
+    assert len(calls) == 1
+
+
+def test_at_a_small_t_the_model_sees_the_clean_images(training):
+    pairs = make_pairs(training, 4)
+    noise = torch.randn(pairs.latents.shape, generator=Generator().manual_seed(0))
+    cond = training.base.encode(list(pairs.captions))
+    seen = training.views(pairs.latents, noise, torch.zeros(4, dtype=torch.long), cond)
+    clean = training.base.decode(pairs.latents.flatten(0, 1))
+    noisy = training.views(pairs.latents, noise, torch.full((4,), 901), cond)
+    assert (seen - clean).abs().mean() < 0.1 * (noisy - clean).abs().mean()
+
+
+def test_training_learns_the_preference_and_leaves_the_base_alone(training):
+    pairs = make_pairs(training)
+    before = [parameter.clone() for parameter in training.base.unet.parameters()]
+    start, count = training.accuracy(pairs, 1, seed=0)
+    rows = list(training.train(pairs, seed=0))
+    assert count == 16
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert training.accuracy(pairs, 1, seed=0)[0] > max(start, 0.9)
+    assert all(torch.equal(one, other) for one, other in zip(before, training.base.unet.parameters(), strict=True))
+
+
+def test_the_vision_tower_comes_to_depend_on_t(training):
+    list(training.train(make_pairs(training), seed=0))
+    assert all(layer.weight.abs().sum() > 0 for layer in training.model.layer_modulation)
+
+
+def test_swapped_labels_turn_the_accuracy_round(training):
+    pairs = make_pairs(training)
+    accuracy, _ = training.accuracy(pairs, 301, seed=0)
+    swapped, _ = training.accuracy(replace(pairs, label=pairs.label.flip(1)), 301, seed=0)
+    assert accuracy + swapped == pytest.approx(1)
+
+
+def test_ties_are_learned_from_but_not_counted(training):
+    pairs = make_pairs(training)
+    label = pairs.label.clone()
+    label[:4] = 0.5
+    assert training.accuracy(replace(pairs, label=label), 1, seed=0)[1] == 12
+
+
+def test_the_same_seed_trains_the_same_model(folders):
+    def train() -> torch.Tensor:
+        config = TrainPreferenceConfig(start_from="-", steps=3, batch_size=4, learning_rate=1e-3, warmup_steps=1)
+        base = make_tiny_denoiser("sd15", folders[0], sampling=SamplingConfig(steps=5))
+        training = StepAwareTraining(base, load_clip(folders[1], generator=Generator().manual_seed(0)), config)
+        list(training.train(make_pairs(training), seed=5))
+        return torch.cat([parameter.flatten() for parameter in training.model.parameters()])
+
+    assert torch.equal(train(), train())
