@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Literal, get_args
 
 from prefect import task
@@ -52,9 +53,10 @@ def run_stage(stage: Stage, *, force: bool = False) -> State:
 
 
 def _environment() -> Mapping[str, str]:
-    """The stage's environment: unbuffered, so that lines come live, and with the run that its tracking belongs to."""
+    """The stage's environment: this Python first, lines unbuffered, and the run that its tracking belongs to."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     pipeline_run = {"SPO_PIPELINE_RUN": str(flow_run.id)} if flow_run.id else {}
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "true", **pipeline_run}
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "true", **pipeline_run}
 
 
 class _Process:
