@@ -45,12 +45,17 @@ def blotch_fields(side: int) -> tuple[Tensor, Tensor]:
     return u.contiguous(), d
 
 
+@lru_cache(maxsize=8)
+def _excess(side: int) -> Tensor:
+    """(25,) share of the variance in each blotch field that is the blotches' own: d^2 / (d^2 + lambda)."""
+    _, d = blotch_fields(side)
+    return d**2 / (d**2 + NOISE_RATIO * (side / REFERENCE_SIDE) ** 2)
+
+
 def whiten(y: Tensor, side: int) -> Tensor:
     """Fields y (..., side^2) with the blotches' share taken down to a pixel error's."""
-    u, d = blotch_fields(side)
-    ridge = NOISE_RATIO * (side / REFERENCE_SIDE) ** 2
-    shrink = 1 - (ridge / (d**2 + ridge)).sqrt()
-    return y - ((y @ u) * shrink) @ u.T
+    u, _ = blotch_fields(side)
+    return y - ((y @ u) * (1 - (1 - _excess(side)).sqrt())) @ u.T
 
 
 @lru_cache(maxsize=1)
@@ -84,8 +89,11 @@ def _regress(mask: Tensor, values: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return solution[:, 0], solution[:, 1]
 
 
-def _draw(shape: Tensor, parameters: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Coverage (n, side, side) and its derivatives (n, 4, side, side) by the parameters."""
+def _draw(shape: Tensor, parameters: Tensor, side: int) -> Tensor:
+    """Columns (n, 6, side, side): a constant 1, the coverage, and its derivatives by the four parameters.
+
+    parameters: (n, 4) of centre x and y, log radius and log softness.
+    """
     n = len(shape)
     x, y, log_radius, log_softness = (column.view(n, 1, 1) for column in parameters.T)
     grid_x, grid_y = pixel_grid(n, side)
@@ -93,35 +101,39 @@ def _draw(shape: Tensor, parameters: Tensor, side: int) -> tuple[Tensor, Tensor]
     softness = log_softness.exp()
     distance = signed_distance(shape, off_x, off_y, log_radius.exp())
     mask = coverage(distance, softness.view(n))
-    by_softness = mask * (1 - mask) * distance * (REFERENCE_SIDE / 0.6) / softness
     slope_x, slope_y = torch.zeros_like(mask), torch.zeros_like(mask)
     slope_x[:, :, 1:-1] = (mask[:, :, 2:] - mask[:, :, :-2]) * (side / 2)
     slope_y[:, 1:-1] = (mask[:, 2:] - mask[:, :-2]) * (side / 2)
+    by_softness = mask * (1 - mask) * distance * (REFERENCE_SIDE / 0.6) / softness
+    columns = torch.ones(n, 6, side, side)
+    columns[:, 1] = mask
+    columns[:, 2], columns[:, 3] = -slope_x, -slope_y
     # distances are homogeneous in (x, y, radius), so Euler's theorem gives the derivative by the radius
-    by_radius = -by_softness - off_x * slope_x - off_y * slope_y
-    return mask, torch.stack([-slope_x, -slope_y, by_radius, by_softness], dim=1)
+    columns[:, 4] = -by_softness - off_x * slope_x - off_y * slope_y
+    columns[:, 5] = by_softness
+    return columns
 
 
 def _step(shape: Tensor, parameters: Tensor, target: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Misfit (n,) at the parameters and the damped Gauss-Newton step (n, 4); target (n, side^2) is whitened."""
-    mask, derivatives = _draw(shape, parameters, side)
-    n = len(mask)
-    columns = torch.cat([torch.ones(n, 1, side**2), mask.view(n, 1, -1), derivatives.flatten(2)], dim=1)
-    columns = whiten(columns, side)  # (n, 6, side^2)
-    gram = columns @ columns.mT
-    moment = (columns @ target[:, :, None])[:, :, 0]  # (n, 6)
-    line = torch.linalg.solve(gram[:, :2, :2] + 1e-6 * torch.eye(2), moment[:, :2])  # intercept, slope
-    fitted = (line * moment[:, :2]).sum(1)
-    level = moment[:, 0] ** 2 / gram[:, 0, 0].clamp_min(1e-9)
-    structure = target.square().sum(1) - level
-    misfit = ((target.square().sum(1) - fitted) / structure.clamp_min(1e-9)).clamp(0, 1)
-    gain = torch.ones(n, 6)
-    gain[:, 2:] = line[:, 1:]
-    gram = gram * gain[:, :, None] * gain[:, None, :]
-    moment = moment * gain - (gram[:, :, :2] * line[:, None, :]).sum(2)
+    """Misfit (n,) at the parameters and the damped Gauss-Newton step (n, 4) from there; target (n, side^2) is whitened.
+
+    Misfit: what the constant and the drawing leave of the target, over what the constant alone leaves.
+    """
+    columns = _draw(shape, parameters, side).flatten(2)
+    shares = columns @ blotch_fields(side)[0]
+    gram = columns @ columns.mT - (shares * _excess(side)) @ shares.mT  # of the whitened columns, (n, 6, 6)
+    moment = (columns @ whiten(target, side)[:, :, None])[:, :, 0]  # (n, 6)
+    line = torch.linalg.solve(gram[:, :2, :2] + 1e-6 * torch.eye(2), moment[:, :2])  # intercept, contrast
+    energy = target.square().sum(dim=1)
+    structure = energy - moment[:, 0] ** 2 / gram[:, 0, 0]
+    misfit = ((energy - (line * moment[:, :2]).sum(dim=1)) / structure.clamp_min(1e-9)).clamp(0, 1)
+    # the drawing moves by contrast times its derivatives
+    scale = torch.cat([torch.ones(len(line), 2), line[:, 1:].expand(-1, 4)], dim=1)
+    residual = (moment - (gram[:, :, :2] @ line[:, :, None])[:, :, 0]) * scale
+    gram = gram * scale[:, :, None] * scale[:, None, :]
     damped = gram + torch.diag_embed(0.01 * gram.diagonal(dim1=1, dim2=2) + 1e-6)
-    step = torch.linalg.solve(damped, moment)[:, 2:]
     limit = torch.tensor([0.05, 0.05, 0.2, 0.6])
+    step = torch.linalg.solve(damped, residual)[:, 2:]
     return misfit, torch.maximum(torch.minimum(step, limit), -limit)
 
 
@@ -149,7 +161,7 @@ def _start(images: Tensor) -> tuple[Tensor, Tensor]:
     x, y, radius = table[best.indices].unbind(2)
     parameters = torch.stack([x, y, radius.log(), torch.full_like(x, math.log(2.0))], dim=2)
     shape = best.values.argmax(1)
-    mask, _ = _draw(shape, parameters[torch.arange(n), shape], BANK_SIDE)
+    mask = _draw(shape, parameters[torch.arange(n), shape], BANK_SIDE)[:, 1]
     _, axis = _regress(mask.flatten(1), small, BANK_SIDE)
     return parameters, axis
 
@@ -160,6 +172,7 @@ def trace(images: Tensor) -> Drawing:
     start, axis = _start(images)
     axis = F.normalize(axis, dim=1)
     projected = torch.einsum("nchw,nc->nhw", images, axis)
+    projected = projected - projected.mean(dim=(1, 2), keepdim=True)
     middle = F.adaptive_avg_pool2d(projected[:, None], FIT_SIDE).flatten(1)
     shapes = torch.arange(len(SHAPES)).repeat(n)
     target = whiten(middle, FIT_SIDE).repeat_interleave(len(SHAPES), dim=0)
@@ -168,7 +181,7 @@ def trace(images: Tensor) -> Drawing:
     shape = misfit.argmin(1)
     chosen = parameters.view(n, len(SHAPES), 4)[torch.arange(n), shape]
     fine_misfit, chosen = _refine(shape, chosen, whiten(projected.flatten(1), side), side, FINE_STEPS)
-    mask, _ = _draw(shape, chosen, side)
+    mask = _draw(shape, chosen, side)[:, 1]
     outside, contrast = _regress(mask.flatten(1), images.flatten(2), side)
     x, y, log_radius, log_softness = chosen.T
     best = torch.arange(len(SHAPES)) == shape[:, None]

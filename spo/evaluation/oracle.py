@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spo.data.world import (
@@ -38,7 +39,8 @@ PARTS = {"shape": SHAPES, "colour": BACKGROUNDS, "background": BACKGROUNDS, "siz
 
 VEILS = (-0.3, 0.9, 121)  # the grid that is searched; below 0 colours are more glaring than the palette's
 GREY_WEIGHT = 0.4  # of errors in lightness against errors in hue: blotches are mostly light and dark
-COLOUR_STD, COLOUR_NONE = 0.03, 0.25  # error of a measured colour; distance beyond which it is none of the palette
+MIXTURE_WEIGHT = 0.15  # of errors of the object's colour towards or away from its background: a small one runs into it
+COLOUR_STD, COLOUR_NONE = 0.02, 0.25  # error of a measured colour; distance beyond which it is none of the palette
 COLOUR_SLACK, COLOUR_RANGE = 0.05, 0.3  # distance from the palette that is forgiven, and that costs all of vivid
 MISFIT_FLOOR, MISFIT_NONE, MISFIT_POWER = 0.004, 0.35, 5  # odds of a shape are misfit^-5; none of them at .35
 SIZE_STD = 0.006  # width of the border between small and large
@@ -122,12 +124,14 @@ def _colours(drawing: Drawing) -> tuple[Tensor, Tensor, Tensor]:
     Both colours lie under the same veil f: C (1 - f) + VEIL f. The one that brings both nearest to the palette is
     taken. The distance that is left also costs vividness, so that contrast or saturation do not pass for it.
     """
+    axis = F.normalize(drawing.inside - drawing.outside, dim=1)[:, None, None]
     palette = torch.tensor(list(PALETTE.values()))
     veil = torch.linspace(*VEILS)
     veiled = palette[:, None] * (1 - veil[:, None]) + VEIL * veil[:, None]  # (palette, veils, 3)
 
-    def squared_distance(colour: Tensor) -> Tensor:
+    def squared_distance(colour: Tensor, axis_weight: float) -> Tensor:
         error = colour[:, None, None] - veiled
+        error = error - (1 - math.sqrt(axis_weight)) * (error * axis).sum(dim=-1, keepdim=True) * axis
         lightness = error.mean(dim=-1, keepdim=True)
         return (error - lightness).square().sum(dim=-1) + 3 * GREY_WEIGHT * lightness[..., 0].square()
 
@@ -135,7 +139,8 @@ def _colours(drawing: Drawing) -> tuple[Tensor, Tensor, Tensor]:
         none = torch.full((len(cost), 1), COLOUR_NONE**2)
         return torch.softmax(-torch.cat([cost, none], dim=1) / (2 * COLOUR_STD**2), dim=1)[:, :-1]
 
-    inside, outside = squared_distance(drawing.inside), squared_distance(drawing.outside)  # (n, palette, veils)
+    inside = squared_distance(drawing.inside, MIXTURE_WEIGHT)  # (n, palette, veils)
+    outside = squared_distance(drawing.outside, 1.0)
     nearest_inside, nearest_outside = inside[:, : len(COLOURS)].amin(dim=1), outside.amin(dim=1)
     best = (nearest_inside + nearest_outside).min(dim=1)
     excess = (best.values.sqrt() - COLOUR_SLACK).clamp_min(0)

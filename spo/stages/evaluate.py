@@ -5,6 +5,7 @@ column shows what the best change of contrast alone makes of the base's images.
 """
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class Result:
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     """Write images/, lora/, samples.png, scores.csv, validation.csv and metrics.json to runs/<profile>/evaluate."""
+    start = time.perf_counter()
     evaluation = Evaluation(config, root)
     with atomic_path(root / config.folder("evaluate")) as folder:
         folder.mkdir()
@@ -63,7 +65,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         results = evaluation.compare(chosen)
         write_csv(folder / "validation.csv", validation)
         write_csv(folder / "scores.csv", evaluation.rows(results))
-        metrics = evaluation.metrics(results, chosen)
+        metrics = {**evaluation.metrics(results, chosen), "seconds": round(time.perf_counter() - start, 1)}
         write_json(folder / "metrics.json", metrics)
         first = [result for result in results if result.eta == config.evaluate.etas[0]]
         for result in first:

@@ -8,6 +8,7 @@ training; other captions are split by the same hash of caption and seed.
 """
 
 import json
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -25,12 +26,14 @@ from spo.tracking import Tracker
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> dict[str, Any]:
     """Run the stage below `root`; its metrics. DataError if a source cannot be read or yields nothing for a side."""
+    start = time.perf_counter()
     with atomic_path(root / config.folder("prepare")) as folder:
         folder.mkdir(parents=True)
         with (folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as log:
             split, prompt_counts = _prepare_prompts(config, root, folder, log)
             pair_counts = _prepare_preferences(config, root, folder, log, split)
-        metrics = {"prompts": prompt_counts, "preferences": pair_counts}
+        seconds = round(time.perf_counter() - start, 1)
+        metrics = {"prompts": prompt_counts, "preferences": pair_counts, "seconds": seconds}
         write_json(folder / "metrics.json", metrics)
     tracker.log_metrics(metrics)
     return metrics

@@ -1,5 +1,6 @@
 """Train the step-aware preference model on the prepared pairs, or take over one that is named."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PAIRS_AT_A_TIME = 32
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     """Write model/, accuracy.csv, history.csv and metrics.json to runs/<profile>/train_preference."""
+    start = time.perf_counter()
     settings = config.train_preference
     prepared = root / config.folder("prepare") / "preferences"
     device = best_device()
@@ -54,7 +56,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         save_preference_model(preference.model.cpu(), preference.tokenizer, preference.preprocess, folder / "model")
         write_csv(folder / "accuracy.csv", accuracy)
         write_csv(folder / "history.csv", history)
-        write_json(folder / "metrics.json", _metrics(accuracy, history))
+        write_json(folder / "metrics.json", _metrics(accuracy, history, time.perf_counter() - start))
     for row in accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
 
@@ -82,13 +84,19 @@ def _accuracies(training: StepAwareTraining, pairs: LabelledPairs, name: str, co
     return rows
 
 
-def _metrics(accuracy: list[dict[str, Any]], history: list[dict[str, float]]) -> dict[str, Any]:
+def _metrics(accuracy: list[dict[str, Any]], history: list[dict[str, float]], seconds: float) -> dict[str, Any]:
     by_model: dict[str, dict[str, float]] = {}
     for row in accuracy:
         by_model.setdefault(row["model"], {})[f"t_{row['timestep']}"] = round(row["accuracy"], 4)
     tail = history[-50:]
     loss = {"loss": round(sum(row["loss"] for row in tail) / len(tail), 4)} if tail else {}
-    return {"accuracy": by_model, "pairs": accuracy[0]["n"], "steps": len(history), **loss}
+    return {
+        "accuracy": by_model,
+        "pairs": accuracy[0]["n"],
+        "steps": len(history),
+        **loss,
+        "seconds": round(seconds, 1),
+    }
 
 
 def load_pairs(path: Path, base: LatentDiffusion, config: Config, *, limit: int | None = None) -> LabelledPairs:

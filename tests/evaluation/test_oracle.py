@@ -232,7 +232,7 @@ def test_noise_over_a_good_picture_costs_cleanness() -> None:
 
 @pytest.mark.parametrize("side", [48, 96])
 def test_other_sides_are_judged_alike(side: int) -> None:
-    attributes, quality, images, prompts = draw(64, flaw=1.0, side=side)
+    _, quality, images, prompts = draw(64, flaw=1.0, side=side)
     scores = judge(images, prompts)
     assert scores["correct"].mean() >= 0.95
     assert spearman(scores["crisp"], -quality[:, 1]) > 0.95

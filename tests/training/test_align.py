@@ -85,7 +85,7 @@ def test_another_seed_gives_other_weights(pipeline, tmp_path):
 
 
 def test_an_epoch_without_a_kept_pair_ends_the_run_with_the_mend(pipeline, tmp_path):
-    with pytest.raises(TrainingError, match="no pair was kept in a whole epoch: threshold=1.0.*lower"):
+    with pytest.raises(TrainingError, match=r"no pair was kept in a whole epoch: threshold=1\.0.*lower"):
         train(pipeline, tmp_path / "run", threshold=1.0)
 
 
