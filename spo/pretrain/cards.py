@@ -37,8 +37,10 @@ def preference(recipe: Recipe, accuracy: Mapping[str, float]) -> str:
     """Model card of data/base/tiny-preference."""
     return f"""# The embedded default's preference model to start from
 
-A `CLIPModel` of 0.26M parameters, what PickScore is to the real profiles: taught pictures and prompts, then
-{recipe.preference_steps} steps of preferences on clean pictures of the training prompts. Apache-2.0. {MADE}
+A `CLIPModel` of 0.26M parameters, what PickScore is to the real profiles: taught pictures and prompts
+({recipe.clip_steps} steps), then what flaws drawn pictures have ({recipe.perception_steps} steps), then preferences on
+clean pictures of the training prompts, generated and drawn in turn ({recipe.preference_steps} steps). Apache-2.0.
+{MADE}
 
 It agrees with {accuracy["accuracy"]:.3f} of the {accuracy["pairs"]} decided labels of held-out prompts; the labels
 themselves are noisy (see `data/preferences/tiny`).

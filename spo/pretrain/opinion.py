@@ -13,6 +13,7 @@ utility_0 - utility_1 + temperature * logistic noise > 0, and it is a tie when t
 import torch
 from torch import Generator, Tensor
 
+from spo.evaluation.metrics import score
 from spo.evaluation.oracle import judge
 
 
@@ -22,10 +23,14 @@ def _standardised(values: Tensor) -> Tensor:
 
 def utility(pictures: Tensor, prompts: list[str], *, share: float) -> Tensor:
     """Utilities (n,) of pictures (n, 3, h, w) in [0, 1] for their prompts."""
-    seen = judge(pictures, prompts)
-    finish = _standardised(seen["vivid"] + seen["crisp"] + seen["clean"])
-    content = _standardised(_standardised(seen["alignment"]) + _standardised(seen["centred"]))
-    return share**0.5 * finish + (1 - share) ** 0.5 * content
+    seen = score([judge], pictures, prompts)
+    return combine(seen["vivid"] + seen["crisp"] + seen["clean"], seen["alignment"], seen["centred"], share=share)
+
+
+def combine(finish: Tensor, alignment: Tensor, layout: Tensor, *, share: float) -> Tensor:
+    """Utilities (n,) of the three terms (n,), each standardised over the n."""
+    content = _standardised(_standardised(alignment) + _standardised(layout))
+    return share**0.5 * _standardised(finish) + (1 - share) ** 0.5 * content
 
 
 def label(utility_0: Tensor, utility_1: Tensor, *, temperature: float, tie: float, generator: Generator) -> Tensor:

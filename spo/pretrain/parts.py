@@ -22,8 +22,16 @@ from spo.models.load import build
 from spo.preference.accuracy import pairwise_accuracy
 from spo.pretrain.clip import new_clip, new_tokenizer, save_clip, text_encoder_of, train_clip
 from spo.pretrain.denoiser import draw_latents, new_unet, save_pipeline, train_denoiser
+from spo.pretrain.opinion import utility
 from spo.pretrain.pairs import Pool, compare, sample_pool
-from spo.pretrain.preference import scores, train_preference
+from spo.pretrain.preference import (
+    Opinion,
+    drawn_groups,
+    generated_groups,
+    score_groups,
+    train_perception,
+    train_preference,
+)
 from spo.pretrain.recipe import RECIPE
 from spo.pretrain.vae import finish_vae, new_vae, train_vae
 from spo.progress import progress
@@ -132,32 +140,57 @@ def make_preference(folder: Path, clip_folder: Path, pool: Pool, config: Config)
     """The preference model that the step-aware one starts from; it never sees the prompts that `prepare` holds out."""
     clip, tokenizer = CLIPModel.from_pretrained(clip_folder).train(), CLIPTokenizer.from_pretrained(clip_folder)
     random = generator(4)
+    scenes = all_scenes()
     split = split_prompts(
-        [scene.prompt for scene in all_scenes()],
+        [scene.prompt for scene in scenes],
         seed=config.seed,
         validation_fraction=config.prepare.validation_fraction,
         test_fraction=config.prepare.test_fraction,
     )
     known = set(split.train)
-    mask = torch.tensor([pool.prompts[i] in known for i in pool.first.tolist()])
-    rows, held_out = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    scenes = [scene for scene in scenes if scene.prompt in known]
+    perception = train_perception(
+        clip,
+        scenes,
+        steps=RECIPE.perception_steps,
+        batch_size=RECIPE.perception_batch,
+        learning_rate=RECIPE.perception_rate,
+        generator=random,
+    )
+    _watch(perception, RECIPE.perception_steps, "perception")
+    members: dict[str, list[int]] = {}
+    for i, prompt in enumerate(pool.prompts):
+        members.setdefault(prompt, []).append(i)
+    groups = [torch.tensor(members[prompt]) for prompt in split.train]
+    values = utility(pool.pictures, pool.prompts, share=RECIPE.share)
     steps = train_preference(
         clip,
         tokenizer,
-        pool,
-        rows,
+        [
+            generated_groups(pool.pictures, groups, split.train, values, RECIPE.preference_prompts),
+            drawn_groups(scenes, RECIPE.preference_prompts, RECIPE.share),
+        ],
+        Opinion(RECIPE.share, RECIPE.temperature, RECIPE.tie),
         steps=RECIPE.preference_steps,
-        batch_size=RECIPE.preference_batch,
         learning_rate=RECIPE.preference_rate,
         generator=random,
     )
     _watch(steps, RECIPE.preference_steps, "preference")
     save_clip(clip.eval(), tokenizer, folder)
-    with torch.no_grad():
-        judged = torch.cat([scores(clip, tokenizer, pool, part) for part in held_out.split(256)])
-    label = pool.label[held_out]
-    accuracy = pairwise_accuracy(judged, torch.stack([label, 1 - label], dim=1))
-    write_json(folder / "accuracy.json", {"accuracy": accuracy.accuracy, "pairs": accuracy.num_pairs})
+    write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, known))
+
+
+@torch.no_grad()
+def _held_out_accuracy(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, known: set[str]) -> dict[str, float]:
+    """On the shipped pairs of prompts that are not `known`."""
+    rows = torch.tensor([pool.prompts[i] not in known for i in pool.first.tolist()]).nonzero().flatten()
+    judged = []
+    for part in rows.split(128):
+        both = torch.stack([pool.pictures[pool.first[part]], pool.pictures[pool.second[part]]], dim=1).flatten(0, 1)
+        judged.append(score_groups(clip, tokenizer, both, [pool.prompts[i] for i in pool.first[part].tolist()]))
+    label = pool.label[rows]
+    accuracy = pairwise_accuracy(torch.cat(judged), torch.stack([label, 1 - label], dim=1))
+    return {"accuracy": accuracy.accuracy, "pairs": accuracy.num_pairs}
 
 
 def read_accuracy(folder: Path) -> dict[str, float]:

@@ -1,6 +1,12 @@
-"""What PickScore is to Stable Diffusion: the embedded default's CLIP, taught preferences on clean pictures."""
+"""What PickScore is to Stable Diffusion: the embedded default's CLIP, taught preferences on clean pictures.
 
-from collections.abc import Iterator
+First it learns to see how pictures are finished, which CLIP's captions of the web teach it and the world's prompts do
+not; then whole groups of pictures of one prompt are compared, generated and freshly drawn ones in turn, labelled by
+the generic opinion of `spo/pretrain/opinion.py`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -8,41 +14,132 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.core.losses import preference_loss
+from spo.data.world import Scene, draw_attributes, draw_quality, render
 from spo.pretrain.clip import normalise, token_ids
-from spo.pretrain.pairs import Pool
+from spo.pretrain.opinion import combine, label
+
+GROUP = 8  # pictures of one prompt that are compared with one another
+OTHER = (0.1, 0.1, 0.35, 0.1)  # chance that a drawn picture has another size, colour, shape, background than was asked
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """How labels are made of utilities."""
+
+    share: float
+    temperature: float
+    tie: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures (p * GROUP, 3, 64, 64) in [0, 1] of p prompts, and their utilities (p * GROUP,)."""
+
+    pictures: Tensor
+    prompts: list[str]  # p
+    utility: Tensor
+
+
+def train_perception(
+    clip: CLIPModel, scenes: Sequence[Scene], *, steps: int, batch_size: int, learning_rate: float, generator: Generator
+) -> Iterator[dict[str, float]]:
+    """Teach the vision tower the true flaws of drawn pictures, through a linear head that is thrown away."""
+    head = nn.Linear(clip.config.vision_config.hidden_size, 4)
+    for step in _schedule([*clip.vision_model.parameters(), *head.parameters()], steps, learning_rate):
+        chosen = torch.randint(len(scenes), (batch_size,), generator=generator).tolist()
+        quality = draw_quality(batch_size, generator)
+        pictures = render(draw_attributes([scenes[i] for i in chosen], generator), quality, generator)
+        seen = head(clip.vision_model(pixel_values=normalise(pictures)).pooler_output)
+        truth = torch.cat([quality[:, :3], quality[:, 3:].norm(dim=1, keepdim=True)], dim=1)
+        loss = F.mse_loss(seen, (truth - truth.mean(dim=0)) / truth.std(dim=0))
+        step(loss)
+        yield {"unexplained": loss.item()}
 
 
 def train_preference(
     clip: CLIPModel,
     tokenizer: CLIPTokenizer,
-    pool: Pool,
-    rows: Tensor,
+    draw: Sequence[Callable[[Generator], Group]],
+    opinion: Opinion,
     *,
     steps: int,
-    batch_size: int,
     learning_rate: float,
     generator: Generator,
 ) -> Iterator[dict[str, float]]:
-    """Teach the CLIP the labels of the pairs `rows` (indices of the pool's pairs), in place."""
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (0.95 * (1 - step / steps) + 0.05)
-        chosen = rows[torch.randint(len(rows), (batch_size,), generator=generator)]
-        label = torch.stack([pool.label[chosen], 1 - pool.label[chosen]], dim=1)
-        loss = preference_loss(scores(clip, tokenizer, pool, chosen), label, torch.ones(batch_size))
-        optimizer.zero_grad()
-        loss.value.backward()
-        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
+    """Teach the CLIP the labels of all pairs within groups, in place; the sources in `draw` take turns."""
+    one, other = torch.triu_indices(GROUP, GROUP, 1)
+    for number, step in enumerate(_schedule(list(clip.parameters()), steps, learning_rate)):
+        group = draw[number % len(draw)](generator)
+        utility = group.utility.unflatten(0, (-1, GROUP))
+        mirrored = torch.rand(len(group.pictures), 1, 1, 1, generator=generator) < 0.5
+        pictures = torch.where(mirrored, group.pictures.flip(-1), group.pictures)
+        scores = score_groups(clip, tokenizer, pictures, group.prompts)
+        first = label(
+            utility[:, one].flatten(),
+            utility[:, other].flatten(),
+            temperature=opinion.temperature,
+            tie=opinion.tie,
+            generator=generator,
+        )
+        pairs = torch.stack([scores[:, one].flatten(), scores[:, other].flatten()], dim=1)
+        loss = preference_loss(pairs, torch.stack([first, 1 - first], dim=1), torch.ones(len(first)))
+        step(loss.value)
         yield {"loss": loss.value.item(), "accuracy": loss.metrics["accuracy"].item()}
 
 
-def scores(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, chosen: Tensor) -> Tensor:
-    """Scores (m, 2) of the pairs at `chosen` (m,)."""
-    prompts = [pool.prompts[i] for i in pool.first[chosen].tolist()]
+def score_groups(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, prompts: list[str]) -> Tensor:
+    """Scores (p, m) of pictures (p * m, 3, 64, 64) for p prompts."""
     text = F.normalize(clip.get_text_features(input_ids=token_ids(tokenizer, prompts)).pooler_output, dim=1)
-    pictures = torch.stack([pool.pictures[pool.first[chosen]], pool.pictures[pool.second[chosen]]], dim=1)
-    images = clip.get_image_features(pixel_values=normalise(pictures.flatten(0, 1))).pooler_output
-    images = F.normalize(images, dim=1).unflatten(0, (-1, 2))
-    return clip.logit_scale.exp() * (images * text[:, None]).sum(dim=-1)
+    images = F.normalize(clip.get_image_features(pixel_values=normalise(pictures)).pooler_output, dim=1)
+    return clip.logit_scale.exp() * (images.unflatten(0, (len(prompts), -1)) * text[:, None]).sum(dim=-1)
+
+
+def drawn_groups(scenes: Sequence[Scene], num: int, share: float) -> Callable[[Generator], Group]:
+    """Freshly drawn groups of `num` prompts; some pictures show something else than was asked."""
+
+    def draw(generator: Generator) -> Group:
+        asked = [scenes[i] for i in torch.randint(len(scenes), (num,), generator=generator).tolist()]
+        repeated = [scene for scene in asked for _ in range(GROUP)]
+        attributes = draw_attributes(repeated, generator)
+        strangers = [scenes[i] for i in torch.randint(len(scenes), (len(repeated),), generator=generator).tolist()]
+        swap = torch.rand(attributes.shape, generator=generator) < torch.tensor(OTHER)
+        shown = torch.where(swap, draw_attributes(strangers, generator), attributes)
+        hidden = shown[:, 1] == shown[:, 3]  # object and background of one colour
+        shown[hidden] = attributes[hidden]
+        named = torch.tensor([[s.size is not None, True, True, s.background is not None] for s in repeated])
+        right = ((shown == attributes) | ~named).float().mean(dim=1)
+        quality = draw_quality(len(repeated), generator)
+        finish = -(quality[:, :3] / torch.tensor([0.6, 4.0, 0.18])).sum(dim=1)
+        utility = combine(finish, right, -quality[:, 3:].norm(dim=1), share=share)
+        return Group(render(shown, quality, generator), [scene.prompt for scene in asked], utility)
+
+    return draw
+
+
+def generated_groups(
+    pictures: Tensor, members: Sequence[Tensor], prompts: Sequence[str], utility: Tensor, num: int
+) -> Callable[[Generator], Group]:
+    """Groups out of a pool of pictures: `members` holds the GROUP indices of each of the prompts."""
+
+    def draw(generator: Generator) -> Group:
+        chosen = torch.randint(len(members), (num,), generator=generator).tolist()
+        index = torch.cat([members[i] for i in chosen])
+        return Group(pictures[index], [prompts[i] for i in chosen], utility[index])
+
+    return draw
+
+
+def _schedule(parameters: list[nn.Parameter], steps: int, learning_rate: float) -> Iterator[Callable[[Tensor], None]]:
+    """AdamW updates with a warm-up of 50 steps and a linear decay."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+
+    def update(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (0.95 * (1 - step / steps) + 0.05)
+        yield update

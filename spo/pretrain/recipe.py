@@ -28,10 +28,13 @@ class Recipe:
     share: float = 0.25  # of the opinion's variance that is owed to finish
     temperature: float = 0.3  # of the opinion's logistic error, in standard deviations of utility
     tie: float = 0.1
-    # CLIP: preferences
-    preference_steps: int = 600
-    preference_batch: int = 64
-    preference_rate: float = 5e-4
+    # CLIP: how pictures are finished, then preferences
+    perception_steps: int = 800
+    perception_batch: int = 96
+    perception_rate: float = 2e-3
+    preference_steps: int = 900
+    preference_prompts: int = 12  # a step, with 8 pictures each
+    preference_rate: float = 1.5e-3
     # figures of the model card
     judged: int = 288
 

@@ -1,0 +1,189 @@
+"""The parts that the embedded default is made of; each learns something in a few steps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator
+
+from spo.data.preferences import PreferencePair, read_preferences
+from spo.data.world import all_scenes
+from spo.pretrain.clip import WORDS, new_clip, new_tokenizer, text_encoder_of, token_ids, train_clip
+from spo.pretrain.denoiser import Average, new_unet, train_denoiser
+from spo.pretrain.opinion import combine, label
+from spo.pretrain.pairs import Pool, compare, write_pairs
+from spo.pretrain.preference import (
+    Opinion,
+    drawn_groups,
+    generated_groups,
+    score_groups,
+    train_perception,
+    train_preference,
+)
+from spo.pretrain.vae import calibrate, draw_batch, finish_vae, new_vae, train_vae
+
+
+def fixed(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = new_vae(channels=(8, 16, 32, 64), latent_channels=8)
+    calibrate(made, fixed())
+    return made
+
+
+@torch.no_grad()
+def test_the_autoencoder_starts_with_block_means(vae):
+    pictures = draw_batch(16, fixed(1))
+    means = F.interpolate(F.avg_pool2d(pictures, 8), scale_factor=8)
+    decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+    assert (decoded - pictures).abs().mean() < 1.5 * (means - pictures).abs().mean()
+
+
+def test_finishing_the_autoencoder_scales_its_latents_and_changes_no_picture(vae):
+    pictures = draw_batch(16, fixed(1))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+        finish_vae(vae, fixed(2))
+        latents = vae.encode(draw_batch(256, fixed(2))).latent_dist.mean
+        after = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-2, rtol=0)
+
+
+def test_the_autoencoder_learns():
+    vae = new_vae(channels=(8, 16), latent_channels=8)
+    steps = train_vae(vae, steps=12, batch_size=4, learning_rate=1e-3, kl_weight=1e-4, generator=fixed())
+    errors = [step["error"] for step in steps]
+    assert sum(errors[-3:]) < sum(errors[:3])
+
+
+def test_every_word_of_the_world_is_one_token_and_prompts_fit():
+    tokenizer = new_tokenizer()
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
+    ids = token_ids(tokenizer, [scene.prompt for scene in all_scenes()])
+    assert (ids[:, -1] == tokenizer.eos_token_id).all()
+    assert len(ids.unique(dim=0)) == len(ids)
+
+
+def test_the_text_encoder_is_the_clips_text_tower():
+    tokenizer = new_tokenizer()
+    clip = new_clip(tokenizer)
+    ids = token_ids(tokenizer, ["a small red cross on a white background", "an orange circle"])
+    expected = clip.text_model(ids).last_hidden_state
+    torch.testing.assert_close(text_encoder_of(clip)(ids).last_hidden_state, expected)
+
+
+def test_the_clip_learns_which_prompt_belongs_to_which_picture():
+    tokenizer = new_tokenizer()
+    steps = train_clip(new_clip(tokenizer), tokenizer, steps=60, batch_size=32, learning_rate=2e-3, generator=fixed())
+    losses = [step["loss"] for step in steps]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_perception_of_flaws_is_learned():
+    clip = new_clip(new_tokenizer())
+    steps = train_perception(clip, all_scenes(), steps=60, batch_size=32, learning_rate=2e-3, generator=fixed())
+    unexplained = [step["unexplained"] for step in steps]
+    assert sum(unexplained[-10:]) < 0.95 * sum(unexplained[:10])
+
+
+def test_the_denoiser_learns_and_its_average_follows():
+    tokenizer = new_tokenizer()
+    unet, text_encoder = new_unet(4), text_encoder_of(new_clip(tokenizer))
+    latents = torch.randn(32, 4, 8, 8, generator=fixed())
+    scene_index = torch.randint(len(all_scenes()), (32,), generator=fixed())
+    steps = list(
+        train_denoiser(
+            unet,
+            text_encoder,
+            tokenizer,
+            latents,
+            scene_index,
+            steps=20,
+            batch_size=8,
+            learning_rate=2e-3,
+            generator=fixed(),
+        )
+    )
+    losses = [loss for loss, _ in steps]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    average = steps[-1][1]
+    assert any(not torch.equal(a, b) for a, b in zip(average.modules[0].parameters(), unet.parameters(), strict=True))
+    average.apply()
+    assert all(torch.equal(a, b) for a, b in zip(average.modules[0].parameters(), unet.parameters(), strict=True))
+
+
+def test_an_average_of_constant_weights_is_those_weights():
+    layer = torch.nn.Linear(2, 2)
+    average = Average(layer, decay=0.9)
+    for step in range(5):
+        average.update(step)
+    torch.testing.assert_close(average.modules[0].weight, layer.weight)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_share_is_the_part_of_the_utilitys_variance_that_finish_has(share):
+    finish, alignment, layout = torch.randn(3, 20_000, generator=fixed())
+    utility = combine(finish, alignment, layout, share=share)
+    correlation = torch.corrcoef(torch.stack([utility, finish]))[0, 1]
+    assert correlation**2 == pytest.approx(share, abs=0.02)
+
+
+def test_labels_follow_utility_with_errors_and_ties():
+    high, low = torch.ones(5000), torch.zeros(5000)
+    labels = label(high, low, temperature=0.5, tie=0.1, generator=fixed())
+    assert set(labels.tolist()) == {0.0, 0.5, 1.0}
+    decided = labels[labels != 0.5]
+    assert 0.8 < decided.mean() < 0.95
+    sure = label(high, low, temperature=1e-6, tie=0.1, generator=fixed())
+    assert (sure == 1).all()
+    assert (label(low, low, temperature=1e-6, tie=0.1, generator=fixed()) == 0.5).all()
+
+
+def make_pool() -> Pool:
+    prompts = [scene.prompt for scene in all_scenes()[:3]]
+    index = torch.arange(3).repeat_interleave(4)
+    pictures = draw_batch(12, fixed()) / 2 + 0.5
+    return compare(pictures, index, prompts, share=0.25, temperature=0.3, tie=0.1, generator=fixed())
+
+
+def test_every_picture_meets_two_others_of_its_prompt():
+    pool = make_pool()
+    assert sorted(pool.first.tolist()) == sorted(pool.second.tolist()) == list(range(12))
+    assert all(
+        pool.prompts[i] == pool.prompts[j] and i != j
+        for i, j in zip(pool.first.tolist(), pool.second.tolist(), strict=True)
+    )
+
+
+def test_written_pairs_are_read_by_the_users_importer(tmp_path):
+    pool = make_pool()
+    write_pairs(pool, tmp_path / "pairs.parquet", fixed())
+    pairs = list(read_preferences(str(tmp_path / "pairs.parquet")))
+    assert all(isinstance(pair, PreferencePair) for pair in pairs)
+    assert len(pairs) == 12
+    assert sorted(pair.label_0 for pair in pairs) == sorted(pool.label.tolist())
+
+
+def test_the_preference_model_learns_an_opinion_from_both_sources():
+    tokenizer = new_tokenizer()
+    clip = new_clip(tokenizer)
+    scenes = all_scenes()[:8]
+    pictures, utility = draw_batch(16, fixed()) / 2 + 0.5, torch.linspace(-2, 2, 16)
+    members = [torch.arange(8), torch.arange(8, 16)]
+    prompts = [scene.prompt for scene in scenes[:2]]
+    sources = [generated_groups(pictures, members, prompts, utility, 2), drawn_groups(scenes, 2, 0.25)]
+    steps = list(
+        train_preference(
+            clip, tokenizer, sources, Opinion(0.25, 0.05, 0.0), steps=60, learning_rate=1e-3, generator=fixed()
+        )
+    )
+    assert all(set(step) == {"loss", "accuracy"} for step in steps)
+    scores = score_groups(clip.eval(), tokenizer, pictures, prompts)
+    assert scores.shape == (2, 8)
+    ranks = torch.corrcoef(torch.stack([scores[0], utility[:8]]))[0, 1]
+    assert ranks > 0.5
