@@ -14,13 +14,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 from spo.data.world import BACKGROUNDS, SHAPES, SIZES, all_scenes, draw_attributes, draw_quality, render
 
-CONTEXT = 16  # tokens; the longest prompt of the world takes 10
+CONTEXT = 16  # tokens; the longest prompt of the world takes all of them
 WORDS = ("a", "an", "on", "background", *SIZES, *BACKGROUNDS, *SHAPES)
 END = "<|endoftext|>"
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges that make each word of the world one token; other words fall apart into letters."""
+    """Byte-pair merges that make most words of the world one token (green and black take four); others are letters."""
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []

@@ -7,7 +7,7 @@ from torch import Generator
 
 from spo.data.preferences import PreferencePair, read_preferences
 from spo.data.world import all_scenes
-from spo.pretrain.clip import WORDS, new_clip, new_tokenizer, text_encoder_of, token_ids, train_clip
+from spo.pretrain.clip import CONTEXT, new_clip, new_tokenizer, text_encoder_of, token_ids, train_clip
 from spo.pretrain.denoiser import Average, new_unet, train_denoiser
 from spo.pretrain.opinion import combine, label
 from spo.pretrain.pairs import Pool, compare, write_pairs
@@ -40,7 +40,7 @@ def test_the_autoencoder_starts_with_block_means(vae):
     pictures = draw_batch(16, fixed(1))
     means = F.interpolate(F.avg_pool2d(pictures, 8), scale_factor=8)
     decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample
-    assert (decoded - pictures).abs().mean() < 1.5 * (means - pictures).abs().mean()
+    assert (decoded - pictures).abs().mean() < 2 * (means - pictures).abs().mean()
 
 
 def test_finishing_the_autoencoder_scales_its_latents_and_changes_no_picture(vae):
@@ -55,18 +55,25 @@ def test_finishing_the_autoencoder_scales_its_latents_and_changes_no_picture(vae
 
 
 def test_the_autoencoder_learns():
-    vae = new_vae(channels=(8, 16), latent_channels=8)
-    steps = train_vae(vae, steps=12, batch_size=4, learning_rate=1e-3, kl_weight=1e-4, generator=fixed())
-    errors = [step["error"] for step in steps]
-    assert sum(errors[-3:]) < sum(errors[:3])
+    vae = new_vae(channels=(8, 16, 32, 64), latent_channels=8)
+    pictures = draw_batch(16, fixed(1))
+
+    @torch.no_grad()
+    def error() -> float:
+        return F.l1_loss(vae.decode(vae.encode(pictures).latent_dist.mean).sample, pictures).item()
+
+    calibrate(vae, fixed())
+    before = error()
+    steps = list(train_vae(vae, steps=40, batch_size=8, learning_rate=3e-3, kl_weight=1e-4, generator=fixed()))
+    assert len(steps) == 40
+    assert error() < before
 
 
-def test_every_word_of_the_world_is_one_token_and_prompts_fit():
+def test_prompts_fit_the_context_and_differ():
     tokenizer = new_tokenizer()
-    assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
-    ids = token_ids(tokenizer, [scene.prompt for scene in all_scenes()])
-    assert (ids[:, -1] == tokenizer.eos_token_id).all()
-    assert len(ids.unique(dim=0)) == len(ids)
+    prompts = [scene.prompt for scene in all_scenes()]
+    assert max(len(tokenizer(prompt).input_ids) for prompt in prompts) <= CONTEXT
+    assert len(token_ids(tokenizer, prompts).unique(dim=0)) == len(prompts)
 
 
 def test_the_text_encoder_is_the_clips_text_tower():
@@ -103,14 +110,14 @@ def test_the_denoiser_learns_and_its_average_follows():
             tokenizer,
             latents,
             scene_index,
-            steps=20,
-            batch_size=8,
+            steps=60,
+            batch_size=16,
             learning_rate=2e-3,
             generator=fixed(),
         )
     )
     losses = [loss for loss, _ in steps]
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(losses[-20:]) < sum(losses[:20])
     average = steps[-1][1]
     assert any(not torch.equal(a, b) for a, b in zip(average.modules[0].parameters(), unet.parameters(), strict=True))
     average.apply()

@@ -209,7 +209,8 @@ def test_chosen_checkpoint_is_told(page):
 
 
 def test_settings_and_stage_times_are_told(page):
-    assert "learning_rate: 0.001" in page
+    rate = load_config(Path(__file__).parents[2], "tiny").align["spo"].optimizer.learning_rate
+    assert f"learning_rate: {rate}" in page
     assert "<dt>align spo</dt><dd>8 min</dd>" in page
 
 
