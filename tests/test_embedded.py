@@ -1,0 +1,59 @@
+"""The embedded default as it is shipped: what its cards say holds, with room for chance."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spo.config import load_config
+from spo.data.prompts import split_prompts
+from spo.data.world import all_scenes
+from spo.evaluation.generate import eight_bits, generate, image_seed
+from spo.evaluation.metrics import score
+from spo.evaluation.oracle import judge
+from spo.models.load import build
+
+ROOT = Path(__file__).parents[1]
+CONFIG = load_config(ROOT, "tiny")
+
+
+def test_the_prompt_file_holds_the_whole_world():
+    prompts = (ROOT / "data" / "prompts" / "world.txt").read_text(encoding="utf-8").splitlines()
+    assert prompts == [scene.prompt for scene in all_scenes()]
+
+
+@pytest.mark.slow
+def test_the_base_knows_its_prompts_and_finishes_pictures_indifferently(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    prompts = split_prompts(
+        [scene.prompt for scene in all_scenes()],
+        seed=CONFIG.seed,
+        validation_fraction=CONFIG.prepare.validation_fraction,
+        test_fraction=CONFIG.prepare.test_fraction,
+    ).test[:48]
+    pictures = generate(
+        build(CONFIG.model, CONFIG.sampling, "cpu"),
+        prompts,
+        [image_seed(11, prompt, 0) for prompt in prompts],
+        steps=20,
+        guidance_scale=5.0,
+        eta=0.0,
+        batch_size=48,
+        label="base",
+    )
+    seen = score([judge], eight_bits(pictures), prompts)
+    assert seen["correct"].mean() > 0.75
+    assert seen["alignment"].mean() > 0.75
+    assert 0.25 < seen["aesthetic"].mean() < 0.6
+
+
+def test_the_repository_stays_small():
+    size = sum(path.stat().st_size for path in (ROOT / "data").rglob("*") if path.is_file())
+    assert size < 30e6
+
+
+def test_weights_are_safetensors_alone():
+    files = [path for path in (ROOT / "data" / "base").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}
+    index = json.loads((ROOT / "data" / "base" / "tiny" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
