@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from spo.pretrain.pairs import Pool
 from spo.pretrain.recipe import Recipe
 
-MADE = "Made by `python -m spo pretrain`, whole, from random weights and drawn pictures; nothing was downloaded."
+MADE = "Made from random weights and drawn pictures; nothing was downloaded."
 
 
 def base(recipe: Recipe, figures: Mapping[str, float]) -> str:
