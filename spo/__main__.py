@@ -51,27 +51,31 @@ def run_stage(options: argparse.Namespace) -> None:
     """One stage in the current folder, tracked, with a closing line that tells its time."""
     stage: str = options.stage
     method: str | None = getattr(options, "name", None)
+    seed: int | None = getattr(options, "seed", None)
     root = Path()
     config = load_config(root, options.profile)
     if method is not None and method not in config.align:
         raise SpoError(f"align {method}: profile {config.profile} has no such method; it has {sorted(config.align)}")
+    if method is not None and seed is None:
+        seed = config.training_seeds[0]
+    label = stage if method is None else f"{stage} {method} --seed {seed}"
     _settle()
     from spo import tracking
 
     run = importlib.import_module(f"spo.stages.{stage}").run
     start = time.monotonic()
-    with tracking.start(config, stage, root, method=method) as tracker:
-        tracker.log_params(settings(config, stage, method))
-        run(config, *((method,) if method else ()), root=root, tracker=tracker)
+    with tracking.start(config, stage, root, method=method, seed=seed) as tracker:
+        tracker.log_params(settings(config, stage, method, seed))
+        run(config, *(() if method is None else (method, seed)), root=root, tracker=tracker)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{stage}{f' {method}' if method else ''}: done in {time.monotonic() - start:.1f} s", flush=True)
+        print(f"{label}: done in {time.monotonic() - start:.1f} s", flush=True)
 
 
-def settings(config: Config, stage: str, method: str | None = None) -> dict[str, Any]:
-    """The sections of the configuration that a stage reads."""
+def settings(config: Config, stage: str, method: str | None = None, seed: int | None = None) -> dict[str, Any]:
+    """The sections of the configuration that a stage reads; of a method also the training seed."""
     values = config.model_dump(mode="json", include=set(SECTIONS.get(stage, ())))
     if method is not None:
-        values["align"] = config.align[method].model_dump(mode="json")
+        values |= {"align": config.align[method].model_dump(mode="json"), "training_seed": seed}
     return values
 
 
@@ -165,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(stage, aliases=aliases, help=purpose, description=purpose)
         if stage == "align":
             command.add_argument("name", metavar="NAME", help="of the method: a key of the profile's align section")
+            command.add_argument("--seed", type=int, help="of the training (default: the first of training_seeds)")
         command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
         command.set_defaults(run=run_stage, stage=stage)
 

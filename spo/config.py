@@ -107,37 +107,58 @@ class LoraConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW at a constant rate; the published code never clips, though it says it does."""
+    """AdamW at a constant rate after a warm-up; the published SPO never clips, though it says it does."""
 
     learning_rate: Rate = 6e-5
+    warmup_updates: Annotated[int, Field(ge=0)] = 0  # over which the rate rises linearly
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     eight_bit: bool = False
 
 
-class SpoConfig(Section):
-    """SPO (paper section 4; published settings for SD 1.5 as defaults)."""
+class AlignConfig(Section):
+    """What every method has: how the loop trains on its pairs."""
 
-    method: Literal["spo"] = "spo"
-    seed: int = 0
     epochs: Positive = 10
-    rollouts_per_epoch: Positive | None = None  # None: every training prompt once an epoch
-    prompts_per_rollout: Positive = 40
-    candidates: Annotated[int, Field(ge=2)] = 4
-    first_step: Annotated[int, Field(ge=0)] = 4
-    branch_steps: Positive = 1
-    threshold: Fraction = 0.3
     beta: Rate = 10.0
-    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
     batch_size: Positive = 40  # pairs an update
-    continue_from: Literal["random", "win", "lose"] = "random"
+    micro_batch_size: Positive | None = None  # pairs in memory at a time; None: all of an update's
     checkpoints: Positive = 4  # saved along the way, for evaluation to choose from
     full_fine_tuning: bool = False
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-MethodConfig = SpoConfig  # a discriminated union over `method` once there are more
+class SampledConfig(AlignConfig):
+    """What the methods have that sample the policy: which of the pairs they keep, and how far a ratio may move."""
+
+    rollouts_per_epoch: Positive | None = None  # None: every training prompt once an epoch
+    prompts_per_rollout: Positive = 40
+    threshold: Fraction = 0.3  # margin above which a pair is kept
+    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
+
+
+class SpoConfig(SampledConfig):
+    """SPO (paper section 4; published settings for SD 1.5 as defaults)."""
+
+    method: Literal["spo"] = "spo"
+    candidates: Annotated[int, Field(ge=2)] = 4
+    first_step: Annotated[int, Field(ge=0)] = 4
+    branch_steps: Positive = 1
+    continue_from: Literal["random", "win", "lose"] = "random"
+    pairing: Literal["best_worst", "random"] = "best_worst"
+
+
+class D3poConfig(SampledConfig):
+    """D3PO (arXiv 2311.13231; yk7333/d3po's settings as defaults): whole trajectories, judged at their ends."""
+
+    method: Literal["d3po"] = "d3po"
+    threshold: Fraction = 0.0
+    beta: Rate = 0.1
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-5, max_grad_norm=1.0)
+
+
+MethodConfig = Annotated[SpoConfig | D3poConfig, Field(discriminator="method")]
 
 
 class OracleConfig(Section):
@@ -193,7 +214,8 @@ class EvaluateConfig(Section):
 class Config(Section):
     profile: str
     seed: int = 0
-    methods: tuple[str, ...] = ("spo",)
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("spo",)
+    training_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # each aligns anew
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     prepare: PrepareConfig
@@ -204,6 +226,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         for name, method in self.align.items():
+            if not isinstance(method, SpoConfig):
+                continue
             branched = self.sampling.steps - method.first_step
             if branched <= 0:
                 raise ValueError(
@@ -218,11 +242,18 @@ class Config(Section):
         missing = [name for name in self.methods if name not in self.align]
         if missing:
             raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")
+        for key, values in {"methods": self.methods, "training_seeds": self.training_seeds}.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}={list(values)} names one of them twice; name each once")
         return self
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes, relative to the project: runs/<profile>/<stage>."""
         return Path("runs") / self.profile / stage
+
+    def aligned(self, method: str, seed: int) -> Path:
+        """Where `align` writes what a method comes to from a training seed, relative to the project."""
+        return self.folder("align") / method / f"seed-{seed}"
 
 
 def load_config(root: Path = Path(), profile: str | None = None) -> Config:
@@ -263,7 +294,10 @@ def _read_yaml(path: Path) -> dict:
 def _first_line(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
+        place = item["loc"]
+        if place[:1] == ("align",):  # of a method, pydantic also names the kind: align.NAME.KIND.KEY
+            place = (*place[:2], *place[3:])
+        where = ".".join(str(part) for part in place)
         got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":

@@ -126,7 +126,9 @@ class MlflowTracker:
 
 
 @contextmanager
-def start(config: Config, stage: str, root: Path = Path(), *, method: str | None = None) -> Iterator[Tracker]:
+def start(
+    config: Config, stage: str, root: Path = Path(), *, method: str | None = None, seed: int | None = None
+) -> Iterator[Tracker]:
     """A tracker for one stage's run, which ends FAILED where the block raises, or is killed by the keyboard.
 
     ConfigError where the store cannot be used.
@@ -135,8 +137,9 @@ def start(config: Config, stage: str, root: Path = Path(), *, method: str | None
         yield NullTracker()
         return
     client, experiment, parent = _open(config, root)
-    name = f"{stage} {method}" if method else stage
-    tags = {"mlflow.parentRunId": parent, **_tags(config, stage, root), **({"method": method} if method else {})}
+    name = " ".join(part for part in (stage, method, None if seed is None else f"seed {seed}") if part)
+    tags = {"mlflow.parentRunId": parent, **_tags(config, stage, root)}
+    tags |= {key: str(value) for key, value in {"method": method, "seed": seed}.items() if value is not None}
     tracker = MlflowTracker(client, client.create_run(experiment, tags=tags, run_name=name).info.run_id)
     status = "FAILED"
     try:

@@ -82,8 +82,16 @@ def test_a_stage_runs_with_the_profile_of_params_yaml(project: Path, stage: list
 
 def test_align_takes_the_methods_name(project: Path, stage: list[Any], tracker: Recorder) -> None:
     assert main(["align", "spo"]) == 0
-    assert stage == [("spo.stages.align", ("tiny", "spo"))]
+    assert stage == [("spo.stages.align", ("tiny", "spo", 0))]
     assert tracker.params["align"]["beta"] == load_config(project).align["spo"].beta
+    assert tracker.params["training_seed"] == 0
+
+
+def test_a_seed_is_trained_as_asked_and_else_the_first_of_the_training_seeds(project: Path, stage: list[Any]) -> None:
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("training_seeds: [0]", "training_seeds: [3, 4]"))
+    assert main(["align", "spo"]) == main(["align", "spo", "--seed", "7"]) == 0
+    assert [call[-1] for _, call in stage] == [3, 7]
 
 
 def test_a_name_with_a_hyphen_is_the_same_stage(project: Path, stage: list[Any]) -> None:
@@ -103,7 +111,7 @@ def test_a_stage_closes_with_one_line_that_tells_its_time(
     main(["align", "spo"])
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert captured.out.startswith("align spo: done in ")
+    assert captured.out.startswith("align spo --seed 0: done in ")
     assert captured.out.count("\n") == 1
 
 

@@ -63,6 +63,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         (lambda v: v["evaluate"].update(primary="beauty"), r"evaluate: primary and guarded name scores .*got 'beauty'"),
         (lambda v: v["evaluate"].update(metrics=[]), r"evaluate\.metrics: .*at least 1 item"),
         (lambda v: v["train_preference"].update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
+        (lambda v: v["align"]["spo"].update(method="sp0"), r"align\.spo: .*'sp0'"),
         (
             lambda v: v.update(align={"mine": v["align"]["spo"]}),
             r"methods names \['spo'\], but align has only \['mine'\]",

@@ -42,7 +42,8 @@ def dpo_loss(log_ratio: Tensor, *, beta: float) -> Loss:
         "log_ratio_win": win.mean(),
         "log_ratio_lose": lose.mean(),
     }
-    return Loss(-F.logsigmoid(logit).mean(), {name: metric.detach() for name, metric in metrics.items()})
+    detached = {name: metric.detach() for name, metric in metrics.items()}
+    return Loss(-F.logsigmoid(logit).mean(), detached, log_ratio.detach())
 
 
 def preference_loss(scores: Tensor, label: Tensor, weight: Tensor) -> Loss:

@@ -34,6 +34,7 @@ class Loss:
 
     value: Tensor  # ()
     metrics: dict[str, Tensor]
+    log_ratio: Tensor | None = None  # (n, 2), of a loss over pairs: policy over reference, of win and lose
 
 
 class Conditioning:

@@ -54,6 +54,7 @@ class LatentDiffusion(ABC):
         self.device = pipeline.unet.device
         self.vae_batch_size = vae_batch_size
         self.forwards = 0  # samples that went through the UNet, each half of the guidance counted
+        self.decodes = 0  # images that `decode` made
         size = resolution // pipeline.vae_scale_factor
         self.latent_shape = (pipeline.unet.config.in_channels, size, size)
         scheduler = pipeline.scheduler.config
@@ -66,9 +67,9 @@ class LatentDiffusion(ABC):
     def with_sampling(
         self, *, steps: int | None = None, eta: float | None = None, guidance_scale: float | None = None
     ) -> Self:
-        """The same networks behind another sampler; counts its own `forwards`."""
+        """The same networks behind another sampler; counts its own `forwards` and `decodes`."""
         other = copy.copy(self)
-        other.forwards = 0
+        other.forwards = other.decodes = 0
         other._set_sampling(
             len(self.timesteps) if steps is None else steps,
             self.eta if eta is None else eta,
@@ -163,6 +164,7 @@ class LatentDiffusion(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b, 3, H, W) in [0, 1], float32, of latents (b, c, h, w)."""
         latents = (latents / self.vae.config.scaling_factor + self._shift()).to(self.vae.dtype)
+        self.decodes += len(latents)
         images = [self.vae.decode(part).sample for part in latents.split(self.vae_batch_size)]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import torch
 
-from spo.config import Config
+from spo.config import Config, D3poConfig, SpoConfig
 from spo.device import best_device
 from spo.errors import DataError
 from spo.files import atomic_path, write_json
+from spo.methods.d3po import D3po
+from spo.methods.method import Method
 from spo.methods.spo import Spo
+from spo.models.base import LatentDiffusion
 from spo.models.load import build
 from spo.models.lora import add_lora
 from spo.preference.checkpoint import load_preference_model
@@ -17,23 +20,34 @@ from spo.tracking import Tracker
 from spo.training.align import align
 
 
-def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> None:
-    """Write checkpoints/, history.csv, timesteps.csv and metrics.json to runs/<profile>/align/<name>."""
+def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: Tracker) -> None:
+    """Write checkpoints/, history.csv, timesteps.csv and metrics.json to runs/<profile>/align/<name>/seed-<seed>."""
     settings = config.align[name]
-    device = best_device()
-    policy = build(config.model, config.sampling, device)
+    policy = build(config.model, config.sampling, best_device())
     if settings.full_fine_tuning:
         policy.unfreeze()
     else:
-        add_lora(policy.unet, settings.lora, seed=settings.seed)
-    preference = load_preference_model(root / config.folder("train_preference") / "model")
-    scorer = PreferenceScorer(preference, device=device, dtype=getattr(torch, config.train_preference.dtype))
-    prompts = training_prompts(root / config.folder("prepare") / "prompts" / "train.txt")
-    method = Spo(settings, policy, scorer, prompts)
-    with atomic_path(root / config.folder("align") / name) as folder:
+        add_lora(policy.unet, settings.lora, seed=seed)
+    method = build_method(config, name, policy, seed=seed, root=root)
+    with atomic_path(root / config.aligned(name, seed)) as folder:
         folder.mkdir()
-        metrics = align(method, policy, settings, folder, tracker)
+        metrics = align(method, policy, settings, folder, tracker, seed=seed)
         write_json(folder / "metrics.json", metrics)
+
+
+def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: int, root: Path) -> Method:
+    """The method called `name` in the profile, with the data that it learns from."""
+    prompts = training_prompts(root / config.folder("prepare") / "prompts" / "train.txt")
+    match config.align[name]:
+        case SpoConfig() as settings:
+            return Spo(settings, policy, build_scorer(config, root, policy.device), prompts, seed=seed)
+        case D3poConfig() as settings:
+            return D3po(settings, policy, build_scorer(config, root, policy.device), prompts, seed=seed)
+
+
+def build_scorer(config: Config, root: Path, device: torch.device) -> PreferenceScorer:
+    preference = load_preference_model(root / config.folder("train_preference") / "model")
+    return PreferenceScorer(preference, device=device, dtype=getattr(torch, config.train_preference.dtype))
 
 
 def training_prompts(path: Path) -> list[str]:

@@ -84,7 +84,7 @@ class Evaluation:
     def __init__(self, config: Config, root: Path):
         self.config = config.evaluate
         self.methods = config.methods
-        self.align = root / config.folder("align")
+        self.aligned = {name: root / config.aligned(name, config.training_seeds[0]) for name in config.methods}
         prompts = root / config.folder("prepare") / "prompts"
         seed = config.evaluate.seed
         self.validation = tasks(prompts / "validation.txt", config.evaluate.num_validation_prompts, 1, seed)
@@ -100,9 +100,9 @@ class Evaluation:
         rows = [{"column": BASE, "checkpoint": BASE, "seconds": 0.0, "unet_forwards": 0, **base}]
         chosen = {}
         for name in self.methods:
-            checkpoints = sorted((self.align / name / "checkpoints").glob("step-*"))
+            checkpoints = sorted((self.aligned[name] / "checkpoints").glob("step-*"))
             if not checkpoints:
-                raise ModelError(f"{self.align / name} holds no checkpoints; run `python -m spo align {name}`")
+                raise ModelError(f"{self.aligned[name]} holds no checkpoints; run `python -m spo align {name}`")
             means = []
             for checkpoint in checkpoints:
                 load_lora(self.model, checkpoint)

@@ -30,7 +30,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
     """Read what the stages left; DataError naming the stage to run where something is missing or broken."""
     evaluate = root / config.folder("evaluate")
     preference = root / config.folder("train_preference")
-    align = {name: root / config.folder("align") / name for name in config.methods}
+    align = {name: root / config.aligned(name, config.training_seeds[0]) for name in config.methods}
     stages = {
         "prepare": read_json(root / config.folder("prepare") / "metrics.json", "prepare"),
         "train_preference": read_json(preference / "metrics.json", "train_preference"),

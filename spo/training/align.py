@@ -1,7 +1,7 @@
 """The one training loop of all methods: collect, shuffle, update; save checkpoints along the way.
 
 Differs from the published loop in that a last, partial batch counts by its size, that gradients never cross
-rollouts, and that clipping is done when it is asked for.
+rounds, and that clipping is done when it is asked for.
 """
 
 import time
@@ -11,83 +11,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
-from spo.config import OptimizerConfig, SpoConfig
-from spo.core.rollout import Segment
-from spo.core.types import Loss, Pairs
+from spo.config import AlignConfig, OptimizerConfig, SampledConfig
 from spo.errors import ConfigError, TrainingError
 from spo.files import write_json
-from spo.methods.spo import Spo
+from spo.methods.method import Method, Round, TrainingPairs
 from spo.models.base import LatentDiffusion
 from spo.models.lora import save_lora
 from spo.progress import Progress
-from spo.tables import write_csv
 from spo.tracking import Tracker
+from spo.training.history import Cost, History
 
 
 @dataclass
-class Cost:
-    """What training has taken so far."""
+class State:
+    """All that the loop changes beside the policy's weights; `cost.rounds` says where the run stands."""
 
-    rollouts: int = 0
-    updates: int = 0
-    num_pairs: int = 0
-    unet_forwards: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class History:
-    """One row an update, and what became of the candidates at each timestep."""
-
-    updates: list[dict[str, float]] = field(default_factory=list)
-    timesteps: dict[int, list[Segment]] = field(default_factory=lambda: defaultdict(list))
-
-    def write(self, folder: Path) -> None:
-        write_csv(folder / "history.csv", self.updates)
-        rows = [
-            {
-                "timestep": t,
-                "branched": sum(segment.num_branched for segment in segments),
-                "kept": sum(segment.num_kept for segment in segments),
-                "margin": sum(segment.margin for segment in segments) / len(segments),
-            }
-            for t, segments in sorted(self.timesteps.items(), reverse=True)
-        ]
-        write_csv(folder / "timesteps.csv", rows)
+    optimizer: torch.optim.Optimizer
+    cost: Cost = field(default_factory=Cost)
+    history: History = field(default_factory=History)
+    pairs_in_epoch: int = 0
 
 
-def align(method: Spo, policy: LatentDiffusion, config: SpoConfig, folder: Path, tracker: Tracker) -> dict[str, Any]:
+def align(
+    method: Method,
+    policy: LatentDiffusion,
+    config: AlignConfig,
+    folder: Path,
+    tracker: Tracker,
+    *,
+    seed: int = 0,
+    cost: Cost | None = None,
+) -> dict[str, Any]:
     """Train the policy; leaves checkpoints/, history.csv and timesteps.csv in `folder` and returns the metrics.
 
-    Raises TrainingError after an epoch in which no pair was kept.
+    cost: what preparing the method took. Raises TrainingError after an epoch in which no pair was kept.
     """
-    parameters = policy.parameters()
-    optimizer = build_optimizer(parameters, config.optimizer)
-    history, cost = History(), Cost()
-    num_rollouts = config.epochs * method.rollouts_per_epoch
-    save_at = {-(-num_rollouts * i // config.checkpoints) for i in range(1, config.checkpoints + 1)}
-    with Progress(total=num_rollouts, label="align") as bar:
-        for epoch in range(config.epochs):
-            pairs_before, start = cost.num_pairs, time.perf_counter()
-            for segments in method.collect(epoch):
-                cost.rollouts += 1
-                rows = _update(method, policy, parameters, optimizer, config, segments, cost)
-                cost.seconds += time.perf_counter() - start
-                _record(history, rows, segments, epoch, cost, tracker)
-                shown = {name: f"{rows[-1][name]:.3f}" for name in ("loss", "kept", "score")} if rows else {"kept": 0}
-                bar.update(**shown)
-                if cost.rollouts in save_at:
-                    checkpoint = folder / "checkpoints" / f"step-{cost.rollouts:06d}"
-                    save_lora(policy, checkpoint)
-                    write_json(checkpoint / "cost.json", asdict(cost))
+    state = State(build_optimizer(policy.parameters(), config.optimizer), cost or Cost())
+    per_epoch = method.rounds_per_epoch
+    num_rounds = config.epochs * per_epoch
+    save_at = {-(-num_rounds * i // config.checkpoints) for i in range(1, config.checkpoints + 1)}
+    with Progress(total=num_rounds, label="align") as bar:
+        for epoch in range(state.cost.rounds // per_epoch, config.epochs):
+            start = time.perf_counter()
+            for round_ in method.collect(epoch, skip=state.cost.rounds % per_epoch):
+                rows = _train(method, policy, config, state, round_, seed=seed)
+                state.cost.seconds += time.perf_counter() - start
+                _record(state, rows, round_, epoch, policy, tracker)
+                bar.update(**{name: rows[-1][name] for name in ("loss", "kept", "score") if rows and name in rows[-1]})
+                if state.cost.rounds in save_at:
+                    save_checkpoint(policy, state.cost, folder / "checkpoints")
                 start = time.perf_counter()
-            if cost.num_pairs == pairs_before:
-                raise TrainingError(_no_pairs(config, history))
-    history.write(folder)
-    branched = sum(segment.num_branched for segments in history.timesteps.values() for segment in segments)
-    return {**asdict(cost), "kept_share": cost.num_pairs / (branched * config.branch_steps)}
+            if not state.pairs_in_epoch:
+                raise TrainingError(_no_pairs(config, state.history))
+            state.pairs_in_epoch = 0
+    state.history.write(folder)
+    branched = sum(sums.branched for sums in state.history.timesteps.values())
+    return {**asdict(state.cost), "kept_share": state.cost.num_pairs / branched}
+
+
+def save_checkpoint(policy: LatentDiffusion, cost: Cost, folder: Path) -> None:
+    """Write <folder>/step-<rounds>: the LoRA, and what it took to get there."""
+    checkpoint = folder / f"step-{cost.rounds:06d}"
+    save_lora(policy, checkpoint)
+    write_json(checkpoint / "cost.json", asdict(cost))
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -104,68 +92,77 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
     return AdamW8bit(parameters, **options)
 
 
-def _update(
-    method: Spo,
-    policy: LatentDiffusion,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    config: SpoConfig,
-    segments: list[Segment],
-    cost: Cost,
+def _train(
+    method: Method, policy: LatentDiffusion, config: AlignConfig, state: State, round_: Round, *, seed: int
 ) -> list[dict[str, float]]:
-    """Train once on a rollout's pairs, shuffled; one row of measurements an update."""
-    kept = [pairs for segment in segments for pairs in segment.pairs if len(pairs)]
-    rows = []
-    if kept:
-        pairs = Pairs.cat(kept)
-        order = torch.randperm(len(pairs), generator=Generator().manual_seed(config.seed + 7919 * cost.rollouts))
+    """Train once on a round's pairs, shuffled; one row of measurements an update."""
+    cost, pairs, rows = state.cost, round_.pairs, []
+    cost.rounds += 1
+    if pairs is not None:
+        order = torch.randperm(len(pairs), generator=Generator().manual_seed(seed + 7919 * cost.rounds))
         for index in order.to(pairs.t.device).split(config.batch_size):
-            loss = method.loss(pairs[index])
-            (loss.value * (len(index) / config.batch_size)).backward()
-            norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad()
-            cost.updates += 1
-            rows.append({"update": cost.updates, **_numbers(loss, norm)})
+            rows.append(_update(method, policy, config, state, pairs[index]))
         cost.num_pairs += len(pairs)
-    cost.unet_forwards = policy.forwards
+        state.pairs_in_epoch += len(pairs)
+    cost.unet_forwards += policy.forwards
+    cost.vae_decodes += policy.decodes
+    policy.forwards = policy.decodes = 0
     return rows
 
 
-def _numbers(loss: Loss, norm: torch.Tensor) -> dict[str, float]:
-    values = torch.stack([loss.value.detach(), norm, *loss.metrics.values()]).tolist()  # one transfer
-    return dict(zip(["loss", "grad_norm", *loss.metrics], values, strict=True))
+def _update(
+    method: Method, policy: LatentDiffusion, config: AlignConfig, state: State, pairs: TrainingPairs
+) -> dict[str, float]:
+    """One step of the optimizer; the pairs go through the networks `micro_batch_size` at a time."""
+    parameters, optimizer, cost = policy.parameters(), state.optimizer, state.cost
+    grid = policy.timesteps.tolist()
+    total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
+    for index in torch.arange(len(pairs), device=pairs.t.device).split(config.micro_batch_size or len(pairs)):
+        part = pairs[index]
+        loss = method.loss(part)
+        (loss.value * (len(part) / config.batch_size)).backward()
+        for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
+            total[name] += value * (len(part) / len(pairs))
+        if loss.log_ratio is not None:
+            state.history.count_ratios(grid, part.t.tolist(), loss.log_ratio.tolist())
+    total["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm or float("inf"))
+    for group in optimizer.param_groups:
+        group["lr"] = config.optimizer.learning_rate * warm_up(cost.updates, config.optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    cost.updates += 1
+    values = torch.stack(list(total.values())).tolist()  # one transfer
+    return {"update": cost.updates, **dict(zip(total, values, strict=True))}
+
+
+def warm_up(update: int, config: OptimizerConfig) -> float:
+    """The share of the learning rate at the update'th update, counted from 0."""
+    return min(1.0, (update + 1) / (config.warmup_updates + 1))
 
 
 def _record(
-    history: History,
+    state: State,
     rows: list[dict[str, float]],
-    segments: list[Segment],
+    round_: Round,
     epoch: int,
-    cost: Cost,
+    policy: LatentDiffusion,
     tracker: Tracker,
 ) -> None:
-    branched = sum(segment.num_branched for segment in segments)
-    shared = {
-        "epoch": epoch,
-        "rollout": cost.rollouts,
-        "kept": sum(segment.num_kept for segment in segments) / branched,
-        "margin": sum(segment.margin for segment in segments) / len(segments),
-        "score": sum(segment.score for segment in segments) / len(segments),
-        "seconds": cost.seconds,
-        "unet_forwards": cost.unet_forwards,
-    }
+    cost = state.cost
+    shared = {"epoch": epoch, "round": cost.rounds, **round_.measured}
+    shared |= {"seconds": cost.seconds, "unet_forwards": cost.unet_forwards}
     for row in rows:
         row.update(shared)
         tracker.log_metrics(row, step=int(row["update"]))
-    history.updates.extend(rows)
-    for segment in segments:
-        history.timesteps[segment.t].append(segment)
+    state.history.updates.extend(rows)
+    state.history.count(policy.timesteps.tolist(), round_.tallies)
 
 
-def _no_pairs(config: SpoConfig, history: History) -> str:
-    margins = [segment.margin for segments in history.timesteps.values() for segment in segments]
+def _no_pairs(config: AlignConfig, history: History) -> str:
+    sums = history.timesteps.values()
+    margin = sum(each.margin for each in sums) / sum(each.branched for each in sums)
+    threshold = config.threshold if isinstance(config, SampledConfig) else 0
     return (
-        f"no pair was kept in a whole epoch: threshold={config.threshold}, but the mean margin is "
-        f"{sum(margins) / len(margins):.3g}; lower the method's threshold, or train the preference model for longer"
+        f"no pair was kept in a whole epoch: threshold={threshold}, but the mean margin is {margin:.3g}; "
+        "lower the method's threshold, or train the preference model for longer"
     )

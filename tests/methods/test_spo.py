@@ -8,7 +8,8 @@ import torch
 
 from spo.config import LoraConfig, SpoConfig
 from spo.core.types import Pairs
-from spo.methods.spo import Spo, step_log_prob
+from spo.methods.sampled import step_log_prob
+from spo.methods.spo import Spo
 from spo.models.base import LatentDiffusion
 from spo.models.lora import add_lora
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline, shake
@@ -44,7 +45,7 @@ def make_spo(policy: LatentDiffusion, **settings) -> Spo:
 
 
 def collect(method: Spo, epoch: int = 0) -> list[Pairs]:
-    return [pairs for segments in method.collect(epoch) for segment in segments for pairs in segment.pairs]
+    return [round_.pairs for round_ in method.collect(epoch) if round_.pairs is not None]
 
 
 def test_the_loss_is_log_2_where_policy_and_reference_are_one(policy):
@@ -106,9 +107,9 @@ def test_an_epoch_visits_every_prompt_once_in_an_order_of_its_own(policy):
 
 
 def test_a_cap_on_rollouts_shortens_the_epoch(policy):
-    assert make_spo(policy).rollouts_per_epoch == 3
+    assert make_spo(policy).rounds_per_epoch == 3
     method = make_spo(policy, rollouts_per_epoch=1)
-    assert len(list(method.collect(0))) == method.rollouts_per_epoch == 1
+    assert len(list(method.collect(0))) == method.rounds_per_epoch == 1
 
 
 def test_the_same_epoch_gives_the_same_pairs_again(policy):
@@ -118,6 +119,9 @@ def test_the_same_epoch_gives_the_same_pairs_again(policy):
 
 def test_segments_train_on_every_step_of_both_paths(policy):
     method = make_spo(policy, branch_steps=4)
-    pairs = collect(method)
-    assert [part.x_t.shape[1] for part in pairs[:4]] == [1, 2, 2, 2]
-    assert method.loss(Pairs.cat(pairs)).value.item() == pytest.approx(math.log(2), abs=1e-6)
+    rounds = list(method.collect(0))
+    assert [tally.t for tally in rounds[0].tallies] == policy.timesteps[1:].tolist()
+    pairs = Pairs.cat([round_.pairs for round_ in rounds])
+    assert pairs.x_t.shape[1] == 2
+    assert sorted(pairs.t.unique().tolist(), reverse=True) == policy.timesteps[1:].tolist()
+    assert method.loss(pairs).value.item() == pytest.approx(math.log(2), abs=1e-6)

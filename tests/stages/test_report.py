@@ -60,7 +60,7 @@ def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generato
         {"timestep": t, "model": model, "accuracy": 0.9 - t / (2000 if model == "trained" else 1500),
          "n": 200} for model in ("start", "trained") for t in times])  # fmt: skip
     for name in methods:
-        folder = runs / "align" / name
+        folder = runs / "align" / name / "seed-0"
         write_metrics(
             folder, {"seconds": 480.0, "unet_forwards": 61440, "num_pairs": 2310, "kept_share": 0.56, "updates": 30}
         )
@@ -69,7 +69,7 @@ def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generato
              "logit": 0.02 * i, "accuracy": 0.5 + 0.01 * i, "log_ratio_win": 0.001 * i, "log_ratio_lose": -0.002 * i,
              "clipped": 0.01 * i, "epoch": i // 8, "rollout": i, "kept": 0.5, "margin": 0.3, "score": 20 + 0.02 * i,
              "seconds": 15.0 * i, "unet_forwards": 2048 * i} for i in range(30)])  # fmt: skip
-    write_csv(runs / "align" / "spo" / "timesteps.csv", [
+    write_csv(runs / "align" / "spo" / "seed-0" / "timesteps.csv", [
         {"timestep": t, "branched": 512, "kept": 300 - t // 4, "margin": 0.4 - t / 4000}
         for t in (701, 401, 1)])  # fmt: skip
 

@@ -37,11 +37,12 @@ def train(pipeline: Path, folder: Path, **settings) -> dict:
         "optimizer": OptimizerConfig(learning_rate=1e-3),
         **settings,
     }
+    seed = values.pop("seed", 0)
     config = SpoConfig(**values)
     policy = make_tiny_denoiser("sd15", pipeline)
-    add_lora(policy.unet, config.lora, seed=config.seed)
-    method = Spo(config, policy, BrightnessScorer(), PROMPTS)
-    return align(method, policy, config, folder, NullTracker())
+    add_lora(policy.unet, config.lora, seed=seed)
+    method = Spo(config, policy, BrightnessScorer(), PROMPTS, seed=seed)
+    return align(method, policy, config, folder, NullTracker(), seed=seed)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

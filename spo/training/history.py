@@ -1,0 +1,81 @@
+"""What a training run has taken, and what happened in it: its state beside weights and optimizer, as plain numbers."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spo.methods.method import Tally
+from spo.tables import write_csv
+
+
+@dataclass
+class Cost:
+    """What training has taken so far."""
+
+    rounds: int = 0  # of collecting and training
+    updates: int = 0
+    num_pairs: int = 0
+    unet_forwards: int = 0  # samples, each half of the guidance counted
+    vae_decodes: int = 0  # images
+    seconds: float = 0.0
+
+
+@dataclass
+class TimestepSums:
+    """Sums over the pairs of one timestep."""
+
+    branched: int = 0
+    kept: int = 0
+    margin: float = 0.0  # over the branched
+    trained: int = 0
+    log_ratio_win: float = 0.0  # over the trained
+    log_ratio_lose: float = 0.0
+
+
+@dataclass
+class History:
+    """One row an update, and sums over the pairs of each timestep."""
+
+    updates: list[dict[str, float]] = field(default_factory=list)
+    timesteps: dict[int, TimestepSums] = field(default_factory=dict)
+
+    def count(self, grid: Sequence[int], tallies: Sequence[Tally]) -> None:
+        """Add what became of candidates; a t between two of the sampler's `grid` counts at the lower."""
+        for tally in tallies:
+            sums = self._at(grid, tally.t)
+            sums.branched += tally.num_branched
+            sums.kept += tally.num_kept
+            sums.margin += tally.margin * tally.num_branched
+
+    def count_ratios(self, grid: Sequence[int], t: Sequence[int], log_ratio: Sequence[Sequence[float]]) -> None:
+        """Add the log-ratios (win, lose) of pairs that were trained on at t."""
+        for timestep, (win, lose) in zip(t, log_ratio, strict=True):
+            sums = self._at(grid, timestep)
+            sums.trained += 1
+            sums.log_ratio_win += win
+            sums.log_ratio_lose += lose
+
+    def _at(self, grid: Sequence[int], t: int) -> TimestepSums:
+        ascending = sorted(grid)
+        return self.timesteps.setdefault(ascending[max(0, bisect_right(ascending, t) - 1)], TimestepSums())
+
+    def write(self, folder: Path) -> None:
+        """history.csv and timesteps.csv; a mean of nothing is nan."""
+        write_csv(folder / "history.csv", self.updates)
+        rows = [
+            {
+                "timestep": t,
+                "branched": sums.branched,
+                "kept": sums.kept,
+                "margin": _mean(sums.margin, sums.branched),
+                "log_ratio_win": _mean(sums.log_ratio_win, sums.trained),
+                "log_ratio_lose": _mean(sums.log_ratio_lose, sums.trained),
+            }
+            for t, sums in sorted(self.timesteps.items(), reverse=True)
+        ]
+        write_csv(folder / "timesteps.csv", rows)
+
+
+def _mean(total: float, count: int) -> float:
+    return total / count if count else float("nan")
