@@ -126,6 +126,29 @@ def mlflow_ui(options: argparse.Namespace) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server, "--backend-store-uri", uri])
 
 
+def generate(options: argparse.Namespace) -> None:
+    """Write pictures of a prompt and say where they are."""
+    config = load_config(Path(), options.profile)
+    _settle()
+    from spo.evaluation.show import Sampler, show_one
+
+    sampler = Sampler.of(config, steps=options.steps, guidance=options.guidance, eta=options.eta)
+    wanted = {"model": options.model, "seed": options.seed, "num": options.num, "out": options.out}
+    for path in show_one(config, options.prompt, **wanted, sampler=sampler, root=Path()):
+        print(path)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Write pictures of a prompt by the base and by others, side by side."""
+    config = load_config(Path(), options.profile)
+    _settle()
+    from spo.evaluation.show import Sampler, show_side_by_side
+
+    sampler = Sampler.of(config, steps=options.steps, guidance=options.guidance, eta=options.eta)
+    wanted = {"models": options.model, "seed": options.seed, "num": options.num, "out": options.out}
+    print(show_side_by_side(config, options.prompt, **wanted, sampler=sampler, root=Path()))
+
+
 def import_preference_model(options: argparse.Namespace) -> None:
     """Make a published step-aware preference model a folder that `train_preference.checkpoint` can name."""
     _settle()
@@ -178,6 +201,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--force", action="store_true", help="run all stages, changed or not")
     command.set_defaults(run=repro)
 
+    of_model = "an evaluated method, a run's folder, a LoRA's file or folder, OWNER/NAME, models:/NAME@ALIAS or base"
+    purpose = "make pictures of a prompt"
+    command = commands.add_parser("generate", help=purpose, description=purpose)
+    command.add_argument("--model", help=f"{of_model} (default: the evaluated LoRA, else the base)")
+    _add_sampling(command, num=1)
+    command.set_defaults(run=generate)
+
+    purpose = "put pictures of a prompt by the base and by aligned models side by side"
+    command = commands.add_parser("compare", help=purpose, description=purpose)
+    command.add_argument(
+        "--model", action="append", default=[], help=f"{of_model}; may be given several times (default: as in generate)"
+    )
+    _add_sampling(command, num=4)
+    command.set_defaults(run=compare)
+
     purpose = "browse the tracked runs"
     command = commands.add_parser("mlflow-ui", help=purpose, description=purpose)
     command.add_argument("--port", type=int, default=5000)
@@ -199,6 +237,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FILE", type=Path, required=True)
     command.set_defaults(run=export_preference_model)
     return parser
+
+
+def _add_sampling(command: argparse.ArgumentParser, *, num: int) -> None:
+    """What the commands that make pictures take."""
+    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next one")
+    command.add_argument("--num", type=int, default=num, help=f"of pictures (default: {num})")
+    command.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default: pictures)")
+    command.add_argument("--steps", type=int, help="of the sampler (default, as of the next two: the evaluation's)")
+    command.add_argument("--guidance", type=float, help="guidance scale")
+    command.add_argument("--eta", type=float, help="0: no noise is added while sampling; 1: DDPM's noise")
+    command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
 
 
 if __name__ == "__main__":

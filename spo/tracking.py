@@ -20,7 +20,7 @@ import psutil
 from filelock import FileLock
 
 from spo.config import Config
-from spo.errors import ConfigError
+from spo.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -154,6 +154,23 @@ def start(
 def store(root: Path = Path()) -> str:
     """The URI that runs are tracked at."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow' / 'mlflow.db'}"
+
+
+def fetch_model(uri: str, root: Path = Path()) -> Path:
+    """The local folder of a registered model, models:/NAME@ALIAS or models:/NAME/VERSION; or a ModelError."""
+    _client(root)
+    import mlflow
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(store(root))  # else mlflow makes an empty store in the current folder
+    try:
+        return Path(download_artifacts(artifact_uri=uri, tracking_uri=store(root), registry_uri=store(root)))
+    except (MlflowException, OSError) as error:
+        raise ModelError(
+            f"{uri} cannot be had from {store(root)}: {_one_line(error)}; it should be models:/NAME@ALIAS or "
+            "models:/NAME/VERSION of a registered model (`make ui` shows them)"
+        ) from None
 
 
 def pipeline_id() -> str:

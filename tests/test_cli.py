@@ -162,7 +162,7 @@ def test_wrong_arguments_are_code_2(arguments: list[str], capsys: pytest.Capture
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("command", [*STAGES, "repro", "mlflow-ui", "import-preference-model"])
+@pytest.mark.parametrize("command", [*STAGES, "repro", "generate", "compare", "mlflow-ui", "import-preference-model"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from spo.config import Config
@@ -21,6 +20,7 @@ from spo.evaluation.choice import choose_checkpoint
 from spo.evaluation.controls import best_contrast
 from spo.evaluation.generate import eight_bits, generate, image_seed
 from spo.evaluation.metrics import Scores, build_metrics, score
+from spo.evaluation.pictures import plain_sheet, to_picture
 from spo.evaluation.statistics import mean_interval, paired_difference
 from spo.files import atomic_path, read_json, write_json
 from spo.models.base import LatentDiffusion
@@ -70,7 +70,9 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         first = [result for result in results if result.eta == config.evaluate.etas[0]]
         for result in first:
             save_images(result.images, evaluation.test, folder / "images" / result.column)
-        samples = contact_sheet([result.images[:SAMPLE_COLUMNS] for result in first if result.column != CONTROL])
+        samples = plain_sheet(
+            [[to_picture(i) for i in result.images[:SAMPLE_COLUMNS]] for result in first if result.column != CONTROL]
+        )
         samples.save(folder / "samples.png")
     tracker.log_metrics(metrics)
     tracker.log_image("samples", samples)
@@ -229,24 +231,6 @@ def save_images(images: Tensor, wanted: Sequence[Task], folder: Path) -> None:
     folder.mkdir(parents=True)
     for image, task in zip(images, wanted, strict=True):
         to_picture(image).save(folder / f"{task.prompt_index:04d}-{task.image_index}.png")
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] as a picture."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def contact_sheet(rows: Sequence[Tensor], gap: int = 4, least: int = 96) -> Image.Image:
-    """Rows of images (n, 3, H, W) on white; small images are enlarged to `least` pixels at the least."""
-    height, width = rows[0].shape[-2:]
-    scale = max(1, -(-least // height))
-    height, width = height * scale, width * scale
-    sheet = Image.new("RGB", (len(rows[0]) * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            picture = to_picture(image).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x * (width + gap), y * (height + gap)))
-    return sheet
 
 
 def _means(scores: Scores) -> dict[str, float]:

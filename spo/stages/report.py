@@ -13,9 +13,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from spo.config import Config
+from spo.environment import environment
 from spo.files import write_json, write_text
 from spo.stages.report_charts import Chart, all_charts
-from spo.stages.report_environment import environment
 from spo.stages.report_gallery import Card, gallery
 from spo.stages.report_inputs import Inputs, read_inputs
 from spo.stages.report_results import BASE, Results, direction, duration, headline, summary, verdicts

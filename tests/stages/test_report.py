@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from spo.config import Config, load_config
+from spo.environment import git_commit
 from spo.errors import DataError
 from spo.evaluation.plots import Line, Span, interval_chart, line_chart, running_mean
 from spo.evaluation.statistics import mean_interval, paired_difference
 from spo.stages import report
-from spo.stages.report_environment import git_commit
 from spo.stages.report_results import Results, duration, headline, summary, verdicts
 from spo.tracking import NullTracker
 

@@ -1,12 +1,10 @@
-"""What the report was made with: versions, commit and machine."""
+"""What results are made with: versions, commit and machine."""
 
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "mlflow", "prefect", "dvc")
 
@@ -32,6 +30,8 @@ def git_commit(root: Path) -> str:
 
 def machine() -> str:
     """The GPUs if there are any, else the processor."""
+    import torch
+
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
