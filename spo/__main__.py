@@ -151,6 +151,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def import_preference_model(options: argparse.Namespace) -> None:
     """Make a published step-aware preference model a folder that `train_preference.checkpoint` can name."""
+    _new(options.out)
     _settle()
     from spo.preference.checkpoint import import_published
 
@@ -160,11 +161,54 @@ def import_preference_model(options: argparse.Namespace) -> None:
 
 def export_preference_model(options: argparse.Namespace) -> None:
     """Write a trained preference model as the file that the published code reads."""
+    _new(options.out)
     _settle()
     from spo.preference.checkpoint import export_published
 
     export_published(options.folder, options.out)
     print(options.out)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a trained model for use elsewhere: a LoRA for diffusers or web user interfaces, or a merged pipeline."""
+    config = load_config(profile=options.profile)
+    out: Path = options.out
+    if options.format == "kohya" and out.suffix != ".safetensors":
+        raise SpoError(f"--out {out}: --format kohya writes one file; end its name in .safetensors")
+    _new(out)
+    source = trained(config, options.method, options.checkpoint)
+    _settle()
+    from spo.models.load import build
+    from spo.models.policy import export, load_policy
+
+    denoiser = build(config.model, config.sampling, "cpu")
+    load_policy(denoiser, source)
+    export(denoiser, options.format, out)
+    print(f"{out}: {options.format} of {source}")
+
+
+def trained(config: Config, method: str | None, checkpoint: str | None) -> Path:
+    """Where a method's weights are: the checkpoint of that name or path, or the one that evaluation chose."""
+    method = method or config.methods[0]
+    if method not in config.align:
+        raise SpoError(f"--method {method}: profile {config.profile} has no such method; it has {sorted(config.align)}")
+    if checkpoint is None:
+        chosen = config.folder("evaluate") / "lora" / method
+        if not chosen.is_dir():
+            raise SpoError(f"{chosen} is missing; run `python -m spo evaluate`, or name a --checkpoint")
+        return chosen
+    folder = config.folder("align") / method / "checkpoints"
+    for path in (folder / checkpoint, Path(checkpoint)):
+        if path.exists():
+            return path
+    there = sorted(path.name for path in folder.glob("step-*"))
+    raise SpoError(f"--checkpoint {checkpoint} is neither a path nor in {folder}, which has {there or 'none'}")
+
+
+def _new(out: Path) -> None:
+    """What is written as a whole would replace what stands at its place; that is for its owner to remove."""
+    if out.exists():
+        raise SpoError(f"--out {out} exists already; remove it, or name another place")
 
 
 def _settle() -> None:
@@ -220,6 +264,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("mlflow-ui", help=purpose, description=purpose)
     command.add_argument("--port", type=int, default=5000)
     command.set_defaults(run=mlflow_ui)
+
+    purpose = "write a trained model for diffusers, for web user interfaces, or merged into its base"
+    command = commands.add_parser("export", help=purpose, description=purpose)
+    command.add_argument("--format", choices=("diffusers", "kohya", "merged"), required=True)
+    command.add_argument(
+        "--out", metavar="PATH", type=Path, required=True, help="a folder; of kohya a .safetensors file"
+    )
+    command.add_argument("--method", metavar="NAME", help="a key of the profile's align section (default: the first)")
+    command.add_argument(
+        "--checkpoint", metavar="NAME", help="of the method, or a path (default: the one that evaluation chose)"
+    )
+    command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
+    command.set_defaults(run=export)
 
     purpose = "make a published preference model (.bin) a folder of ours"
     command = commands.add_parser("import-preference-model", help=purpose, description=purpose)

@@ -15,6 +15,7 @@ from spo.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of a column and of its folder
 
 
 class Section(BaseModel):
@@ -187,6 +188,19 @@ class ClipMetricConfig(Section):
 MetricConfig = Annotated[OracleConfig | ClipMetricConfig, Field(discriminator="kind")]
 
 
+class LoraSource(Section):
+    """Somebody else's LoRA: a folder, a .safetensors file or a hub repository; a plain string is its `source`."""
+
+    source: str
+    weight_name: str | None = None  # of the file, where a folder or repository has several
+    revision: str | None = None  # of a hub repository
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_plainly(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str) else value
+
+
 class EvaluateConfig(Section):
     num_prompts: Positive  # of the test split, each with `images_per_prompt` seeds
     num_validation_prompts: Positive  # on which each method's checkpoint is chosen
@@ -200,6 +214,7 @@ class EvaluateConfig(Section):
     primary: str  # the score that is to rise
     guarded: tuple[str, ...] = ()  # scores that must not fall
     guard_tolerance: Annotated[float, Field(ge=0)] = 0.005  # fall of a guarded mean that choosing forgives
+    loras: dict[Name, LoraSource] = {}  # published LoRAs to compare with, as columns of these names
     bootstrap_samples: Positive = 10_000
 
     @model_validator(mode="after")
@@ -220,7 +235,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     prepare: PrepareConfig
     train_preference: TrainPreferenceConfig
-    align: dict[str, MethodConfig]
+    align: dict[Name, MethodConfig]
     evaluate: EvaluateConfig
 
     @model_validator(mode="after")
@@ -239,6 +254,9 @@ class Config(Section):
                     f"align.{name}.branch_steps={method.branch_steps} must divide "
                     f"sampling.steps - first_step = {branched}; use one of {allowed}"
                 )
+        taken = [name for name in self.evaluate.loras if name in ("base", "contrast", *self.align)]
+        if taken:
+            raise ValueError(f"evaluate.loras: {taken} are names of other columns; name the LoRAs differently")
         missing = [name for name in self.methods if name not in self.align]
         if missing:
             raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")

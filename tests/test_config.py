@@ -61,6 +61,12 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ),
         (lambda v: v["align"]["spo"].update(first_step=10), r"first_step=10 must be below sampling\.steps=10"),
         (lambda v: v["evaluate"].update(primary="beauty"), r"evaluate: primary and guarded name scores .*got 'beauty'"),
+        (
+            lambda v: v["evaluate"].update(loras={"spo": "a/b"}),
+            r"evaluate\.loras: \['spo'\] are names of other",
+        ),
+        (lambda v: v["evaluate"].update(loras={"a/b": "a/b"}), r"evaluate\.loras\.a/b.*: String should match pattern"),
+        (lambda v: v["evaluate"].update(loras={"a": {"file": "b"}}), r"evaluate\.loras\.a\.source: Field required"),
         (lambda v: v["evaluate"].update(metrics=[]), r"evaluate\.metrics: .*at least 1 item"),
         (lambda v: v["train_preference"].update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
         (lambda v: v["align"]["spo"].update(method="sp0"), r"align\.spo: .*'sp0'"),
@@ -75,6 +81,13 @@ def test_a_mistake_is_told_in_one_line_with_its_place(tmp_path: Path, change: Ch
         load_config(project(tmp_path, change))
     assert "\n" not in str(caught.value)
     assert "mine.yaml" in str(caught.value)
+
+
+def test_a_published_lora_is_named_plainly_or_with_its_file(tmp_path: Path) -> None:
+    named = {"short": "owner/name", "long": {"source": "owner/name", "weight_name": "a.safetensors"}}
+    loras = load_config(project(tmp_path, lambda v: v["evaluate"].update(loras=named))).evaluate.loras
+    assert (loras["short"].source, loras["short"].weight_name) == ("owner/name", None)
+    assert loras["long"].weight_name == "a.safetensors"
 
 
 def test_an_unknown_profile_is_told_with_those_there_are(tmp_path: Path) -> None:

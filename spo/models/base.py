@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Self, TypeAlias
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 
 from spo.core.ddim import ddim_transition, predictions
@@ -62,7 +62,7 @@ class LatentDiffusion(ABC):
         self.alpha_bar = DDIMScheduler.from_config(scheduler).alphas_cumprod.to(self.device, torch.float32)
         self._set_sampling(steps, eta, guidance_scale)
         self._negative: dict[str, Tensor] | None = None
-        self._frozen: nn.Module | None = None
+        self._frozen: UNet2DConditionModel | None = None
 
     def with_sampling(
         self, *, steps: int | None = None, eta: float | None = None, guidance_scale: float | None = None
@@ -192,18 +192,34 @@ class LatentDiffusion(ABC):
         self._frozen = copy.deepcopy(self.unet)
         self.unet.float().requires_grad_(True)
 
+    def replace(self, unet: UNet2DConditionModel) -> None:
+        """Make `unet` the policy; the UNet of before, frozen, is the reference."""
+        self.restore()
+        self._frozen = self.unet
+        self._use(unet.eval().requires_grad_(False))
+
+    def restore(self) -> None:
+        """Undo `replace` and `unfreeze`: the base is the policy again."""
+        if self._frozen is not None:
+            self._use(self._frozen)
+            self._frozen = None
+
+    def _use(self, unet: UNet2DConditionModel) -> None:
+        self.unet = self.pipeline.unet = unet
+
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it, `predict` is the reference model: the adapter is off, or the frozen copy stands in.
+        """Within it, `predict` and the pipeline are the reference model: the adapter is off, or the frozen copy is on.
 
         Gradients of what was computed before are unharmed.
         """
         if self._frozen is not None:
-            policy, self.unet = self.unet, self._frozen
+            policy = self.unet
+            self._use(self._frozen)
             try:
                 yield
             finally:
-                self.unet = policy
+                self._use(policy)
         elif has_adapter(self.unet):
             self.unet.disable_adapters()
             try:

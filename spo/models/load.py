@@ -73,8 +73,6 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     pipeline.scheduler = DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    if config.family == "sdxl" and dtype == torch.float16 and pipeline.vae.config.force_upcast:
-        pipeline.vae.float()  # overflows in half precision; madebyollin/sdxl-vae-fp16-fix does not
     return pipeline
 
 

@@ -1,7 +1,9 @@
-"""The policy's LoRA: added, saved for diffusers or for web user interfaces, loaded, merged."""
+"""The policy's LoRA: added, saved for diffusers or for web user interfaces, loaded; and LoRAs of others, borrowed."""
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,12 +17,13 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from spo.config import LoraConfig
 from spo.errors import ModelError
 from spo.files import atomic_path
 from spo.models.base import LatentDiffusion, has_adapter
-from spo.models.load import one_line
+from spo.models.load import HUB_NAME, one_line
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 
@@ -63,21 +66,9 @@ def load_lora(denoiser: LatentDiffusion, source: str | Path, *, weight_name: str
     It is trainable and in float32 afterwards. Only .safetensors is read. ModelError if it is missing, changes a
     text encoder too (which the reference could not undo) or was made for another UNet.
     """
-    path = Path(source)
-    chosen = path.name if path.is_file() else weight_name
-    if chosen is not None and not chosen.endswith(".safetensors"):
-        raise ModelError(f"LoRA {source}: {chosen} is no .safetensors file; other formats can run code and are refused")
-    if weight_name is None and (path / WEIGHTS).is_file():
-        weight_name = WEIGHTS
     unet = denoiser.unet
-    try:
-        state, alphas, metadata = denoiser.pipeline.lora_state_dict(
-            str(source),
-            weight_name=weight_name,
-            use_safetensors=True,
-            unet_config=unet.config,
-            return_lora_metadata=True,
-        )
+    with _explained(source):
+        state, alphas, metadata = _read(denoiser, source, weight_name, revision=None)
         others = sorted({name.split(".")[0] for name in state if not name.startswith("unet.")})
         if others or not state:
             raise ModelError(f"LoRA {source} changes {others or 'nothing'}; it should change the UNet alone")
@@ -87,20 +78,72 @@ def load_lora(denoiser: LatentDiffusion, source: str | Path, *, weight_name: str
         cast_training_params(unet, torch.float32)
         weights = {name.removeprefix("unet."): weight for name, weight in state.items()}
         set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(weights))  # loading rounded to the base's dtype
+
+
+@contextmanager
+def borrowed_lora(
+    denoiser: LatentDiffusion, source: str | Path, *, weight_name: str | None = None, revision: str | None = None
+) -> Iterator[None]:
+    """Within it, the pipeline has somebody else's LoRA, of UNet and text encoders, in place of the policy's own.
+
+    It is loaded as plain diffusers does, from a folder, a .safetensors file or a hub repository, in diffusers' or
+    kohya's names; afterwards the pipeline is the base. ModelError if it is missing or fits no layer of this pipeline.
+    """
+    denoiser.restore()
+    pipeline = denoiser.pipeline
+    pipeline.unload_lora_weights()
+    try:
+        with _explained(source):
+            state, alphas, metadata = _read(denoiser, source, weight_name, revision)
+            if not state:
+                raise ModelError(f"LoRA {source} holds no weight; give one of the same base model")
+            pipeline.load_lora_into_unet(state, alphas, pipeline.unet, metadata=metadata, _pipeline=pipeline)
+            for name in ("text_encoder", "text_encoder_2"):
+                if any(key.startswith(f"{name}.") for key in state):
+                    encoder = getattr(pipeline, name, None)
+                    if encoder is None:
+                        raise ModelError(
+                            f"LoRA {source} changes a {name}, which this model lacks; give one made for it"
+                        )
+                    pipeline.load_lora_into_text_encoder(
+                        state, alphas, encoder, prefix=name, metadata=metadata, _pipeline=pipeline
+                    )
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def _read(
+    denoiser: LatentDiffusion, source: str | Path, weight_name: str | None, revision: str | None
+) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
+    """Weights under diffusers' names, alphas and metadata of a LoRA; only .safetensors is read."""
+    path = Path(source)
+    chosen = path.name if path.is_file() else weight_name
+    if chosen is not None and not chosen.endswith(".safetensors"):
+        raise ModelError(f"LoRA {source}: {chosen} is no .safetensors file; other formats can run code and are refused")
+    if weight_name is None and (path / WEIGHTS).is_file():
+        weight_name = WEIGHTS
+    return denoiser.pipeline.lora_state_dict(
+        str(source),
+        weight_name=weight_name,
+        revision=revision,
+        use_safetensors=True,
+        unet_config=denoiser.unet.config,
+        return_lora_metadata=True,
+    )
+
+
+@contextmanager
+def _explained(source: str | Path) -> Iterator[None]:
+    """Turn what the libraries raise while loading a LoRA into a ModelError of one line."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
-        raise ModelError(
-            f"LoRA {source} cannot be loaded: {one_line(error)}; "
-            f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
-        ) from None
-
-
-def save_merged(denoiser: LatentDiffusion, folder: str | Path) -> None:
-    """Write the whole pipeline with the policy as its UNet, the LoRA added into the weights."""
-    unet = copy.deepcopy(denoiser.unet).float().requires_grad_(False)
-    if has_adapter(unet):
-        unet.fuse_lora()
-        unet.unload_lora()
-    merged = copy.copy(denoiser.pipeline)
-    merged.register_modules(unet=unet.to(denoiser.dtype))
-    with atomic_path(folder) as temporary:
-        merged.save_pretrained(temporary, safe_serialization=True)
+        mend = f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
+        name = str(source)
+        if not Path(source).exists() and HUB_NAME.fullmatch(name):
+            mend = (
+                f"it is no folder here; without a network, run `hf download {name} --local-dir "
+                f"models/{name.split('/')[1]}` elsewhere, bring the folder here and name it instead"
+            )
+        raise ModelError(f"LoRA {source} cannot be loaded: {one_line(error)}; {mend}") from None

@@ -1,16 +1,26 @@
 """Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo.core.types import Conditioning
-from spo.models.base import LatentDiffusion
+from spo.models.base import LatentDiffusion, Pipeline
 
 
 class StableDiffusionXL(LatentDiffusion):
-    """Conditioned on `prompt_embeds` (b, tokens, width), `pooled_embeds` (b, width) and uncropped square images."""
+    """Conditioned on `prompt_embeds` (b, tokens, width), `pooled_embeds` (b, width) and uncropped square images.
+
+    A VAE that overflows in float16 runs in float32, as the pipeline's own call does with it; that of
+    madebyollin/sdxl-vae-fp16-fix need not.
+    """
+
+    def __init__(self, pipeline: Pipeline, **options: Any):
+        super().__init__(pipeline, **options)
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae = copy.deepcopy(self.vae).float()
 
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

@@ -25,7 +25,8 @@ from spo.evaluation.statistics import mean_interval, paired_difference
 from spo.files import atomic_path, read_json, write_json
 from spo.models.base import LatentDiffusion
 from spo.models.load import build
-from spo.models.lora import load_lora
+from spo.models.lora import borrowed_lora
+from spo.models.policy import load_policy
 from spo.tables import write_csv
 from spo.tracking import Tracker
 
@@ -107,7 +108,7 @@ class Evaluation:
                 raise ModelError(f"{self.aligned[name]} holds no checkpoints; run `python -m spo align {name}`")
             means = []
             for checkpoint in checkpoints:
-                load_lora(self.model, checkpoint)
+                load_policy(self.model, checkpoint)
                 label = f"validation: {name} {checkpoint.name}"
                 means.append(_means(self._generate(name, self.validation, eta, label).scores))
                 cost = read_json(checkpoint / "cost.json")
@@ -125,15 +126,19 @@ class Evaluation:
         return rows, chosen
 
     def compare(self, chosen: dict[str, Path]) -> list[Result]:
-        """Base, control and every method's choice on the test prompts, under each sampler."""
+        """Base, control, every method's choice and the LoRAs of others on the test prompts, under each sampler."""
         results = []
         for name in (BASE, *chosen):
             if name != BASE:
-                load_lora(self.model, chosen[name])
+                load_policy(self.model, chosen[name])
             for eta in self.config.etas:
                 results.append(self._generate(name, self.test, eta, f"test: {name}, eta {eta:g}"))
                 if name == BASE:
                     results.append(self._control(results[-1]))
+        for name, lora in self.config.loras.items():
+            with borrowed_lora(self.model, lora.source, weight_name=lora.weight_name, revision=lora.revision):
+                for eta in self.config.etas:
+                    results.append(self._generate(name, self.test, eta, f"test: {name}, eta {eta:g}"))
         return results
 
     def _generate(self, column: str, wanted: Sequence[Task], eta: float, label: str) -> Result:

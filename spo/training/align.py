@@ -18,7 +18,7 @@ from spo.errors import ConfigError, TrainingError
 from spo.files import write_json
 from spo.methods.method import Method, Round, TrainingPairs
 from spo.models.base import LatentDiffusion
-from spo.models.lora import save_lora
+from spo.models.policy import save_policy
 from spo.progress import Progress
 from spo.tracking import Tracker
 from spo.training.history import Cost, History
@@ -72,9 +72,9 @@ def align(
 
 
 def save_checkpoint(policy: LatentDiffusion, cost: Cost, folder: Path) -> None:
-    """Write <folder>/step-<rounds>: the LoRA, and what it took to get there."""
+    """Write <folder>/step-<rounds>: the policy, and what it took to get there."""
     checkpoint = folder / f"step-{cost.rounds:06d}"
-    save_lora(policy, checkpoint)
+    save_policy(policy, checkpoint)
     write_json(checkpoint / "cost.json", asdict(cost))
 
 

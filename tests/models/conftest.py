@@ -3,9 +3,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from spo.models.base import LatentDiffusion
-from tests.models.tiny import FAMILIES, make_tiny_denoiser, make_tiny_pipeline
+from spo.config import LoraConfig
+from spo.models.base import LatentDiffusion, Pipeline
+from spo.models.lora import add_lora
+from tests.models.sampled import RANK, SAMPLING
+from tests.models.tiny import FAMILIES, make_tiny_denoiser, make_tiny_pipeline, shake
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +32,28 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def denoiser(family: str, tiny_folder: Callable[..., Path]) -> LatentDiffusion:
     return make_tiny_denoiser(family, tiny_folder(family))
+
+
+@pytest.fixture
+def make(family: str, tiny_folder: Callable[..., Path]) -> Callable[..., LatentDiffusion]:
+    """make(**model): a new denoiser of the family, with the sampler of tests.models.sampled."""
+    return lambda **model: make_tiny_denoiser(family, tiny_folder(family), sampling=SAMPLING, **model)
+
+
+@pytest.fixture
+def policy(make: Callable[..., LatentDiffusion]) -> LatentDiffusion:
+    """A denoiser whose LoRA is not zero."""
+    denoiser = make()
+    add_lora(denoiser.unet, LoraConfig(rank=RANK), seed=0)
+    shake(denoiser)
+    return denoiser
+
+
+@pytest.fixture
+def plain_pipeline(family: str, tiny_folder: Callable[..., Path]) -> Pipeline:
+    """Without any of our code."""
+    kind = StableDiffusionPipeline if family == "sd15" else StableDiffusionXLPipeline
+    more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = kind.from_pretrained(tiny_folder(family), **(more if family == "sd15" else {}))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -2,59 +2,16 @@
 
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from spo.config import LoraConfig, SamplingConfig
+from spo.config import LoraConfig
 from spo.errors import ModelError
-from spo.models.lora import add_lora, load_lora, save_kohya, save_lora, save_merged
-from tests.models.tiny import RESOLUTION, draw_latents, make_tiny_denoiser, sample_ddim, shake
-
-PROMPTS = ["a red house", "fog"]
-SAMPLING = SamplingConfig(steps=2, eta=0.0)
-RANK = 2
-
-
-@pytest.fixture
-def make(family, tiny_folder):
-    return lambda **model: make_tiny_denoiser(family, tiny_folder(family), sampling=SAMPLING, **model)
-
-
-@pytest.fixture
-def policy(make):
-    """A denoiser whose LoRA is not zero."""
-    denoiser = make()
-    add_lora(denoiser.unet, LoraConfig(rank=RANK), seed=0)
-    shake(denoiser)
-    return denoiser
-
-
-@pytest.fixture
-def plain_pipeline(family, tiny_folder):
-    """Without any of our code."""
-    kind = StableDiffusionPipeline if family == "sd15" else StableDiffusionXLPipeline
-    more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = kind.from_pretrained(tiny_folder(family), **(more if family == "sd15" else {}))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def ours(denoiser):
-    return sample_ddim(denoiser, draw_latents(denoiser, 2), denoiser.encode(PROMPTS))
-
-
-def theirs(pipeline):
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    size = {"height": RESOLUTION, "width": RESOLUTION}
-    return pipeline(
-        PROMPTS, latents=latents, num_inference_steps=2, guidance_scale=5.0, output_type="latent", **size
-    ).images
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+from spo.models.lora import WEIGHTS, add_lora, borrowed_lora, load_lora, save_kohya, save_lora
+from tests.models.sampled import RANK, close, ours, theirs
+from tests.models.tiny import make_tiny_denoiser, shake
 
 
 @pytest.mark.parametrize("save", [save_lora, save_kohya])
@@ -117,26 +74,6 @@ def test_alpha_below_the_rank_weakens_a_kohya_lora_as_in_diffusers(policy, make,
     close(ours(other), theirs(plain_pipeline))
 
 
-def test_merged_pipeline_is_the_policy_without_an_adapter(policy, family, tmp_path):
-    before = [p.clone() for p in policy.unet.parameters()]
-    save_merged(policy, tmp_path / "merged")
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.unet.parameters(), strict=True))
-    merged = make_tiny_denoiser(family, tmp_path / "merged", sampling=SAMPLING)
-    assert not any("lora" in name for name, _ in merged.unet.named_parameters())
-    assert policy.pipeline.unet is policy.unet
-    close(ours(merged), ours(policy))
-
-
-def test_merged_pipeline_of_full_fine_tuning_is_the_policy(make, family, tmp_path):
-    policy = make()
-    policy.unfreeze()
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.mul_(1.1)
-    save_merged(policy, tmp_path / "merged")
-    close(ours(make_tiny_denoiser(family, tmp_path / "merged", sampling=SAMPLING)), ours(policy))
-
-
 def test_missing_or_unsafe_lora_is_refused_in_one_line(make, policy, tmp_path):
     denoiser = make()
     torch.save({"x": torch.zeros(1)}, tmp_path / "lora.bin")
@@ -185,3 +122,99 @@ def test_failed_save_leaves_the_former_lora(policy, tmp_path, monkeypatch):
         save_lora(policy, tmp_path / "lora")
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def renamed(policy, folder: Path, *changes: tuple[str, str]) -> Path:
+    """The policy's LoRA under the names of older writers."""
+    save_lora(policy, folder / "new")
+    state = load_file(folder / "new" / WEIGHTS)
+    for old, new in changes:
+        state = {name.replace(old, new): weight for name, weight in state.items()}
+    save_file(state, folder / "old.safetensors")
+    return folder / "old.safetensors"
+
+
+@pytest.mark.parametrize("names", ["diffusers", "kohya", "peft", "processors"])
+def test_a_borrowed_lora_acts_as_in_plain_diffusers_and_is_given_back(policy, make, plain_pipeline, tmp_path, names):
+    match names:
+        case "diffusers":
+            save_lora(policy, source := tmp_path / "lora")
+        case "kohya":
+            save_kohya(policy, source := tmp_path / "lora.safetensors")
+        case "peft":
+            source = renamed(policy, tmp_path, ("lora.down", "lora_A"), ("lora.up", "lora_B"))
+        case "processors":
+            ends = (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out.0", "to_out"))
+            source = renamed(policy, tmp_path, *((f"{new}.lora.", f"processor.{old}_lora.") for new, old in ends))
+    denoiser = make()
+    base = theirs(denoiser.pipeline)
+    add_lora(denoiser.unet, LoraConfig(rank=8), seed=3)
+    shake(denoiser)
+    with borrowed_lora(denoiser, source):
+        borrowed = theirs(denoiser.pipeline)
+    assert torch.equal(theirs(denoiser.pipeline), base)
+    plain_pipeline.load_lora_weights(str(source))
+    assert (borrowed - base).abs().max() > 0.1
+    assert torch.equal(borrowed, theirs(plain_pipeline))
+
+
+def with_text_encoder(policy, folder: Path, prefix: str) -> Path:
+    save_lora(policy, folder)
+    state = load_file(folder / WEIGHTS)
+    layer = f"{prefix}.text_model.encoder.layers.0.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(0)
+    state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = torch.randn(2, 2, 32, generator=generator)
+    state[f"{layer}.lora_B.weight"] = state[f"{layer}.lora_B.weight"].T.contiguous()
+    save_file(state, folder / WEIGHTS)
+    return folder
+
+
+def test_a_borrowed_lora_may_change_the_text_encoders(policy, make, plain_pipeline, family, tmp_path):
+    prefix = "text_encoder" if family == "sd15" else "text_encoder_2"
+    source = with_text_encoder(policy, tmp_path / "lora", prefix)
+    denoiser = make()
+    base = theirs(denoiser.pipeline)
+    with borrowed_lora(denoiser, source):
+        borrowed = theirs(denoiser.pipeline)
+    assert torch.equal(theirs(denoiser.pipeline), base)
+    plain_pipeline.load_lora_weights(str(source))
+    assert torch.equal(borrowed, theirs(plain_pipeline))
+    save_lora(policy, tmp_path / "without")
+    with borrowed_lora(denoiser, tmp_path / "without"):
+        assert not torch.equal(theirs(denoiser.pipeline), borrowed)
+
+
+def test_a_borrowed_lora_of_a_text_encoder_that_is_not_there_is_refused(tiny_folder, tmp_path):
+    denoiser = make_tiny_denoiser("sd15", tiny_folder("sd15"))
+    add_lora(denoiser.unet, LoraConfig(rank=RANK), seed=0)
+    source = with_text_encoder(denoiser, tmp_path / "lora", "text_encoder_2")
+    with (
+        pytest.raises(ModelError, match="changes a text_encoder_2, which this model lacks"),
+        borrowed_lora(denoiser, source),
+    ):
+        pass
+    assert denoiser.parameters() == []
+
+
+def test_a_borrowed_lora_that_is_not_there_says_what_to_fetch(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    denoiser = make()
+    for source, said in [
+        ("someone/no-such-lora", "run `hf download someone/no-such-lora --local-dir models/no-such-lora`"),
+        (str(tmp_path / "nothing"), "safetensors"),
+        (str(tmp_path), "safetensors"),
+    ]:
+        with (
+            pytest.raises(ModelError, match=said) as caught,
+            borrowed_lora(denoiser, source, weight_name="a.safetensors"),
+        ):
+            pass
+        assert "\n" not in str(caught.value)
+
+
+def test_a_borrowed_lora_of_another_base_is_refused(tiny_folder, tmp_path):
+    small, large = (make_tiny_denoiser(family, tiny_folder(family)) for family in ("sd15", "sdxl"))
+    add_lora(small.unet, LoraConfig(rank=RANK), seed=0)
+    save_lora(small, tmp_path / "lora")
+    with pytest.raises(ModelError, match="same base model"), borrowed_lora(large, tmp_path / "lora"):
+        pass
