@@ -57,7 +57,7 @@ class PreferencesConfig(Section):
 
 class PrepareConfig(Section):
     prompts: PromptsConfig
-    preferences: PreferencesConfig
+    preferences: PreferencesConfig | None = None  # None: no pairs, for a preference model that is trained already
     validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
 
@@ -254,6 +254,11 @@ class Config(Section):
                     f"align.{name}.branch_steps={method.branch_steps} must divide "
                     f"sampling.steps - first_step = {branched}; use one of {allowed}"
                 )
+        if self.prepare.preferences is None and self.train_preference.checkpoint is None:
+            raise ValueError(
+                "prepare.preferences is missing: name preference pairs to train on, or a trained preference model in "
+                "train_preference.checkpoint"
+            )
         taken = [name for name in self.evaluate.loras if name in ("base", "contrast", *self.align)]
         if taken:
             raise ValueError(f"evaluate.loras: {taken} are names of other columns; name the LoRAs differently")

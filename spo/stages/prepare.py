@@ -3,6 +3,7 @@
 Reads what `config.prepare` names; writes runs/<profile>/prepare/ as a whole or not at all:
 prompts/{train,validation,test}.txt, preferences/{train,validation}.parquet, rejected.jsonl and metrics.json.
 
+Without pairs, because the preference model is trained already, preferences/ stays empty.
 A pair whose caption is a validation or test prompt goes to validation, one whose caption is a training prompt to
 training; other captions are split by the same hash of caption and seed.
 """
@@ -65,8 +66,10 @@ def _prepare_prompts(config: Config, root: Path, folder: Path, log: TextIO) -> t
 
 def _prepare_preferences(config: Config, root: Path, folder: Path, log: TextIO, split: Split) -> dict[str, Any]:
     source = config.prepare.preferences
-    train, held_out = frozenset(split.train), frozenset((*split.validation, *split.test))
     (folder / "preferences").mkdir()
+    if source is None:
+        return {"read": 0, "kept": 0}
+    train, held_out = frozenset(split.train), frozenset((*split.validation, *split.test))
     reasons: Counter[str] = Counter()
     captions: set[str] = set()
     read = kept = ties = 0

@@ -156,6 +156,14 @@ def test_limits_are_kept(project: Path) -> None:
     assert (metrics["prompts"]["kept"], metrics["preferences"]["kept"]) == (50, 100)
 
 
+def test_without_pairs_their_folder_is_empty(project: Path) -> None:
+    metrics = run(make_config(preferences=None), root=project, tracker=NullTracker())
+    folder = project / "runs/small/prepare"
+    assert list((folder / "preferences").iterdir()) == []
+    assert metrics["preferences"] == {"read": 0, "kept": 0}
+    assert len(lines(folder, "train")) == 70
+
+
 def test_a_failure_leaves_the_former_outputs_whole(project: Path) -> None:
     run(make_config(), root=project, tracker=NullTracker())
     folder = project / "runs/small/prepare"
