@@ -176,33 +176,20 @@ def export(options: argparse.Namespace) -> None:
     if options.format == "kohya" and out.suffix != ".safetensors":
         raise SpoError(f"--out {out}: --format kohya writes one file; end its name in .safetensors")
     _new(out)
-    source = trained(config, options.method, options.checkpoint)
     _settle()
+    from spo.evaluation.source import find_source
     from spo.models.load import build
     from spo.models.policy import export, load_policy
 
+    source = find_source(options.checkpoint or options.method, config)
+    if source.lora is None:
+        raise SpoError(
+            f"there is nothing to export: {source.told}; run `python -m spo evaluate`, or name a --checkpoint"
+        )
     denoiser = build(config.model, config.sampling, "cpu")
-    load_policy(denoiser, source)
+    load_policy(denoiser, source.lora)
     export(denoiser, options.format, out)
-    print(f"{out}: {options.format} of {source}")
-
-
-def trained(config: Config, method: str | None, checkpoint: str | None) -> Path:
-    """Where a method's weights are: the checkpoint of that name or path, or the one that evaluation chose."""
-    method = method or config.methods[0]
-    if method not in config.align:
-        raise SpoError(f"--method {method}: profile {config.profile} has no such method; it has {sorted(config.align)}")
-    if checkpoint is None:
-        chosen = config.folder("evaluate") / "lora" / method
-        if not chosen.is_dir():
-            raise SpoError(f"{chosen} is missing; run `python -m spo evaluate`, or name a --checkpoint")
-        return chosen
-    folder = config.folder("align") / method / "checkpoints"
-    for path in (folder / checkpoint, Path(checkpoint)):
-        if path.exists():
-            return path
-    there = sorted(path.name for path in folder.glob("step-*"))
-    raise SpoError(f"--checkpoint {checkpoint} is neither a path nor in {folder}, which has {there or 'none'}")
+    print(f"{out}: {options.format} of {source.told}")
 
 
 def _new(out: Path) -> None:
@@ -271,10 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", metavar="PATH", type=Path, required=True, help="a folder; of kohya a .safetensors file"
     )
-    command.add_argument("--method", metavar="NAME", help="a key of the profile's align section (default: the first)")
-    command.add_argument(
-        "--checkpoint", metavar="NAME", help="of the method, or a path (default: the one that evaluation chose)"
-    )
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--method", metavar="NAME", help="whose evaluated LoRA it is (default: the profile's first)")
+    which.add_argument("--checkpoint", metavar="LORA", help="a run's folder, a LoRA's file or folder, a hub name")
     command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
     command.set_defaults(run=export)
 

@@ -162,11 +162,10 @@ def test_wrong_arguments_are_code_2(arguments: list[str], capsys: pytest.Capture
     assert caught.value.code == 2
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("command", [*STAGES, "repro", "generate", "compare", "mlflow-ui", "import-preference-model"])
-=======
-@pytest.mark.parametrize("command", [*STAGES, "repro", "mlflow-ui", "export", "import-preference-model"])
->>>>>>> 9eb0139 (Let users take away what they trained: export as diffusers LoRA, kohya file or merged pipeline; save full fine-tuning; compare with published LoRAs)
+COMMANDS = [*STAGES, "repro", "generate", "compare", "export", "mlflow-ui", "import-preference-model"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

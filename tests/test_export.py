@@ -28,7 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "configs").mkdir()
     (root / "configs" / "own.yaml").write_text(yaml.safe_dump(values))
     (root / "params.yaml").write_text("profile: own\nmethods: [spo]\n")
-    checkpoints = root / "runs/own/align/spo/checkpoints"
+    checkpoints = root / "runs/own/align/spo/seed-0/checkpoints"
     for seed, name in enumerate(("step-000001", "step-000002")):
         policy = make_tiny_denoiser("sd15", root / "model")
         add_lora(policy.unet, LoraConfig(rank=2), seed=0)
@@ -67,14 +67,14 @@ def test_all_formats_give_plain_diffusers_the_same_images(project: Path, tmp_pat
     torch.testing.assert_close(images["merged"], images["diffusers"], atol=1e-4, rtol=1e-4)
 
 
-def test_a_checkpoint_is_named_by_its_name_or_path(project: Path, tmp_path: Path) -> None:
-    for out, checkpoint in [("a", "step-000001"), ("b", "runs/own/align/spo/checkpoints/step-000001"), ("c", None)]:
-        named = [] if checkpoint is None else ["--checkpoint", checkpoint]
-        options = ["--method", "spo", "--profile", "own", *named]
-        assert main(["export", "--format", "kohya", "--out", str(tmp_path / f"{out}.safetensors"), *options]) == 0
-    first, same, chosen = (load_file(tmp_path / f"{name}.safetensors") for name in "abc")
-    assert all(torch.equal(first[name], same[name]) for name in first)
-    assert any(not torch.equal(first[name], chosen[name]) for name in first)
+def test_a_checkpoint_may_be_named_in_place_of_the_one_that_evaluation_chose(project: Path, tmp_path: Path) -> None:
+    first = "runs/own/align/spo/seed-0/checkpoints/step-000001"
+    for out, which in [("a", ["--checkpoint", first]), ("b", ["--method", "spo"]), ("c", [])]:
+        options = ["--out", str(tmp_path / f"{out}.safetensors"), "--profile", "own", *which]
+        assert main(["export", "--format", "kohya", *options]) == 0
+    other, chosen, default = (load_file(tmp_path / f"{name}.safetensors") for name in "abc")
+    assert all(torch.equal(chosen[name], default[name]) for name in default)
+    assert any(not torch.equal(chosen[name], other[name]) for name in other)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,10 @@ def test_a_checkpoint_is_named_by_its_name_or_path(project: Path, tmp_path: Path
     [
         (["--format", "kohya", "--out", "new"], "end its name in .safetensors"),
         (["--format", "merged", "--out", "model"], "--out model exists already; remove it"),
-        (["--format", "diffusers", "--out", "new", "--method", "dpo"], "has no such method; it has ['spo']"),
-        (["--format", "diffusers", "--out", "new", "--checkpoint", "9"], "which has ['step-000001', 'step-000002']"),
-        (["--format", "diffusers", "--out", "new", "--checkpoint", "configs"], "cannot be loaded"),
+        (["--format", "diffusers", "--out", "new", "--method", "dpo"], "'dpo' names nothing here; evaluated: ['spo']"),
+        (["--format", "diffusers", "--out", "new", "--checkpoint", "configs"], "configs holds no pytorch_lora_weights"),
+        (["--format", "diffusers", "--out", "new", "--checkpoint", "params.yaml"], "no .safetensors file"),
+        (["--format", "diffusers", "--out", "new", "--method", "base"], "there is nothing to export: the base"),
         (["--format", "diffusers", "--out", "new", "--profile", "nosuch"], "profile 'nosuch' has no"),
     ],
 )

@@ -16,7 +16,7 @@ from spo.evaluation.pictures import labelled_sheet, save_png, to_picture
 from spo.evaluation.source import BASE, Source, find_source
 from spo.models.base import LatentDiffusion
 from spo.models.load import build
-from spo.models.lora import load_lora
+from spo.models.policy import load_policy
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _pictures(
 ) -> list[Image.Image]:
     """One picture a seed; the network holds the source's LoRA afterwards. The base comes before any LoRA."""
     if source.lora is not None:
-        load_lora(network, source.lora)
+        load_policy(network, source.lora)
     images = generate(
         network,
         [prompt] * len(seeds),

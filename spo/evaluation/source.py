@@ -8,6 +8,7 @@ from spo import tracking
 from spo.config import Config
 from spo.errors import ModelError
 from spo.models.lora import WEIGHTS
+from spo.models.policy import UNET
 
 BASE = "base"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -78,11 +79,11 @@ def _of_folder(name: str, folder: Path) -> Source:
 
 
 def _evaluated(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))
+    return sorted(path.name for path in folder.glob("*") if _holds_lora(path))
 
 
 def _holds_lora(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file()
+    return (folder / WEIGHTS).is_file() or (folder / UNET).is_dir()  # the latter after full fine-tuning
 
 
 def _short(name: str) -> str:
