@@ -1,5 +1,6 @@
 # make repro: the whole pipeline; make test; make lint; make ui: browse the runs; make format; make clean
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -16,7 +17,7 @@ repro: $(STAMP)
 	@$(BIN)/python -m spo repro
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -1,10 +1,11 @@
 """What all tests share."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-import torch
 
 for name, value in {
     "DO_NOT_TRACK": "1",
@@ -12,18 +13,46 @@ for name, value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OMP_NUM_THREADS": "1",  # the models are too small for more, and `make test` runs several processes
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
 for name in ("MLFLOW_TRACKING_URI", "SPO_PIPELINE_RUN", "RANK"):  # a developer's own must not reach the tests
     os.environ.pop(name, None)
 
+import torch  # noqa: E402  (reads OMP_NUM_THREADS as it is imported)
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if hasattr(config, "workerinput"):  # under `pytest -n`: what takes long starts first
+        slow = Counter(_group(item.nodeid) for item in items if "slow" in item.keywords)
+        items.sort(key=lambda item: (_group(item.nodeid) != PREFECT, -slow[_group(item.nodeid)]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `pytest -n`: a group of tests runs in one process, so that what they share is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+PREFECT = "tests/flows/"
+
+
+def _group(nodeid: str) -> str:
+    """A file's tests are a group, and so are all that run flows against the one server of tests/flows/conftest.py."""
+    file = nodeid.partition("::")[0]
+    return PREFECT if file.startswith(PREFECT) and not file.startswith(f"{PREFECT}test_deployment") else file
 
 
 @pytest.fixture(autouse=True)
