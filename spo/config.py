@@ -185,7 +185,48 @@ class ClipMetricConfig(Section):
         return (self.name,)
 
 
-MetricConfig = Annotated[OracleConfig | ClipMetricConfig, Field(discriminator="kind")]
+class HpsConfig(Section):
+    """HPSv2.1, as published: an OpenCLIP checkpoint, and the CLIP whose configuration and tokenizer it has."""
+
+    kind: Literal["hpsv2"] = "hpsv2"
+    name: str = "hpsv2"
+    weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt"  # a file here, or OWNER/NAME/FILE of the hub
+    clip: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+class AestheticConfig(Section):
+    """LAION's aesthetic predictor: published linear layers on the features of a CLIP."""
+
+    kind: Literal["laion_aesthetic"] = "laion_aesthetic"
+    name: str = "laion_aesthetic"
+    head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"  # a file here, or OWNER/NAME/FILE of the hub
+    clip: str = "openai/clip-vit-large-patch14"
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+class ImageRewardConfig(Section):
+    """ImageReward, as published, and the tokenizer of its text encoder."""
+
+    kind: Literal["image_reward"] = "image_reward"
+    name: str = "image_reward"
+    weights: str = "THUDM/ImageReward/ImageReward.pt"  # a file here, or OWNER/NAME/FILE of the hub
+    tokenizer: str = "google-bert/bert-base-uncased"
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+MetricConfig = Annotated[
+    OracleConfig | ClipMetricConfig | HpsConfig | AestheticConfig | ImageRewardConfig, Field(discriminator="kind")
+]
 
 
 class LoraSource(Section):

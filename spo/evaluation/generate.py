@@ -26,16 +26,17 @@ def generate(
     guidance_scale: float,
     eta: float,
     batch_size: int,
-    label: str,
+    label: str | None = None,
 ) -> Tensor:
     """Images (n, 3, H, W) in [0, 1], on the CPU, of the diffusers pipeline's own sampler with whatever LoRA is on.
 
-    prompts, seeds: n each; an image depends on its prompt and seed alone, not on its batch.
+    prompts, seeds: n each; an image depends on its prompt and seed alone, not on its batch. Progress is told only
+    under a label.
     """
-    rows = torch.arange(len(prompts)).split(batch_size)
+    rows = [row.tolist() for row in torch.arange(len(prompts)).split(batch_size)]
     batches = [
         _batch(model, [prompts[i] for i in row], [seeds[i] for i in row], steps, guidance_scale, eta)
-        for row in progress([row.tolist() for row in rows], label=label)
+        for row in (rows if label is None else progress(rows, label=label))
     ]
     return torch.cat(batches)
 
@@ -58,6 +59,16 @@ def _batch(
     return images.float().cpu().clamp(0, 1)
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as a PNG keeps them, uint8."""
+    return (images * 255).round().byte()
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] of uint8."""
+    return images.float() / 255
+
+
 def eight_bits(images: Tensor) -> Tensor:
     """What a PNG keeps of images in [0, 1]; scores are of this, so that they can be had again from the files."""
-    return (images * 255).round() / 255
+    return from_bytes(to_bytes(images))

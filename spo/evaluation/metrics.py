@@ -1,15 +1,23 @@
-"""The scores of an image for its prompt: the drawn world's oracle, or CLIPs such as PickScore."""
+"""The scores of an image for its prompt: the drawn world's oracle, or published judges of real pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from spo.config import ClipMetricConfig, MetricConfig, OracleConfig
+from spo.config import (
+    AestheticConfig,
+    ClipMetricConfig,
+    HpsConfig,
+    ImageRewardConfig,
+    MetricConfig,
+    OracleConfig,
+)
+from spo.errors import ModelError
+from spo.evaluation.clip_scores import AestheticMetric, ClipMetric, HpsMetric
+from spo.evaluation.image_reward import ImageRewardMetric
 from spo.evaluation.oracle import judge
-from spo.preference.checkpoint import load_clip
-from spo.preference.score import PreferenceScorer
 
 Scores = dict[str, Tensor]  # each (n,), on the CPU
 JUDGED_AT_A_TIME = 64
@@ -21,21 +29,19 @@ class Metric(Protocol):
         ...
 
 
-class ClipMetric:
-    """exp(logit_scale) cos(image, prompt) of a plain CLIP: PickScore and CLIPScore are of this form."""
-
-    def __init__(self, config: ClipMetricConfig, device: torch.device):
-        self.name = config.name
-        self.scorer = PreferenceScorer(load_clip(config.model, processor=config.processor), device=device)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        text = self.scorer.encode(prompts)
-        return {self.name: self.scorer(images, text, torch.zeros((), dtype=torch.long)).cpu()}
-
-
-def build_metrics(configs: Sequence[MetricConfig], device: torch.device) -> list[Metric]:
-    """Load them; ModelError where weights are absent."""
-    return [_build(config, device) for config in configs]
+def build_metrics(
+    configs: Sequence[MetricConfig], device: torch.device, *, needed: Collection[str] | None = None
+) -> list[Metric]:
+    """Load them. Where weights are absent it is a ModelError if a score is `needed` (None: all are), else a line."""
+    metrics = []
+    for config in configs:
+        try:
+            metrics.append(_build(config, device))
+        except ModelError as error:
+            if needed is None or set(config.scores) & set(needed):
+                raise
+            print(f"{', '.join(config.scores)}: left out, {error}", flush=True)
+    return metrics
 
 
 def _build(config: MetricConfig, device: torch.device) -> Metric:
@@ -44,6 +50,12 @@ def _build(config: MetricConfig, device: torch.device) -> Metric:
             return judge
         case ClipMetricConfig():
             return ClipMetric(config, device)
+        case HpsConfig():
+            return HpsMetric(config, device)
+        case AestheticConfig():
+            return AestheticMetric(config, device)
+        case ImageRewardConfig():
+            return ImageRewardMetric(config, device)
 
 
 def score(metrics: Sequence[Metric], images: Tensor, prompts: Sequence[str]) -> Scores:

@@ -1,20 +1,25 @@
-"""How sure a mean or a comparison is: the paired bootstrap over prompts.
+"""How sure a mean or a comparison is: the paired bootstrap over prompts, with the luck of training seeds.
 
 A prompt may have several images, and these resemble each other more than images of other prompts do. So prompts are
 resampled, each with all of its images (cluster bootstrap: Davison and Hinkley 1997, section 3.8), and the interval
 is that of the percentiles. Two systems are compared on the same prompts and seeds, and resampled together: what makes
 a prompt hard for both cancels.
+
+A method that was trained from several seeds has a score a seed for each image. The mean is over seeds; how far it
+could be off because these and no other seeds were drawn is Student's t with seeds - 1 degrees of freedom times the
+standard error of the seeds' means, and is added to each resample. With the two to five seeds that one can pay for,
+resampling them would promise too much: of three seeds, an interval by percentiles cannot reach beyond the three. One
+seed says nothing about others, and the interval is then that of its prompts alone.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-
-BLOCK = 4_000_000  # resampled weights held at a time
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher a scores than b on the same prompts and seeds, and how often."""
+    """How much higher a scores than b on the same prompts and image seeds, and how often."""
 
     difference: float  # mean of a - b
     low: float
@@ -38,16 +43,16 @@ class Difference:
     win_rate_low: float
     win_rate_high: float
     ties: int
-    n: int  # pairs
+    n: int  # images, or pairs of images
 
 
 def mean_interval(
     values: ArrayLike, groups: Sequence[Hashable], *, level: float = 0.95, samples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Mean of values (n,) with its bootstrap interval, resampling groups.
+    """Mean of values with its bootstrap interval, resampling groups.
 
     Args:
-        values: (n,) finite scores.
+        values: (n,) finite scores, or (s, n) of s training seeds.
         groups: (n,) the prompt of each value; equal entries are resampled together.
         level: share of such intervals that hold the true mean, in (0, 1).
         samples: how many times to resample.
@@ -56,51 +61,68 @@ def mean_interval(
     Raises:
         ValueError: values and groups differ in length, a value is not finite, or there are fewer than two groups.
     """
-    column = _column("values", values)
-    mean, low, high = _intervals(column[:, None], groups, level=level, samples=samples, seed=seed)[:, 0]
-    return Interval(float(mean), float(low), float(high), len(column))
+    table = _table("values", values)
+    luck = [table.mean(axis=1)[:, None]]
+    [mean, low, high] = _intervals(table.mean(axis=0)[:, None], groups, luck, level=level, samples=samples, seed=seed)
+    return Interval(float(mean[0]), float(low[0]), float(high[0]), table.size)
 
 
 def paired_difference(
     a: ArrayLike, b: ArrayLike, groups: Sequence[Hashable], *, level: float = 0.95, samples: int = 10_000, seed: int = 0
 ) -> Difference:
-    """Compare a (n,) with b (n,), whose rows share prompt and seed; both are resampled together.
+    """Compare a with b, (n,) or (seeds, n) each; columns share prompt and image seed and are resampled together.
 
-    If a wins every pair, so does every resample: the win rate's interval is then the point 1.
+    Trainings of a and b have no luck in common, so each seed of a meets each of b. If a wins every pair, so does every
+    resample: the win rate's interval is then the point 1.
 
     Args and errors as in `mean_interval`; ValueError also if a and b differ in length.
     """
-    a, b = _column("a", a), _column("b", b)
-    if len(a) != len(b):
-        raise ValueError(f"a has {len(a)} values and b has {len(b)}; pair them by prompt and seed")
-    gain, win = a - b, (a > b) + 0.5 * (a == b)
-    columns = np.stack([gain, win], axis=1)
-    mean, low, high = _intervals(columns, groups, level=level, samples=samples, seed=seed)
+    a, b = _table("a", a), _table("b", b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a has {a.shape[1]} values and b has {b.shape[1]}; pair them by prompt and seed")
+    gain = a[:, None] - b[None]  # (seeds of a, seeds of b, n)
+    win = (gain > 0) + 0.5 * (gain == 0)
+    both = np.stack([gain, win], axis=-1)  # (seeds of a, seeds of b, n, 2)
+    luck = [both.mean(axis=(1, 2)), both.mean(axis=(0, 2))]
+    mean, low, high = _intervals(both.mean(axis=(0, 1)), groups, luck, level=level, samples=samples, seed=seed)
     return Difference(
         difference=float(mean[0]),
         low=float(low[0]),
         high=float(high[0]),
         win_rate=float(mean[1]),
-        win_rate_low=float(low[1]),
-        win_rate_high=float(high[1]),
-        ties=int((a == b).sum()),
-        n=len(a),
+        win_rate_low=max(0.0, float(low[1])),
+        win_rate_high=min(1.0, float(high[1])),
+        ties=int((gain == 0).sum()),
+        n=gain.size,
     )
 
 
-def _column(name: str, values: ArrayLike) -> Array:
-    column = np.asarray(values, dtype=np.float64)
-    if column.ndim != 1:
-        raise ValueError(f"{name} has shape {column.shape}; it should be one column, (n,)")
-    bad = ~np.isfinite(column)
+def _table(name: str, values: ArrayLike) -> Array:  # (seeds, n)
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim not in (1, 2):
+        raise ValueError(f"{name} has shape {table.shape}; it should be one column, (n,), or (seeds, n)")
+    table = np.atleast_2d(table)
+    if not table.size:
+        raise ValueError(f"{name} is empty; an interval needs at least 2 prompts, got 0")
+    bad = ~np.isfinite(table)
     if bad.any():
-        raise ValueError(f"{name} has {bad.sum()} of {len(bad)} entries not finite, the first at {bad.argmax()}")
-    return column
+        raise ValueError(f"{name} has {bad.sum()} of {bad.size} entries not finite, the first at {bad.argmax()}")
+    return table
 
 
 def _intervals(
-    values: Array, groups: Sequence[Hashable], *, level: float, samples: int, seed: int
-) -> Array:  # (3, m): mean, low and high of each column of values (n, m)
+    values: Array,
+    groups: Sequence[Hashable],
+    luck: Sequence[Array],
+    *,
+    level: float,
+    samples: int,
+    seed: int,
+) -> Array:
+    """(3, m): mean, low and high of each column of values (n, m), which are means over seeds.
+
+    luck: of each side of a comparison the means (seeds, m) that its seeds had.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
     if samples < 1:
@@ -114,16 +136,27 @@ def _intervals(
     count = np.bincount(group)  # (g,)
     origin = values[0]  # counting from it, a constant column is exactly constant
     sums = np.stack([np.bincount(group, weights=column) for column in (values - origin).T], axis=1)  # (g, m)
-    means = np.concatenate([(w @ sums) / (w @ count)[:, None] for w in _weights(len(index), samples, seed)])
+    weights = _weights(len(index), samples, seed)
+    means = (weights @ sums) / (weights @ count)[:, None]
+    rng = np.random.default_rng([seed, 1])
+    for of_seeds in luck:
+        means = means + _luck(of_seeds, samples, rng)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return origin + np.stack([sums.sum(axis=0) / len(values), low, high])
 
 
-def _weights(num_groups: int, samples: int, seed: int) -> Iterator[Array]:
-    """How often each group is drawn in each resample: blocks of (samples, g), rows summing to g."""
+def _luck(of_seeds: Array, samples: int, rng: np.random.Generator) -> Array:
+    """(samples, m): how far a mean over seeds may be off, given the seeds' own means (seeds, m); 0 of one seed."""
+    num = len(of_seeds)
+    if num == 1:
+        return np.zeros((1, of_seeds.shape[1]))
+    error = of_seeds.std(axis=0, ddof=1) / np.sqrt(num)
+    return rng.standard_t(num - 1, size=(samples, 1)) * error
+
+
+@lru_cache(maxsize=1)
+def _weights(num_groups: int, samples: int, seed: int) -> Array:
+    """How often each group is drawn in each resample (samples, g); rows sum to g. Kept for the next comparison."""
     rng = np.random.default_rng(seed)
-    rows = max(1, BLOCK // num_groups)
-    for start in range(0, samples, rows):
-        size = min(rows, samples - start)
-        yield rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=size).astype(np.float64)
+    return rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=samples).astype(np.float64)

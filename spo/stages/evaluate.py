@@ -93,8 +93,9 @@ class Evaluation:
         self.validation = tasks(prompts / "validation.txt", config.evaluate.num_validation_prompts, 1, seed)
         self.test = tasks(prompts / "test.txt", config.evaluate.num_prompts, config.evaluate.images_per_prompt, seed)
         device = best_device()
+        needed = (config.evaluate.primary, *config.evaluate.guarded)
         self.model: LatentDiffusion = build(config.model, config.sampling, device)
-        self.judges = build_metrics(config.evaluate.metrics, device)
+        self.judges = build_metrics(config.evaluate.metrics, device, needed=needed)
 
     def choose(self, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Path]]:
         """Score every checkpoint on the validation prompts; rows for the table, and each method's choice."""

@@ -48,6 +48,44 @@ def test_95_percent_of_intervals_hold_the_true_mean_of_clustered_skewed_scores(r
     assert 0.91 <= held / runs <= 0.98
 
 
+@pytest.mark.parametrize("of_seeds", [0.1, 1.0])
+@pytest.mark.parametrize("num_seeds", [2, 5])
+def test_95_percent_of_intervals_hold_the_true_gain_whatever_share_of_chance_is_the_seeds(rng, num_seeds, of_seeds):
+    prompts, runs, held = 40, 200, 0
+    for run in range(runs):
+        luck = rng.normal(0, of_seeds, (num_seeds, 1))
+        trained = 1.0 + luck + rng.normal(0, 1, prompts) + rng.normal(0, 0.5, (num_seeds, prompts))
+        result = paired_difference(trained, np.zeros(prompts), range(prompts), samples=200, seed=run)
+        held += result.low <= 1.0 <= result.high
+    assert held / runs >= 0.91  # with few seeds and little luck it errs to the wide side
+
+
+def test_seeds_that_agree_leave_the_prompts_interval_and_seeds_that_differ_widen_it(rng):
+    base, gain = rng.normal(0, 1, 50), rng.normal(0.2, 0.1, 50)
+    one = paired_difference(base + gain, base, range(50))
+    same = paired_difference([base + gain] * 3, base, range(50))
+    apart = paired_difference([base + gain + shift for shift in (-0.1, 0.0, 0.1)], base, range(50))
+    assert (same.low, same.high) == pytest.approx((one.low, one.high))
+    assert (same.difference, apart.difference) == pytest.approx((one.difference,) * 2)
+    assert width(apart) > 5 * width(same)
+    assert (one.n, same.n) == (50, 150)
+
+
+def test_every_training_of_one_side_meets_every_one_of_the_other(rng):
+    a, b = rng.normal(0.1, 1, (3, 30)), rng.normal(0, 1, (2, 30))
+    forth, back = paired_difference(a, b, range(30)), paired_difference(b, a, range(30))
+    assert forth.n == 3 * 2 * 30
+    assert forth.difference == pytest.approx(a.mean() - b.mean())
+    assert forth.win_rate == pytest.approx((a[:, None] > b[None]).mean())
+    assert back.difference == pytest.approx(-forth.difference)
+
+
+def test_a_win_rate_stays_one(rng):
+    trained = rng.normal(0, 1, (3, 20)) + np.array([[-2.0], [0.0], [3.0]])
+    result = paired_difference(trained, np.zeros(20), range(20))
+    assert 0 <= result.win_rate_low < result.win_rate < result.win_rate_high <= 1
+
+
 def test_pairing_is_narrower_than_comparing_unrelated_images(rng):
     difficulty = rng.normal(0, 1, 100)
     base = difficulty + rng.normal(0, 0.1, 100)
@@ -106,7 +144,7 @@ def test_a_higher_level_is_wider(rng):
         (lambda: mean_interval([1.0, 2.0], ["a", "a"]), "at least 2 prompts, got 1"),
         (lambda: mean_interval([], []), "at least 2 prompts, got 0"),
         (lambda: mean_interval([1.0, float("nan")], "ab"), "1 of 2 entries not finite, the first at 1"),
-        (lambda: mean_interval([[1.0, 2.0]], "a"), "should be one column"),
+        (lambda: mean_interval([[[1.0, 2.0]]], "a"), "should be one column"),
         (lambda: mean_interval([1.0, 2.0], "ab", level=95), "level=95"),
         (lambda: mean_interval([1.0, 2.0], "ab", samples=0), "samples=0"),
         (lambda: paired_difference([1.0, 2.0], [1.0], "ab"), "a has 2 values and b has 1"),
