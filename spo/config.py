@@ -148,6 +148,7 @@ class SpoConfig(SampledConfig):
     branch_steps: Positive = 1
     continue_from: Literal["random", "win", "lose"] = "random"
     pairing: Literal["best_worst", "random"] = "best_worst"
+    judged_at: Annotated[int, Field(ge=0)] | None = None  # told to the preference model as every t: one blind to t
 
 
 class D3poConfig(SampledConfig):
@@ -159,7 +160,23 @@ class D3poConfig(SampledConfig):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-5, max_grad_norm=1.0)
 
 
-MethodConfig = Annotated[SpoConfig | D3poConfig, Field(discriminator="method")]
+class DiffusionDpoConfig(AlignConfig):
+    """Diffusion-DPO (arXiv 2311.12908; SalesforceAIResearch/DiffusionDPO's settings for SD 1.5 as defaults)."""
+
+    method: Literal["diffusion_dpo"] = "diffusion_dpo"
+    updates_per_epoch: Positive | None = None  # None: every decided pair once an epoch
+    beta: Rate = 5000.0
+    batch_size: Positive = 2048
+    empty_captions: Fraction = 0.2  # share of captions that are dropped
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=2.048e-5,  # 1e-8 a pair of the batch
+        warmup_updates=500,
+        weight_decay=1e-2,
+        max_grad_norm=1.0,
+    )
+
+
+MethodConfig = Annotated[SpoConfig | D3poConfig | DiffusionDpoConfig, Field(discriminator="method")]
 
 
 class OracleConfig(Section):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from spo.config import SpoConfig
@@ -21,7 +22,7 @@ class Spo:
     def __init__(self, config: SpoConfig, policy: Denoiser, scorer: Scorer, prompts: Sequence[str], *, seed: int = 0):
         self.config = config
         self.policy = policy
-        self.scorer = scorer
+        self.scorer = scorer if config.judged_at is None else BlindScorer(scorer, config.judged_at)
         self.prompts = list(prompts)
         self.seed = seed
 
@@ -53,3 +54,17 @@ class Spo:
     def loss(self, pairs: Pairs) -> Loss:
         """DPO's loss of single steps, the ratios clamped (paper, eq. 9; published code for the clamp)."""
         return step_loss(self.policy, pairs, beta=self.config.beta, clip_range=self.config.clip_range)
+
+
+class BlindScorer:
+    """A preference model that is told one timestep, whatever the image's is (the paper's ablation)."""
+
+    def __init__(self, scorer: Scorer, t: int):
+        self.scorer = scorer
+        self.t = t
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return self.scorer.encode(prompts)
+
+    def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        return self.scorer(images, text, torch.full_like(t, self.t))

@@ -1,14 +1,16 @@
 """Align the diffusion model by one method of the profile: a LoRA, saved several times along the way."""
 
+import time
 from pathlib import Path
 
 import torch
 
-from spo.config import Config, D3poConfig, SpoConfig
+from spo.config import Config, D3poConfig, DiffusionDpoConfig, SpoConfig
 from spo.device import best_device
 from spo.errors import DataError
 from spo.files import atomic_path, write_json
 from spo.methods.d3po import D3po
+from spo.methods.diffusion_dpo import DiffusionDpo
 from spo.methods.method import Method
 from spo.methods.spo import Spo
 from spo.models.base import LatentDiffusion
@@ -16,33 +18,49 @@ from spo.models.load import build
 from spo.models.lora import add_lora
 from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
+from spo.stages.train_preference import load_pairs
 from spo.tracking import Tracker
 from spo.training.align import align
+from spo.training.history import Cost
 
 
 def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: Tracker) -> None:
     """Write checkpoints/, history.csv, timesteps.csv and metrics.json to runs/<profile>/align/<name>/seed-<seed>."""
     settings = config.align[name]
-    policy = build(config.model, config.sampling, best_device())
+    policy = build_policy(config, name)
     if settings.full_fine_tuning:
         policy.unfreeze()
     else:
         add_lora(policy.unet, settings.lora, seed=seed)
+    start = time.perf_counter()
     method = build_method(config, name, policy, seed=seed, root=root)
+    cost = Cost(seconds=time.perf_counter() - start)
     with atomic_path(root / config.aligned(name, seed)) as folder:
         folder.mkdir()
-        metrics = align(method, policy, settings, folder, tracker, seed=seed)
+        metrics = align(method, policy, settings, folder, tracker, seed=seed, cost=cost)
         write_json(folder / "metrics.json", metrics)
+
+
+def build_policy(config: Config, name: str) -> LatentDiffusion:
+    """The base behind the method's sampler: Diffusion-DPO trains without guidance."""
+    sampling = config.sampling
+    if isinstance(config.align[name], DiffusionDpoConfig):
+        sampling = sampling.model_copy(update={"guidance_scale": 1.0})
+    return build(config.model, sampling, best_device())
 
 
 def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: int, root: Path) -> Method:
     """The method called `name` in the profile, with the data that it learns from."""
-    prompts = training_prompts(root / config.folder("prepare") / "prompts" / "train.txt")
+    prepared = root / config.folder("prepare")
+    prompts = training_prompts(prepared / "prompts" / "train.txt")
     match config.align[name]:
         case SpoConfig() as settings:
             return Spo(settings, policy, build_scorer(config, root, policy.device), prompts, seed=seed)
         case D3poConfig() as settings:
             return D3po(settings, policy, build_scorer(config, root, policy.device), prompts, seed=seed)
+        case DiffusionDpoConfig() as settings:
+            pairs = load_pairs(prepared / "preferences" / "train.parquet", policy, config)
+            return DiffusionDpo(settings, policy, pairs.latents, pairs.label, pairs.captions, seed=seed)
 
 
 def build_scorer(config: Config, root: Path, device: torch.device) -> PreferenceScorer:

@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.config import LoraConfig, OptimizerConfig, SpoConfig
+from spo.config import LoraConfig, OptimizerConfig
 from spo.errors import ConfigError, TrainingError
-from spo.methods.spo import Spo
 from spo.models.lora import WEIGHTS, add_lora
 from spo.tracking import NullTracker
-from spo.training.align import align, build_optimizer
-from tests.methods.test_spo import PROMPTS, BrightnessScorer
+from spo.training.align import align, build_optimizer, warm_up
+from tests.methods.tiny import METHODS, PROMPTS, make_method
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline
 
 
@@ -23,26 +22,32 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_pipeline("sd15", tmp_path_factory.mktemp("sd15"))
 
 
-def train(pipeline: Path, folder: Path, **settings) -> dict:
+SETTINGS = {
+    "spo": {"prompts_per_rollout": 3, "candidates": 2, "first_step": 2, "batch_size": 4, "clip_range": 0.1},
+    "d3po": {"prompts_per_rollout": 3, "batch_size": 8},
+    "diffusion_dpo": {"batch_size": 3},
+}
+
+
+def train(pipeline: Path, folder: Path, name: str = "spo", *, seed: int = 0, **settings) -> dict:
     folder.mkdir()
     values = {
         "epochs": 2,
-        "prompts_per_rollout": 3,
-        "candidates": 2,
-        "first_step": 2,
-        "threshold": 0.0,
-        "batch_size": 4,
         "checkpoints": 2,
         "lora": LoraConfig(rank=2),
         "optimizer": OptimizerConfig(learning_rate=1e-3),
+        **SETTINGS[name],
         **settings,
     }
-    seed = values.pop("seed", 0)
-    config = SpoConfig(**values)
     policy = make_tiny_denoiser("sd15", pipeline)
-    add_lora(policy.unet, config.lora, seed=seed)
-    method = Spo(config, policy, BrightnessScorer(), PROMPTS, seed=seed)
-    return align(method, policy, config, folder, NullTracker(), seed=seed)
+    add_lora(policy.unet, values["lora"], seed=seed)
+    method = make_method(name, policy, seed=seed, **values)
+    return align(method, policy, method.config, folder, NullTracker(), seed=seed)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the last checkpoint."""
+    return load_file(sorted((folder / "checkpoints").iterdir())[-1] / WEIGHTS)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -50,13 +55,16 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_checkpoints_are_spread_over_the_run_and_tell_their_cost(pipeline, tmp_path):
-    metrics = train(pipeline, tmp_path / "run")
+@pytest.mark.parametrize("name", METHODS)
+def test_checkpoints_are_spread_over_the_run_and_tell_their_cost(pipeline, tmp_path, name):
+    metrics = train(pipeline, tmp_path / "run", name)
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000002", "step-000004"]
     costs = [json.loads((folder / "cost.json").read_text()) for folder in folders]
     assert 0 < costs[0]["unet_forwards"] < costs[1]["unet_forwards"] == metrics["unet_forwards"]
     assert 0 < costs[0]["updates"] < costs[1]["updates"] == metrics["updates"]
+    assert (costs[0]["vae_decodes"] > 0) == (name != "diffusion_dpo")
+    assert 0 < costs[0]["seconds"] < costs[1]["seconds"]
     first, last = (load_file(folder / WEIGHTS) for folder in folders)
     assert any(not torch.equal(first[name], last[name]) for name in first)
 
@@ -71,18 +79,41 @@ def test_history_has_a_row_for_every_update_and_timestep(pipeline, tmp_path):
     assert all(int(row["branched"]) == 2 * len(PROMPTS) for row in timesteps)
 
 
-def test_the_same_seed_gives_the_same_weights(pipeline, tmp_path):
-    train(pipeline, tmp_path / "one")
-    train(pipeline, tmp_path / "other")
-    one, other = (load_file(tmp_path / name / "checkpoints" / "step-000004" / WEIGHTS) for name in ("one", "other"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_weights_and_another_others(pipeline, tmp_path, name):
+    for run, seed in {"one": 0, "same": 0, "other": 1}.items():
+        train(pipeline, tmp_path / run, name, seed=seed, epochs=1)
+    one, same, other = (weights(tmp_path / run) for run in ("one", "same", "other"))
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_another_seed_gives_other_weights(pipeline, tmp_path):
-    train(pipeline, tmp_path / "one")
-    train(pipeline, tmp_path / "other", seed=1)
-    one, other = (load_file(tmp_path / name / "checkpoints" / "step-000004" / WEIGHTS) for name in ("one", "other"))
-    assert any(not torch.equal(one[name], other[name]) for name in one)
+@pytest.mark.parametrize("name", METHODS)
+def test_pairs_in_small_parts_train_as_they_do_at_once(pipeline, tmp_path, name):
+    for run, size in {"whole": None, "parts": 1}.items():
+        optimizer = OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e-3)
+        train(pipeline, tmp_path / run, name, epochs=1, micro_batch_size=size, optimizer=optimizer)
+    whole, parts = (weights(tmp_path / run) for run in ("whole", "parts"))
+    for key in whole:
+        torch.testing.assert_close(whole[key], parts[key], rtol=1e-2, atol=2e-4)  # Adam divides small gradients
+    histories = [rows(tmp_path / run / "history.csv") for run in ("whole", "parts")]
+    for one, other in zip(*histories, strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+
+
+def test_the_rate_rises_over_the_warm_up():
+    assert [warm_up(i, OptimizerConfig(warmup_updates=3)) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert warm_up(0, OptimizerConfig()) == 1.0
+
+
+def test_log_ratios_by_timestep_are_those_of_the_updates(pipeline, tmp_path):
+    train(pipeline, tmp_path / "run", epochs=1, batch_size=1)
+    updates, timesteps = rows(tmp_path / "run" / "history.csv"), rows(tmp_path / "run" / "timesteps.csv")
+    assert len(timesteps) == 3
+    for name in ("log_ratio_win", "log_ratio_lose"):
+        told = sum(int(row["kept"]) * float(row[name]) for row in timesteps)
+        assert told == pytest.approx(sum(float(row[name]) for row in updates), rel=1e-3, abs=1e-5)
+        assert told != 0
 
 
 def test_an_epoch_without_a_kept_pair_ends_the_run_with_the_mend(pipeline, tmp_path):

@@ -1,0 +1,132 @@
+"""Diffusion-DPO: pairs of a data set, noised (arXiv 2311.12908). The offline baseline: nothing is sampled.
+
+A pair's two images are noised to one random timestep with the same noise; the policy is to denoise the winner better
+than the reference does, by more than the loser. One round is one update.
+
+As in the published code, T omega(lambda_t) is constant and part of beta, errors are means over (c, h, w), one half
+comes with beta, captions are dropped now and then, and there is no guidance. Unlike it, images are encoded once, to
+the mean of the posterior, and never mirrored; pairs are decided by the larger label, ties are dropped.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from spo.config import DiffusionDpoConfig
+from spo.core.denoising import denoising_target
+from spo.core.losses import dpo_loss, log_ratio
+from spo.core.noise import KeyedNoise
+from spo.core.types import Conditioning, Denoiser, Loss
+from spo.methods.method import Round, Tally
+
+NOISE, TIMESTEP, DROPOUT = range(3)  # what a pair's random numbers are for
+ENCODED_AT_A_TIME = 256  # captions
+FINE = 2**31  # a uniform integer below it, divided by it, is a uniform number in [0, 1)
+
+
+class NoisingDenoiser(Denoiser, Protocol):
+    """A Denoiser that can be trained on noised data."""
+
+    alpha_bar: Tensor  # (N,) of every training timestep
+    prediction_type: str
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class NoisedPairs:
+    """Win-lose pairs of clean latents, and the noise that both are to get; index 0 of the second axis is the win."""
+
+    x_0: Tensor  # (n, 2, c, h, w)
+    noise: Tensor  # (n, c, h, w)
+    t: Tensor  # (n,) int, training timestep
+    cond: Conditioning  # n
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, index: Tensor | slice) -> "NoisedPairs":
+        return NoisedPairs(self.x_0[index], self.noise[index], self.t[index], self.cond[index])
+
+
+class DiffusionDpo:
+    """What Diffusion-DPO collects and what it minimises.
+
+    policy: without guidance. latents (m, 2, c, h, w), label (m, 2) and captions (m): the pairs, kept where they are;
+    a pair is known by its index among those that are no ties, to which all its noise is keyed.
+    Raises ValueError where all are ties.
+    """
+
+    def __init__(
+        self,
+        config: DiffusionDpoConfig,
+        policy: NoisingDenoiser,
+        latents: Tensor,
+        label: Tensor,
+        captions: Sequence[str],
+        *,
+        seed: int = 0,
+    ):
+        decided = (label[:, 0] != label[:, 1]).nonzero().flatten()
+        if not len(decided):
+            raise ValueError(f"all of {len(label)} pairs are ties; Diffusion-DPO needs decided ones")
+        self.config = config
+        self.policy = policy
+        self.latents = latents
+        self.decided = decided  # (p,)
+        self.win = label[decided].argmax(dim=1)  # (p,)
+        self.margin = (label[decided, 0] - label[decided, 1]).abs()  # (p,)
+        self.captions = [captions[i] for i in decided.tolist()]
+        self.seed = seed
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        whole = -(-len(self.decided) // self.config.batch_size)
+        return min(self.config.updates_per_epoch or whole, whole)
+
+    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round]:
+        """Each update's pairs; an epoch sees every decided pair once, in an order of its own."""
+        generator = Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.decided), generator=generator)
+        for index in order.split(self.config.batch_size)[skip : self.rounds_per_epoch]:
+            pairs = self._noised(epoch, index)
+            margins = self.margin[index].tolist()
+            yield Round(pairs, [Tally(t, 1, 1, m) for t, m in zip(pairs.t.tolist(), margins, strict=True)])
+
+    def _noised(self, epoch: int, index: Tensor) -> NoisedPairs:
+        """The pairs at `index` (n,) with what is random of them, on the policy's device."""
+        noise = KeyedNoise(self.seed, epoch, index.tolist())
+        device = self.policy.timesteps.device
+        win = self.win[index]
+        both = torch.stack([win, 1 - win], dim=1)  # (n, 2)
+        x_0 = self.latents[self.decided[index, None], both]  # (n, 2, c, h, w)
+        t = noise.choice(TIMESTEP, len(self.policy.alpha_bar))
+        dropped = (noise.choice(DROPOUT, FINE) / FINE < self.config.empty_captions).tolist()
+        captions = ["" if drop else self.captions[i] for i, drop in zip(index.tolist(), dropped, strict=True)]
+        starts = range(0, len(captions), ENCODED_AT_A_TIME)
+        cond = Conditioning.cat([self.policy.encode(captions[i : i + ENCODED_AT_A_TIME]) for i in starts])
+        normal = noise.normal(NOISE, tuple(x_0.shape[2:]))
+        return NoisedPairs(x_0.float().to(device), normal.to(device), t.to(device), cond)
+
+    def loss(self, pairs: NoisedPairs) -> Loss:
+        """-log sigmoid(-beta / 2 ((error_w - error_w_ref) - (error_l - error_l_ref))) (the objective in
+        the paper's section 4, with the published code's constants).
+
+        With log p standing for -error / 2, that is DPO's loss of the log-ratios, and so it is computed.
+        """
+        log_p = denoising_log_prob(self.policy, pairs)
+        with torch.no_grad(), self.policy.reference():
+            log_p_ref = denoising_log_prob(self.policy, pairs)
+        return dpo_loss(log_ratio(log_p, log_p_ref), beta=self.config.beta)
+
+
+def denoising_log_prob(policy: NoisingDenoiser, pairs: NoisedPairs) -> Tensor:
+    """-1/2 the mean squared error over (c, h, w) of the model output for win and lose (n, 2)."""
+    x_0 = pairs.x_0.flatten(0, 1)  # (n * 2, c, h, w)
+    noise, t = pairs.noise.repeat_interleave(2, dim=0), pairs.t.repeat_interleave(2)
+    output = policy.predict(policy.add_noise(x_0, noise, t), t, pairs.cond.repeat_interleave(2))
+    target = denoising_target(x_0, noise, policy.alpha_bar[t], prediction_type=policy.prediction_type)
+    return -0.5 * (output - target).square().mean(dim=(1, 2, 3)).unflatten(0, (-1, 2))

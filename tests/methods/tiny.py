@@ -1,0 +1,67 @@
+"""Every method on one tiny random policy: how the tests of methods and of the training loop make them."""
+
+import torch
+from torch import Tensor
+
+from spo.config import D3poConfig, DiffusionDpoConfig, SpoConfig
+from spo.core.types import Pairs
+from spo.methods.d3po import D3po
+from spo.methods.diffusion_dpo import DiffusionDpo, NoisedPairs
+from spo.methods.method import Method, TrainingPairs
+from spo.methods.spo import Spo
+from spo.models.base import LatentDiffusion
+
+METHODS = ("spo", "d3po", "diffusion_dpo")
+PROMPTS = ["a cat", "a dog", "a house", "a tree", "a boat"]
+LABELS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.25, 0.75), (1.0, 0.0), (0.0, 1.0)]  # the third is a tie
+
+
+class BrightnessScorer:
+    """Prefers bright images; enough to tell candidates apart."""
+
+    def encode(self, prompts):
+        return torch.zeros(len(prompts), 1)
+
+    def __call__(self, images, text, t):
+        return 1e3 * images.mean(dim=(1, 2, 3))
+
+
+def data(policy: LatentDiffusion) -> tuple[Tensor, Tensor, list[str]]:
+    """Latents (m, 2, c, h, w), labels (m, 2) and captions of preference pairs."""
+    latents = torch.randn(len(LABELS), 2, *policy.latent_shape, generator=torch.Generator().manual_seed(7))
+    return latents, torch.tensor(LABELS), [*PROMPTS, "a bird"]
+
+
+def make_method(name: str, policy: LatentDiffusion, *, seed: int = 0, **settings) -> Method:
+    """Small settings, over which `settings` go; batches of two, and nothing clipped."""
+    sampled = {"prompts_per_rollout": 2, "threshold": 0.0, "clip_range": None}
+    match name:
+        case "spo":
+            config = SpoConfig(**{**sampled, "candidates": 3, "first_step": 1, **settings})
+            return Spo(config, policy, BrightnessScorer(), PROMPTS, seed=seed)
+        case "d3po":
+            config = D3poConfig(**{**sampled, "beta": 10.0, **settings})
+            return D3po(config, policy, BrightnessScorer(), PROMPTS, seed=seed)
+        case "diffusion_dpo":
+            config = DiffusionDpoConfig(**{"batch_size": 2, "beta": 200.0, **settings})
+            return DiffusionDpo(config, policy, *data(policy), seed=seed)
+    raise ValueError(name)
+
+
+def batch_settings(name: str, size: int) -> dict[str, int]:
+    """The setting that makes a round larger or smaller."""
+    return {"batch_size": size} if name == "diffusion_dpo" else {"prompts_per_rollout": size}
+
+
+def swapped(pairs: TrainingPairs) -> TrainingPairs:
+    """The same pairs with win and lose exchanged."""
+    if isinstance(pairs, NoisedPairs):
+        return NoisedPairs(pairs.x_0.flip(1), pairs.noise, pairs.t, pairs.cond)
+    assert isinstance(pairs, Pairs)
+    x_t = pairs.x_t.flip(1) if pairs.x_t.shape[1] == 2 else pairs.x_t
+    return Pairs(x_t, pairs.x_prev.flip(1), pairs.t, pairs.t_prev, pairs.cond, pairs.margin)
+
+
+def what_is_learned(pairs: TrainingPairs) -> Tensor:
+    """(n, 2, c, h, w): the wins and loses."""
+    return pairs.x_0 if isinstance(pairs, NoisedPairs) else pairs.x_prev

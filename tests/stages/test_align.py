@@ -1,0 +1,88 @@
+"""Every method as a stage: from prepared data to checkpoints, and on into the comparison."""
+
+import contextlib
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from spo.config import Config, load_config
+from spo.models.lora import WEIGHTS
+from spo.stages import align, evaluate, prepare, train_preference
+from spo.tracking import NullTracker
+from tests.test_pipeline import make_project
+
+SEEDS = (0, 5)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared, with a preference model and three methods, one of them aligned with two seeds."""
+    root = make_project(tmp_path_factory.mktemp("align") / "project", "sd15")
+    path = root / "configs" / "own.yaml"
+    values = yaml.safe_load(path.read_text())
+    common = {"epochs": 1, "checkpoints": 2, "batch_size": 8, "lora": {"rank": 2}}
+    values["align"] |= {
+        "d3po": {"method": "d3po", "prompts_per_rollout": 6, **common},
+        "dpo": {"method": "diffusion_dpo", "beta": 100.0, **common},
+    }
+    path.write_text(yaml.safe_dump(values))
+    (root / "params.yaml").write_text(f"profile: own\nmethods: [spo, d3po, dpo]\ntraining_seeds: {list(SEEDS)}\n")
+    with contextlib.chdir(root):
+        config = load_config()
+        prepare.run(config, tracker=NullTracker())
+        train_preference.run(config, tracker=NullTracker())
+        for name in config.methods:
+            align.run(config, name, SEEDS[0], tracker=NullTracker())
+        align.run(config, "dpo", SEEDS[1], tracker=NullTracker())
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(project: Path) -> Config:
+    return load_config(project)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["spo", "d3po", "dpo"])
+def test_a_method_leaves_checkpoints_with_their_cost_and_its_history(project: Path, config: Config, name: str) -> None:
+    folder = project / config.aligned(name, 0)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "history.csv", "metrics.json", "timesteps.csv"]  # fmt: skip
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    costs = [json.loads((checkpoint / "cost.json").read_text()) for checkpoint in checkpoints]
+    assert 0 < costs[0]["unet_forwards"] < costs[1]["unet_forwards"]
+    assert any(
+        value.any() for key, value in load_file(checkpoints[-1] / WEIGHTS).items() if "lora_B" in key or "up" in key
+    )
+    with (folder / "history.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == costs[-1]["updates"]
+
+
+@pytest.mark.slow
+def test_training_seeds_differ_and_lie_side_by_side(project: Path, config: Config) -> None:
+    one, other = (
+        load_file(sorted((project / config.aligned("dpo", seed) / "checkpoints").iterdir())[-1] / WEIGHTS)
+        for seed in SEEDS
+    )
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_diffusion_dpo_trains_without_guidance_and_the_others_with_it(config: Config, project: Path) -> None:
+    with contextlib.chdir(project):
+        assert {name: align.build_policy(config, name).guidance_scale for name in config.methods} == {
+            "spo": 5.0, "d3po": 5.0, "dpo": 1.0}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_comparison_has_a_column_for_every_method(project: Path, config: Config) -> None:
+    with contextlib.chdir(project):
+        evaluate.run(config, tracker=NullTracker())
+    metrics = json.loads((project / config.folder("evaluate") / "metrics.json").read_text())
+    assert {"base", "spo", "d3po", "dpo"} <= set(metrics["eta_0"])
