@@ -78,18 +78,19 @@ def rollout(
         ahead = step.transition(path[-1], end) if end < num_steps else None
         x_0 = path[-1] if ahead is None else ahead.x_0
 
-        t_end = torch.full((len(text_k),), step.grid[end], device=x_0.device)
+        t_end = torch.tensor(step.grid[end])  # on the CPU: to look it up there waits for no GPU
         scores = scorer(policy.decode(x_0.flatten(0, 1)), text_k, t_end).unflatten(0, (k, -1))  # (k, b)
         selection = select_pairs(scores if pairing == "best_worst" else scores[:2], threshold=threshold)
+        kept, score, margin = torch.stack([selection.keep.sum(), scores.mean(), selection.margin.mean()]).tolist()
         yield Segment(
             pairs=tuple(
                 _pairs(path[j : j + 2], step.grid[i + j : i + j + 2], cond, selection) for j in range(branch_steps)
             ),
             t=step.grid[i],
             num_branched=len(cond),
-            num_kept=int(selection.keep.sum()),
-            score=float(scores.mean()),
-            margin=float(selection.margin.mean()),
+            num_kept=int(kept),
+            score=score,
+            margin=margin,
             unet_forwards=step.pop_forwards(),
         )
         if ahead is not None:

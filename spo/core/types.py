@@ -140,6 +140,10 @@ class Denoiser(Protocol):
         """Within it, `predict` is the reference model: the same network with its adapter off."""
         ...
 
+    def merged(self) -> AbstractContextManager[None]:
+        """Within it, `predict` is the policy at its fastest; neither trained there nor compared with the reference."""
+        ...
+
 
 class Scorer(Protocol):
     """A preference model; higher is better."""
@@ -149,5 +153,5 @@ class Scorer(Protocol):
         ...
 
     def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
-        """Scores (n,) of images (n, 3, H, W) in [0, 1] for text features (n, d) at timesteps t (n,)."""
+        """Scores (n,) of images (n, 3, H, W) in [0, 1] for text features (n, d) at timesteps t (n,), or () for all."""
         ...

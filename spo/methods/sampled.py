@@ -44,7 +44,9 @@ def sampled_rounds(
         chosen = order[number * size : (number + 1) * size]
         batch = [prompts[i] for i in chosen]
         noise = KeyedNoise(seed, epoch, chosen, policy.timesteps.device)
-        segments = list(roll(policy.encode(batch), scorer.encode(batch), noise))
+        cond, text = policy.encode(batch), scorer.encode(batch)
+        with policy.merged():
+            segments = list(roll(cond, text, noise))
         yield to_round(segments, policy.timesteps.tolist())
 
 

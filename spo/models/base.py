@@ -14,6 +14,7 @@ from spo.core.ddim import ddim_transition, predictions
 from spo.core.guidance import guide
 from spo.core.types import Conditioning, Transition
 from spo.errors import ModelError
+from spo.models.merging import merged_adapter
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
@@ -29,7 +30,8 @@ class LatentDiffusion(ABC):
         pipeline: already on its device; only the configuration of its scheduler is used
         resolution: height and width of an image, in pixels
         steps, eta, guidance_scale: the sampler; at guidance 1 the UNet sees each sample once, else twice
-        vae_batch_size: images that the VAE takes at a time
+        unet_batch_size: samples, each half of the guidance counted, that the UNet takes at a time without gradients
+        vae_batch_size: images that the VAE takes at a time; None: as many as have 32 times 512 x 512 pixels
     """
 
     def __init__(
@@ -40,7 +42,8 @@ class LatentDiffusion(ABC):
         steps: int = 20,
         eta: float = 1.0,
         guidance_scale: float = 5.0,
-        vae_batch_size: int = 32,
+        unet_batch_size: int = 64,
+        vae_batch_size: int | None = None,
     ):
         if resolution % pipeline.vae_scale_factor:
             raise ModelError(f"model.resolution={resolution} must be a multiple of {pipeline.vae_scale_factor}")
@@ -52,7 +55,8 @@ class LatentDiffusion(ABC):
         self.vae = pipeline.vae
         self.dtype = pipeline.unet.dtype
         self.device = pipeline.unet.device
-        self.vae_batch_size = vae_batch_size
+        self.unet_batch_size = unet_batch_size
+        self.vae_batch_size = vae_batch_size or max(1, 32 * 512**2 // resolution**2)
         self.forwards = 0  # samples that went through the UNet, each half of the guidance counted
         self.decodes = 0  # images that `decode` made
         size = resolution // pipeline.vae_scale_factor
@@ -62,6 +66,7 @@ class LatentDiffusion(ABC):
         self.alpha_bar = DDIMScheduler.from_config(scheduler).alphas_cumprod.to(self.device, torch.float32)
         self._set_sampling(steps, eta, guidance_scale)
         self._negative: dict[str, Tensor] | None = None
+        self._merged = False
         self._frozen: UNet2DConditionModel | None = None
 
     def with_sampling(
@@ -108,11 +113,18 @@ class LatentDiffusion(ABC):
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The guided model output (b, c, h, w), float32, for x_t (b, c, h, w) at timesteps t (b,).
 
-        Both halves of the guidance go through the UNet in one call. Differentiable.
+        Both halves of the guidance go through the UNet in one call. Differentiable; without gradients it goes by
+        slices of `unet_batch_size`.
         """
         if not len(x_t) == len(t) == len(cond):
             raise ValueError(f"predict got {len(x_t)} latents, {len(t)} timesteps and {len(cond)} conditions")
         guided = self.guidance_scale > 1
+        size = len(x_t) if torch.is_grad_enabled() else max(1, self.unet_batch_size // (1 + guided))
+        slices = [slice(start, start + size) for start in range(0, len(x_t), size)]
+        parts = [self._predict_at_once(x_t[part], t[part], cond[part], guided) for part in slices]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _predict_at_once(self, x_t: Tensor, t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
         if guided:
             x_t, t = x_t.repeat(2, 1, 1, 1), t.repeat(2)
         self.forwards += len(x_t)
@@ -220,6 +232,8 @@ class LatentDiffusion(ABC):
                 yield
             finally:
                 self._use(policy)
+        elif self._merged:
+            raise RuntimeError("the reference cannot be had while the adapter is merged")
         elif has_adapter(self.unet):
             self.unet.disable_adapters()
             try:
@@ -228,6 +242,23 @@ class LatentDiffusion(ABC):
                 self.unet.enable_adapters()
         else:
             yield
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within it, `predict` is the policy without the cost of its adapter, and is not to be trained.
+
+        The adapter is added into the weights, which come back to the bit. Only in float32: half precision would round
+        most of a small update away, so there nothing is merged.
+        """
+        if not has_adapter(self.unet) or self.dtype != torch.float32:
+            yield
+            return
+        with merged_adapter(self.unet):
+            self._merged = True
+            try:
+                yield
+            finally:
+                self._merged = False
 
 
 def has_adapter(unet: nn.Module) -> bool:

@@ -5,6 +5,7 @@ predicted x_0 it looks at still is from the clean image. It starts as the identi
 """
 
 import math
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -32,6 +33,17 @@ class TimestepEmbedder(nn.Module):
         rates = torch.exp(-math.log(MAX_PERIOD) * torch.arange(FREQUENCIES, device=t.device) / FREQUENCIES)
         angles = t[..., None].float() * rates
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.parameters()).dtype))
+
+
+@dataclass(frozen=True)
+class Modulations:
+    """What the adaptive norms make of g timesteps."""
+
+    layers: tuple[Tensor, ...]  # (g, 6 * width) each
+    final: Tensor  # (g, 2 * width)
+
+    def __getitem__(self, row: Tensor) -> "Modulations":
+        return Modulations(tuple(layer[row] for layer in self.layers), self.final[row])
 
 
 class StepAwareCLIP(nn.Module):
@@ -69,16 +81,26 @@ class StepAwareCLIP(nn.Module):
 
     def image_features(self, pixels: Tensor, t: Tensor) -> Tensor:
         """Unit features (n, d), float32, of normalised pixels (n, 3, size, size) at timesteps t (n,), or () for all."""
-        tower = self.clip.vision_model
         distinct, row = torch.unique(t, return_inverse=True)
-        condition = F.silu(self.t_embedder(distinct))  # (distinct timesteps, width)
+        return self.modulated_features(pixels, self.modulations(distinct)[row.reshape(-1)])
+
+    def modulations(self, t: Tensor) -> Modulations:
+        """The modulations of timesteps t (g,)."""
+        condition = F.silu(self.t_embedder(t))  # (g, width)
+        return Modulations(
+            tuple(modulation(condition) for modulation in self.layer_modulation), self.final_modulation(condition)
+        )
+
+    def modulated_features(self, pixels: Tensor, modulations: Modulations) -> Tensor:
+        """Unit features (n, d), float32, of normalised pixels (n, 3, size, size) under n modulations, or 1 for all."""
+        tower = self.clip.vision_model
         x = tower.pre_layrnorm(tower.embeddings(pixels))
-        for layer, modulation in zip(tower.encoder.layers, self.layer_modulation, strict=True):
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(condition)[row].unsqueeze(-2).chunk(6, -1)
+        for layer, modulation in zip(tower.encoder.layers, modulations.layers, strict=True):
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.unsqueeze(-2).chunk(6, -1)
             attention, _ = layer.self_attn(_modulate(layer.layer_norm1(x), shift_1, scale_1), attention_mask=None)
             x = x + gate_1 * attention
             x = x + gate_2 * layer.mlp(_modulate(layer.layer_norm2(x), shift_2, scale_2))
-        shift, scale = self.final_modulation(condition)[row].chunk(2, -1)
+        shift, scale = modulations.final.chunk(2, -1)
         pooled = _modulate(tower.post_layernorm(x[:, 0]), shift, scale)
         return F.normalize(self.clip.visual_projection(pooled).float(), dim=-1)
 

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from spo.preference.checkpoint import PreferenceModel
+from spo.preference.clip import Modulations
 
 
 class PreferenceScorer:
     """Scores of images by a preference model, without gradients; higher is better.
 
     A `dtype` below float32 runs under autocast; the weights stay as they are, and features and scores are float32.
-    Text features are computed once a prompt and handed in; the published code computes them anew at every step.
+    Text features are computed once a prompt and handed in, and what the adaptive norms make of a timestep once a
+    timestep, so the model must not be trained meanwhile; the published code computes both anew at every step.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class PreferenceScorer:
         self.model = preference.model.to(self.device).eval()
         self.tokenizer = preference.tokenizer
         self.preprocess = preference.preprocess
+        self._modulations: dict[int, Modulations] = {}
         self._precision: dict[str, Any] = {
             "device_type": self.device.type,
             "dtype": dtype,
@@ -51,5 +54,13 @@ class PreferenceScorer:
         """Scores (n,) of images (n, 3, H, W) in [0, 1] for text features (n, d) at timesteps t (n,), or () for all."""
         pixels = self.preprocess(images.to(self.device))
         with torch.autocast(**self._precision):
-            features = self.model.image_features(pixels, t.to(self.device))
+            if t.ndim:
+                features = self.model.image_features(pixels, t.to(self.device))
+            else:
+                features = self.model.modulated_features(pixels, self._modulations_at(int(t)))
         return self.model.score(features, text.to(self.device))
+
+    def _modulations_at(self, t: int) -> Modulations:
+        if t not in self._modulations:
+            self._modulations[t] = self.model.modulations(torch.tensor([t], device=self.device))
+        return self._modulations[t]

@@ -55,7 +55,7 @@ class BrightnessScorer:
         return torch.tensor([[float(prompt)] for prompt in prompts])
 
     def __call__(self, images, text, t):
-        assert len(images) == len(text) == len(t)
+        assert len(images) == len(text) and t.ndim == 0
         self.calls.append((images, text, t))
         return self.sign * 20 * images.mean(dim=(1, 2, 3))
 
@@ -113,8 +113,8 @@ def test_candidates_are_judged_by_their_own_x_0_at_the_next_timestep_and_the_las
     for segment, (images, text, t) in zip(segments, scorer.calls, strict=True):
         assert text.flatten().tolist() == [-1, 0, 1] * 4
         win = segment.pairs[0].x_prev[:, 0]
-        if t[0] > 0:
-            t = t[:3]
+        if t > 0:
+            t = t.expand(3)
             win = policy.transition(policy.predict(win, t, cond), win, t, (t - 100).clamp(min=0)).x_0
         best = images.unflatten(0, (4, 3)).mean(dim=(2, 3, 4)).max(dim=0).values
         torch.testing.assert_close(policy.decode(win).mean(dim=(1, 2, 3)), best)

@@ -33,6 +33,20 @@ def test_forwards_count_every_sample_and_half(denoiser):
     assert (plain.forwards, denoiser.forwards) == (3, 6)
 
 
+def test_without_gradients_the_unet_goes_by_slices_that_change_nothing(denoiser):
+    cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
+    whole = denoiser.predict(x_t, T, cond).detach()
+    sizes = []
+    denoiser.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    denoiser.unet_batch_size = 4
+    with torch.no_grad():
+        sliced = denoiser.predict(x_t, T, cond)
+    torch.testing.assert_close(sliced, whole, atol=1e-5, rtol=1e-5)
+    assert sizes == [4, 2]
+    denoiser.predict(x_t, T, cond)
+    assert sizes == [4, 2, 6]
+
+
 def test_rows_follow_the_prompts_whatever_their_company(denoiser):
     together = denoiser.encode(PROMPTS)
     for i, prompt in enumerate(PROMPTS):

@@ -30,6 +30,19 @@ def test_text_features_computed_once_serve_every_image_of_the_prompt(
     torch.testing.assert_close(once, anew, rtol=1e-5, atol=1e-5)
 
 
+def test_one_t_for_all_images_gives_the_same_scores_and_is_tabulated_once(
+    preference: PreferenceModel, images: torch.Tensor
+):
+    scorer = PreferenceScorer(preference)
+    text = scorer.encode(PROMPTS)
+    calls: list[int] = []
+    preference.model.t_embedder.register_forward_hook(lambda *_: calls.append(1))
+    shared = [scorer(images, text, torch.tensor(t)) for t in (401, 1, 401)]
+    assert len(calls) == 2
+    assert torch.equal(shared[0], shared[2])
+    torch.testing.assert_close(shared[0], scorer(images, text, torch.full((5,), 401)), rtol=1e-5, atol=1e-5)
+
+
 def test_prompts_differ_and_equal_prompts_do_not(preference: PreferenceModel):
     text = PreferenceScorer(preference).encode(PROMPTS)
     assert torch.equal(text[0], text[2])
