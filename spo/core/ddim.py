@@ -35,8 +35,12 @@ def ddim_transition(
 
 
 def ddim_std(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, *, eta: float) -> Tensor:
-    """std = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev), DDIM eq. 16."""
-    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt() * (1 - alpha_bar_t / alpha_bar_prev).sqrt()
+    """std = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev), DDIM eq. 16.
+
+    In float32 the last factor cancels: at t = 1 its rounding is 1e-4 of it. The operations are therefore those of the
+    published code, in its order, so that both round alike.
+    """
+    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)).sqrt()
 
 
 def predictions(

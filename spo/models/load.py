@@ -35,6 +35,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:
     """The configured model as a Denoiser; nothing of it trains yet."""
     pipeline = load_pipeline(config, device)
+    _check_grid(pipeline, config, sampling)
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     options = {"resolution": config.resolution, **sampling.model_dump()}
@@ -80,6 +81,19 @@ def one_line(error: Exception, limit: int = 300) -> str:
     """An error's message without line breaks, cut at `limit` characters."""
     message = " ".join(str(error).split()) or type(error).__name__
     return message if len(message) <= limit else message[: limit - 3] + "..."
+
+
+def _check_grid(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) -> None:
+    """Refuse a grid whose last step is from t = 0 to t = 0: it has no noise, and so no density."""
+    total = pipeline.scheduler.config.num_train_timesteps
+    if sampling.steps > total:
+        raise ModelError(f"sampling.steps={sampling.steps} is more than the {total} timesteps of {config.path!r}")
+    pipeline.scheduler.set_timesteps(sampling.steps)
+    if sampling.eta > 0 and pipeline.scheduler.timesteps[-1] == 0:
+        raise ModelError(
+            f"model.path={config.path!r}: its scheduler samples the timestep 0, from which there is no step to take; "
+            'set "steps_offset": 1 in its scheduler/scheduler_config.json, as Stable Diffusion has it'
+        )
 
 
 def _check_family(config: ModelConfig) -> None:

@@ -40,11 +40,11 @@ class Preprocessing:
         return (images - mean) / std
 
     def _resize(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        shortest = min(height, width)
+        shortest = min(images.shape[-2:])
         if shortest == self.size:
             return images
-        size = [int(side * self.size / shortest + 0.5) for side in (height, width)]
+        scale = self.size / shortest  # rounded before it is used, as in the published code
+        size = [int(side * scale + 0.5) for side in images.shape[-2:]]
         return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=self.mode == "antialias")
 
 

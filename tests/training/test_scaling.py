@@ -1,0 +1,72 @@
+"""What float16 would lose is kept, and what fits is not changed in a digit."""
+
+import pytest
+import torch
+
+from spo.config import LoraConfig
+from spo.models.lora import add_lora
+from spo.training.scaling import LossScale
+from tests.models.tiny import draw_latents, make_tiny_denoiser, make_tiny_pipeline, shake
+
+T = torch.tensor([801, 401, 1])
+
+
+def gradients(denoiser, scale: LossScale, factor: float) -> torch.Tensor:
+    """Of the mean square of a prediction times `factor`, over all that trains, in one row."""
+    for parameter in denoiser.parameters():
+        parameter.grad = None
+    loss = factor * denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(["a", "b", "c"])).square().mean()
+    scale.scale(loss).backward()
+    scale.unscale(denoiser.parameters())
+    return torch.cat([parameter.grad.flatten() for parameter in denoiser.parameters()])
+
+
+def test_small_gradients_of_a_float16_model_are_those_of_float32_and_not_nothing(tmp_path):
+    folder, found = make_tiny_pipeline("sd15", tmp_path), {}
+    for dtype in ("float32", "float16"):
+        denoiser = make_tiny_denoiser("sd15", folder, dtype=dtype)
+        add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+        shake(denoiser, scale=0.1)
+        found[dtype] = gradients(denoiser, LossScale.of(getattr(torch, dtype)), 1e-7)
+        assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
+    lost = gradients(denoiser, LossScale(1.0), 1e-7)
+    assert (found["float16"] - found["float32"]).norm() < 0.05 * found["float32"].norm()
+    assert (lost - found["float32"]).norm() > 0.5 * found["float32"].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_are_left_alone(dtype):
+    scale, weight = LossScale.of(dtype), torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.full((1,), 3.0)
+    loss = torch.ones(())
+    scale.unscale([weight])
+    assert torch.equal(scale.scale(loss), loss)
+    assert weight.grad == 3
+    assert not scale.overflowed(finite=False)
+    assert not scale.overflowed(finite=True)
+    assert scale == LossScale(1.0)
+
+
+def test_a_power_of_two_changes_no_digit():
+    weight = torch.nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(0)))
+    scale = LossScale(2.0**16)
+    (plain,) = torch.autograd.grad(weight.sin().sum(), weight)
+    scale.scale(weight.sin().sum()).backward()
+    scale.unscale([weight])
+    assert torch.equal(weight.grad, plain)
+
+
+def test_the_factor_halves_at_an_overflow_and_doubles_after_enough_updates_without():
+    scale = LossScale(4.0, growth_interval=3)
+    seen = []
+    for finite in (True, True, False, True, True, True, True):
+        seen.append((scale.overflowed(finite), scale.value))
+    assert [overflowed for overflowed, _ in seen] == [False, False, True, False, False, False, False]
+    assert [value for _, value in seen] == [4, 4, 2, 2, 2, 4, 4]
+
+
+def test_at_one_an_overflow_is_no_matter_of_scale():
+    scale = LossScale(2.0)
+    assert scale.overflowed(finite=False)
+    assert not scale.overflowed(finite=False)
+    assert scale.value == 1
