@@ -1,8 +1,8 @@
 """Dynamic loss scaling, without which float16 loses what there is to learn.
 
-SPO's loss is a mean over a latent's elements, so each element's gradient is some 1e-6 and what the layers make of it is
-less; float16 holds nothing below 6e-8. The loss is therefore multiplied by a power of two before the backward pass and
-the float32 gradients of the trained weights are divided by it after (Micikevicius et al., arXiv 1710.03740, section 3.2).
+SPO's loss is a mean over a latent's elements, so each element's gradient is some 1e-6 and what the layers make of it
+is less; float16 holds nothing below 6e-8. The loss is therefore multiplied by a power of two before the backward pass
+and the float32 gradients of the trained weights are divided by it after (Micikevicius et al., arXiv 1710.03740, 3.2).
 """
 
 from collections.abc import Iterable

@@ -27,9 +27,9 @@ def test_small_gradients_of_a_float16_model_are_those_of_float32_and_not_nothing
         denoiser = make_tiny_denoiser("sd15", folder, dtype=dtype)
         add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
         shake(denoiser, scale=0.1)
-        found[dtype] = gradients(denoiser, LossScale.of(getattr(torch, dtype)), 1e-7)
+        found[dtype] = gradients(denoiser, LossScale.of(getattr(torch, dtype)), 1e-5)
         assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
-    lost = gradients(denoiser, LossScale(1.0), 1e-7)
+    lost = gradients(denoiser, LossScale(1.0), 1e-5)
     assert (found["float16"] - found["float32"]).norm() < 0.05 * found["float32"].norm()
     assert (lost - found["float32"]).norm() > 0.5 * found["float32"].norm()
 
