@@ -68,15 +68,15 @@ def test_any_scheduler_becomes_unclipped_ddim_of_the_same_noise_schedule(family,
 
 
 def test_a_grid_that_ends_in_a_step_without_noise_is_refused_with_the_mend(tmp_path):
-    folder = make_tiny_pipeline("sd15", tmp_path / "model")
+    folder = make_tiny_pipeline("sdxl", tmp_path / "model")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"steps_offset": 1', '"steps_offset": 0'))
     with pytest.raises(ModelError, match='set "steps_offset": 1') as caught:
-        build(config("sd15", folder), SamplingConfig(), "cpu")
+        build(config("sdxl", folder), SamplingConfig(), "cpu")
     assert "\n" not in str(caught.value)
-    build(config("sd15", folder), SamplingConfig(eta=0.0), "cpu")
+    build(config("sdxl", folder), SamplingConfig(eta=0.0), "cpu")
     with pytest.raises(ModelError, match=r"sampling\.steps=1001 is more than the 1000 timesteps"):
-        build(config("sd15", folder), SamplingConfig(steps=1001), "cpu")
+        build(config("sdxl", folder), SamplingConfig(steps=1001), "cpu")
 
 
 def test_another_vae_takes_the_place_of_the_models(family, tiny_folder, tmp_path):
