@@ -3,8 +3,6 @@
 Each takes images (n, 3, h, w) in [0, 1] and returns such images.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,17 +43,3 @@ def blur(images: Tensor, std: float) -> Tensor:
 def sharpen(images: Tensor, amount: float, *, std: float = 1.5) -> Tensor:
     """Unsharp mask: what a blur of `std` pixels takes away, added `amount` times."""
     return (images + amount * (images - blur(images, std))).clamp(0, 1)
-
-
-def best_contrast(
-    images: Tensor,
-    prompts: Sequence[str],
-    score_fn: Callable[[Tensor, Sequence[str]], Tensor],
-    factors: Sequence[float],
-) -> tuple[float, Tensor]:
-    """The one factor of contrast that the scores (n,) of `score_fn` like best on average, and the images at it."""
-    if not factors:
-        raise ValueError("factors is empty; give at least one factor of contrast, such as [1.0, 1.5]")
-    means = [score_fn(contrast(images, factor), prompts).float().mean().item() for factor in factors]
-    best = factors[max(range(len(means)), key=means.__getitem__)]
-    return best, contrast(images, best)

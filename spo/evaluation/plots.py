@@ -1,6 +1,7 @@
-"""Charts as inline SVG that take the page's text colour, so they read on light and on dark.
+"""Charts as inline SVG that take the page's colours, so they read on light and on dark.
 
-Series are told apart by colour (Okabe and Ito's palette, safe for the colour-blind), dash and marker.
+Series are told apart by colour, dash and marker. A page sets the colours as --series-0 to --series-5; elsewhere they
+are those of LIGHT.
 """
 
 import io
@@ -16,7 +17,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LIGHT = ("#005f99", "#b34700", "#00704f", "#a3387c", "#7a5a00", "#4a4fc4")
+SLOTS = tuple(f"#01020{4 + i}" for i in range(len(LIGHT)))  # stand for the series' colours until the SVG is written
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK = "#010203"  # stands for the page's text colour until the SVG is written
@@ -44,6 +46,7 @@ class Line:
     smooth: bool = False  # draw the running mean over the pale values
     markers: bool = False
     slot: int = 0  # which colour, dash and marker: the same name keeps its slot in every chart
+    faint: bool = False  # one of several that another line sums up: thin, without a name
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def line_chart(
         axes.set_xlabel(x_label)
         axes.set_title(y_label, loc="left", fontsize=10, pad=8)
         axes.margins(y=0.12)
-        if len(lines) > 1:
+        if len({line.label for line in lines if not line.faint}) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(0, -0.27), ncols=3, borderaxespad=0)
         return _svg(figure, name)
 
@@ -95,7 +98,7 @@ def interval_chart(name: str, spans: Sequence[Span], *, x_label: str) -> str:
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure, axes = _figure(0.9 + 0.34 * len(spans))
         for row, span in enumerate(spans):
-            colour, marker = COLOURS[span.slot % len(COLOURS)], MARKERS[span.slot % len(MARKERS)]
+            colour, marker = SLOTS[span.slot % len(SLOTS)], MARKERS[span.slot % len(MARKERS)]
             axes.plot([span.low, span.high], [row, row], color=colour, linewidth=2, solid_capstyle="round")
             axes.plot([span.value], [row], color=colour, marker=marker, markersize=6)
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -130,10 +133,13 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _draw(axes: Axes, line: Line) -> None:
-    colour = COLOURS[line.slot % len(COLOURS)]
+    colour = SLOTS[line.slot % len(SLOTS)]
     dash = DASHES[line.slot % len(DASHES)]
     marker = MARKERS[line.slot % len(MARKERS)] if line.markers else ""
     y = running_mean(line.y) if line.smooth else line.y
+    if line.faint:
+        axes.plot(line.x, y, color=colour, linewidth=0.9, alpha=0.45)
+        return
     if line.smooth:
         axes.plot(line.x, line.y, color=colour, linewidth=0.8, alpha=0.3)
     axes.plot(line.x, y, color=colour, linestyle=dash, linewidth=1.8, marker=marker, markersize=5, label=line.label)
@@ -144,6 +150,8 @@ def _svg(figure: Figure, name: str) -> str:
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    for i, (slot, colour) in enumerate(zip(SLOTS, LIGHT, strict=True)):
+        svg = svg.replace(slot, f"var(--series-{i}, {colour})")
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" xmlns="http://www.w3.org/2000/svg" '
                  r'xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)  # fmt: skip
     svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)

@@ -1,251 +1,197 @@
 """Compare base and aligned models on the same held-out prompts, seeds and samplers.
 
-Each method's checkpoint is chosen on the validation prompts; the scores reported are of the test prompts. A control
-column shows what the best change of contrast alone makes of the base's images.
+Each training's checkpoint is chosen on the validation prompts by one rule; the scores reported are of the test
+prompts. A control column shows what the best change of contrast alone makes of the base's images. What is finished is
+kept in .cache/evaluate, so that an evaluation that was killed goes on where it was.
 """
 
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from spo.config import Config
-from spo.device import best_device
-from spo.errors import DataError, ModelError
 from spo.evaluation.choice import choose_checkpoint
-from spo.evaluation.controls import best_contrast
-from spo.evaluation.generate import eight_bits, generate, image_seed
-from spo.evaluation.metrics import Scores, build_metrics, score
+from spo.evaluation.generate import from_bytes
+from spo.evaluation.metrics import Scores
 from spo.evaluation.pictures import plain_sheet, to_picture
-from spo.evaluation.statistics import mean_interval, paired_difference
-from spo.files import atomic_path, read_json, write_json
-from spo.models.base import LatentDiffusion
-from spo.models.load import build
-from spo.models.lora import borrowed_lora
-from spo.models.policy import load_policy
+from spo.evaluation.studio import Studio, joined
+from spo.evaluation.subjects import BASE, CONTROL, Subject, Task, checkpoints, tasks
+from spo.evaluation.tables import Column, Row, compact, comparison_rows, mean_rows, score_rows
+from spo.files import atomic_path, write_json
 from spo.tables import write_csv
 from spo.tracking import Tracker
 
-BASE, CONTROL = "base", "contrast"
-FACTORS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 SAMPLE_COLUMNS = 10
-
-
-@dataclass(frozen=True)
-class Task:
-    """One image to make: of a prompt of a split, with a seed of its own."""
-
-    prompt_index: int
-    image_index: int
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """A column of the comparison under one sampler."""
-
-    column: str
-    eta: float
-    images: Tensor  # (n, 3, H, W) on the CPU
-    scores: Scores
-    factor: float | None = None  # of the contrast, where that is the column
+TABLES = ("means.csv", "comparisons.csv", "validation.csv", "scores.csv")
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
-    """Write images/, lora/, samples.png, scores.csv, validation.csv and metrics.json to runs/<profile>/evaluate."""
+    """Write images/, lora/, samples.png, metrics.json and four tables to runs/<profile>/evaluate.
+
+    lora/<method> is, of the method's training seeds, the one that the rule prefers on the validation prompts.
+    """
     start = time.perf_counter()
     evaluation = Evaluation(config, root)
     with atomic_path(root / config.folder("evaluate")) as folder:
         folder.mkdir()
-        validation, chosen = evaluation.choose(folder)
-        results = evaluation.compare(chosen)
-        write_csv(folder / "validation.csv", validation)
-        write_csv(folder / "scores.csv", evaluation.rows(results))
-        metrics = {**evaluation.metrics(results, chosen), "seconds": round(time.perf_counter() - start, 1)}
+        validation, chosen = evaluation.choose()
+        columns, factor = evaluation.compare(chosen, folder / "images")
+        for name, subject in (released := evaluation.release(validation, chosen)).items():
+            shutil.copytree(subject.checkpoint, folder / "lora" / name)
+        metrics = evaluation.write_tables(folder, columns, validation, chosen)
+        for name, subject in released.items():
+            metrics[name]["released"] = f"seed-{subject.training_seed}/{subject.checkpoint.name}"
+        metrics[CONTROL]["factor"] = factor
+        metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_json(folder / "metrics.json", metrics)
-        first = [result for result in results if result.eta == config.evaluate.etas[0]]
-        for result in first:
-            save_images(result.images, evaluation.test, folder / "images" / result.column)
-        samples = plain_sheet(
-            [[to_picture(i) for i in result.images[:SAMPLE_COLUMNS]] for result in first if result.column != CONTROL]
-        )
+        samples = plain_sheet([_first_pictures(folder / "images" / name) for name in (BASE, *config.methods)])
         samples.save(folder / "samples.png")
-    tracker.log_metrics(metrics)
-    tracker.log_image("samples", samples)
-    for step, row in enumerate(validation):
-        tracker.log_metrics({f"validation_{row['column']}": _numbers(row)}, step=step)
+    evaluation.studio.shelf.tidy()
+    _report(tracker, root / config.folder("evaluate"), metrics, samples, validation)
 
 
 class Evaluation:
-    """The model under comparison and the images to be made of it."""
+    """The images to be made, and who makes and judges them."""
 
     def __init__(self, config: Config, root: Path):
-        self.config = config.evaluate
-        self.methods = config.methods
-        self.aligned = {name: root / config.aligned(name, config.training_seeds[0]) for name in config.methods}
-        prompts = root / config.folder("prepare") / "prompts"
-        seed = config.evaluate.seed
-        self.validation = tasks(prompts / "validation.txt", config.evaluate.num_validation_prompts, 1, seed)
-        self.test = tasks(prompts / "test.txt", config.evaluate.num_prompts, config.evaluate.images_per_prompt, seed)
-        device = best_device()
-        needed = (config.evaluate.primary, *config.evaluate.guarded)
-        self.model: LatentDiffusion = build(config.model, config.sampling, device)
-        self.judges = build_metrics(config.evaluate.metrics, device, needed=needed)
+        self.settings = config.evaluate
+        prompts, seed = root / config.folder("prepare") / "prompts", self.settings.seed
+        self.validation = tasks(prompts / "validation.txt", self.settings.num_validation_prompts, 1, seed)
+        self.test = tasks(prompts / "test.txt", self.settings.num_prompts, self.settings.images_per_prompt, seed)
+        self.trainings = {
+            (name, training_seed): checkpoints(config, name, training_seed, root)
+            for name in config.methods
+            for training_seed in config.training_seeds
+        }
+        self.others = [Subject(name, borrowed=lora) for name, lora in self.settings.loras.items()]
+        self.studio = Studio(config, root)
 
-    def choose(self, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Path]]:
-        """Score every checkpoint on the validation prompts; rows for the table, and each method's choice."""
-        eta = self.config.etas[0]
-        base = _means(self._generate(BASE, self.validation, eta, "validation: base").scores)
-        rows = [{"column": BASE, "checkpoint": BASE, "seconds": 0.0, "unet_forwards": 0, **base}]
+    def choose(self) -> tuple[list[Row], dict[tuple[str, int], Subject]]:
+        """Score every checkpoint on the validation prompts: a row each, and the choice of each training."""
+        rows = [self._validation_row(Subject(BASE))]
         chosen = {}
-        for name in self.methods:
-            checkpoints = sorted((self.aligned[name] / "checkpoints").glob("step-*"))
-            if not checkpoints:
-                raise ModelError(f"{self.aligned[name]} holds no checkpoints; run `python -m spo align {name}`")
-            means = []
-            for checkpoint in checkpoints:
-                load_policy(self.model, checkpoint)
-                label = f"validation: {name} {checkpoint.name}"
-                means.append(_means(self._generate(name, self.validation, eta, label).scores))
-                cost = read_json(checkpoint / "cost.json")
-                taken = {"seconds": cost["seconds"], "unet_forwards": cost["unet_forwards"]}
-                rows.append({"column": name, "checkpoint": checkpoint.name, **taken, **means[-1]})
-            best = choose_checkpoint(
-                means,
-                base,
-                primary=self.config.primary,
-                guarded=self.config.guarded,
-                tolerance=self.config.guard_tolerance,
-            )
-            chosen[name] = checkpoints[best]
-            shutil.copytree(checkpoints[best], folder / "lora" / name)
+        for training, candidates in self.trainings.items():
+            found = [self._validation_row(subject) for subject in candidates]
+            best = self._best(found, rows[0])
+            found[best]["chosen"] = 1
+            chosen[training] = candidates[best]
+            rows += found
         return rows, chosen
 
-    def compare(self, chosen: dict[str, Path]) -> list[Result]:
-        """Base, control, every method's choice and the LoRAs of others on the test prompts, under each sampler."""
-        results = []
-        for name in (BASE, *chosen):
-            if name != BASE:
-                load_policy(self.model, chosen[name])
-            for eta in self.config.etas:
-                results.append(self._generate(name, self.test, eta, f"test: {name}, eta {eta:g}"))
-                if name == BASE:
-                    results.append(self._control(results[-1]))
-        for name, lora in self.config.loras.items():
-            with borrowed_lora(self.model, lora.source, weight_name=lora.weight_name, revision=lora.revision):
-                for eta in self.config.etas:
-                    results.append(self._generate(name, self.test, eta, f"test: {name}, eta {eta:g}"))
-        return results
+    def release(self, validation: Sequence[Row], chosen: dict[tuple[str, int], Subject]) -> dict[str, Subject]:
+        """Of each method's choices the one to be used, by the same rule on the same prompts."""
+        base, *rows = validation
+        released = {}
+        for name in dict.fromkeys(method for method, _ in chosen):
+            subjects = [subject for (method, _), subject in chosen.items() if method == name]
+            released[name] = subjects[self._best([r for r in rows if r["column"] == name and r["chosen"]], base)]
+        return released
 
-    def _generate(self, column: str, wanted: Sequence[Task], eta: float, label: str) -> Result:
-        prompts = [task.prompt for task in wanted]
+    def compare(self, chosen: dict[tuple[str, int], Subject], folder: Path) -> tuple[list[Column], float]:
+        """Base, control, every training's choice and others' LoRAs on the test prompts.
 
-        def make() -> Tensor:
-            return generate(
-                self.model,
-                prompts,
-                [task.seed for task in wanted],
-                steps=self.config.steps,
-                guidance_scale=self.config.guidance_scale,
-                eta=eta,
-                batch_size=self.config.batch_size,
-                label=label,
-            )
+        The deciding sampler's images go to `folder`.
 
-        if column == BASE:
-            with self.model.reference():
-                images = make()
-        else:
-            images = make()
-        images = eight_bits(images)
-        return Result(column, eta, images, score(self.judges, images, prompts))
+        Returns the columns, sampler by sampler, and the control's factor of contrast under the deciding one.
+        """
+        columns, factors = [], []
+        for eta in self.settings.etas:
+            keep = folder if eta == self.settings.etas[0] else None
+            columns += self._untrained(eta, keep, factors)
+            for name in dict.fromkeys(method for method, _ in chosen):
+                of_method = {seed: subject for (method, seed), subject in chosen.items() if method == name}
+                scores = [self._judged(subject, eta, keep) for subject in of_method.values()]
+                columns.append(Column(name, eta, tuple(of_method), _stacked(scores)))
+            columns += [Column(s.column, eta, (None,), _stacked([self._judged(s, eta, keep)])) for s in self.others]
+        return columns, factors[0]
 
-    def _control(self, base: Result) -> Result:
-        """The base's images at the contrast that the primary score likes best."""
+    def write_tables(
+        self, folder: Path, columns: Sequence[Column], validation: Sequence[Row], chosen: dict[Any, Subject]
+    ) -> dict[str, Any]:
+        """Write the four tables; the figures of the verdict."""
+        prompts, samples = [task.prompt for task in self.test], self.settings.bootstrap_samples
+        means = mean_rows(columns, prompts, samples=samples)
+        comparisons = comparison_rows(columns, prompts, samples=samples)
+        for name, rows in zip(TABLES, (means, comparisons, validation, score_rows(columns, self.test)), strict=True):
+            write_csv(folder / name, rows)
+        main = (self.settings.primary, *self.settings.guarded)
+        seeds = len({seed for _, seed in chosen})
+        counts = {"prompts": len(set(prompts)), "images": len(prompts), "training_seeds": seeds}
+        return {**counts, **compact(means, comparisons, eta=self.settings.etas[0], metrics=main)}
 
-        def primary(images: Tensor, prompts: Sequence[str]) -> Tensor:
-            return score(self.judges, images, prompts)[self.config.primary]
+    def _untrained(self, eta: float, folder: Path | None, factors: list[float]) -> list[Column]:
+        base = Subject(BASE)
+        batches = list(self.studio.batches(base, self.test, eta, split="test", images=True))
+        factor, control = self.studio.best_contrast(batches)
+        factors.append(factor)
+        if folder is not None:
+            for batch in batches:
+                pictures = from_bytes(batch.images)
+                save_images(pictures, batch.tasks, folder / BASE)
+                save_images(self.studio.with_contrast(pictures, factor), batch.tasks, folder / CONTROL)
+        own = joined([batch.scores for batch in batches])
+        return [Column(name, eta, (None,), _stacked([scores])) for name, scores in ((BASE, own), (CONTROL, control))]
 
-        prompts = [task.prompt for task in self.test]
-        factor, images = best_contrast(base.images, prompts, primary, FACTORS)
-        return Result(CONTROL, base.eta, images, score(self.judges, images, prompts), factor)
+    def _judged(self, subject: Subject, eta: float, folder: Path | None) -> Scores:
+        scores = []
+        for batch in self.studio.batches(subject, self.test, eta, split="test", images=folder is not None):
+            scores.append(batch.scores)
+            if folder is not None:
+                save_images(from_bytes(batch.images), batch.tasks, folder / subject.place)
+        return joined(scores)
 
-    def rows(self, results: list[Result]) -> list[dict[str, Any]]:
-        """One row an image."""
-        return [
-            {
-                "column": result.column,
-                "eta": result.eta,
-                "prompt_index": task.prompt_index,
-                "image_index": task.image_index,
-                "prompt": task.prompt,
-                **{name: values[i].item() for name, values in result.scores.items()},
-            }
-            for result in results
-            for i, task in enumerate(self.test)
-        ]
+    def _validation_row(self, subject: Subject) -> Row:
+        eta = self.settings.etas[0]
+        scores = self.studio.scores(subject, self.validation, eta, split="validation")
+        return {
+            "column": subject.column,
+            "training_seed": "" if subject.training_seed is None else subject.training_seed,
+            "checkpoint": BASE if subject.checkpoint is None else subject.checkpoint.name,
+            **subject.cost(),
+            "chosen": 0,
+            "primary": scores[self.settings.primary].mean().item(),  # under one name in every profile, for dvc's plot
+            **{name: values.mean().item() for name, values in scores.items()},
+        }
 
-    def metrics(self, results: list[Result], chosen: dict[str, Path]) -> dict[str, Any]:
-        """Means and differences from the base, with 95% intervals, under each sampler."""
-        groups = [task.prompt for task in self.test]
-        samples = self.config.bootstrap_samples
-        table: dict[str, Any] = {"prompts": len(set(groups)), "images": len(groups)}
-        table["checkpoint"] = {name: path.name for name, path in chosen.items()}
-        for eta in self.config.etas:
-            of_sampler = [result for result in results if result.eta == eta]
-            at_eta = {result.column: result.scores for result in of_sampler}
-            section: dict[str, Any] = {}
-            for column, scores in at_eta.items():
-                section[column] = {
-                    name: _rounded(asdict(mean_interval(values.numpy(), groups, samples=samples)))
-                    for name, values in scores.items()
-                }
-                if column == BASE:
-                    continue
-                section[f"{column}_vs_base"] = {
-                    name: _rounded(
-                        asdict(paired_difference(values.numpy(), at_eta[BASE][name].numpy(), groups, samples=samples))
-                    )
-                    for name, values in scores.items()
-                }
-            section[CONTROL]["factor"] = next(r.factor for r in of_sampler if r.column == CONTROL)
-            table[f"eta_{eta:g}"] = section
-        return table
-
-
-def tasks(path: Path, num_prompts: int, images_per_prompt: int, seed: int) -> list[Task]:
-    """The first `num_prompts` prompts of a prepared file, `images_per_prompt` seeds each."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `python -m spo prepare`")
-    prompts = path.read_text(encoding="utf-8").splitlines()[:num_prompts]
-    if len(prompts) < 2:
-        raise DataError(f"{path} holds {len(prompts)} prompts; evaluation needs at least 2")
-    return [
-        Task(i, j, prompt, image_seed(seed, prompt, j))
-        for i, prompt in enumerate(prompts)
-        for j in range(images_per_prompt)
-    ]
+    def _best(self, candidates: Sequence[Row], base: Row) -> int:
+        settings = self.settings
+        rule = {"primary": settings.primary, "guarded": settings.guarded, "tolerance": settings.guard_tolerance}
+        return choose_checkpoint(candidates, base, **rule)
 
 
 def save_images(images: Tensor, wanted: Sequence[Task], folder: Path) -> None:
     """PNG files <prompt index>-<image index>.png."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for image, task in zip(images, wanted, strict=True):
         to_picture(image).save(folder / f"{task.prompt_index:04d}-{task.image_index}.png")
 
 
-def _means(scores: Scores) -> dict[str, float]:
-    return {name: values.mean().item() for name, values in scores.items()}
+def _stacked(of_seeds: Sequence[Scores]) -> Scores:
+    """The scores of training seeds as (seeds, n) each."""
+    return {name: torch.stack([scores[name] for scores in of_seeds]) for name in of_seeds[0]}
 
 
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
+def _first_pictures(folder: Path) -> list[Image.Image]:
+    """Of the first prompts, by the first training seed."""
+    if seeds := sorted(folder.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-"))):
+        folder = seeds[0]
+    return [Image.open(path).copy() for path in sorted(folder.glob("*-0.png"))[:SAMPLE_COLUMNS]]
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if not isinstance(value, str)}
+def _report(
+    tracker: Tracker, folder: Path, metrics: dict[str, Any], samples: Image.Image, validation: Sequence[Row]
+) -> None:
+    tracker.log_metrics(metrics)
+    tracker.log_image("samples", samples)
+    for name in TABLES:
+        tracker.log_artifact(folder / name)
+    for row in validation:
+        numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+        seed = f".seed_{row['training_seed']}" if row["training_seed"] != "" else ""
+        tracker.log_metrics({f"validation.{row['column']}{seed}": numbers}, step=int(row["unet_forwards"]))

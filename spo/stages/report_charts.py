@@ -1,12 +1,14 @@
 """Which charts the report shows, each with a caption and the words that stand in for it."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 from spo.evaluation.plots import Line, Span, interval_chart, line_chart
-from spo.stages.report_inputs import Inputs, Row
-from spo.stages.report_results import BASE, CONTRAST, Results
+from spo.stages.report_cost import CURRENCIES, by_checkpoint
+from spo.stages.report_inputs import Inputs, OfSeeds, Row
+from spo.stages.report_results import BASE, Results
 
 
 @dataclass(frozen=True)
@@ -46,71 +48,133 @@ def gain_charts(results: Results) -> list[Chart]:
     charts = []
     for metric in results.main:
         spans = [
-            Span(f"{column}, eta {eta:g}", gain["difference"], gain["low"], gain["high"], _slot(results, column))
+            Span(f"{column}, eta {eta:g}", gain["difference"], gain["low"], gain["high"], results.slot(column))
             for eta in results.etas
             for column in results.columns[1:]
             if (gain := results.gain(eta, column, metric)) is not None
         ]
         told = "; ".join(f"{s.label} {s.value:+z.3f}, from {s.low:+z.3f} to {s.high:+z.3f}" for s in spans)
         svg = interval_chart(f"gain-{metric}", spans, x_label=f"{metric.capitalize()}: gain over the base")
-        caption = "Point and 95% interval over prompts. A line that crosses zero is no clear change."
+        caption = "Point and 95% interval. A line that crosses zero is no clear change."
         charts.append(Chart(f"gain-{metric}", svg, f"Gain in {metric} over the base: {told}.", caption))
     return charts
 
 
 def validation_charts(results: Results, rows: Sequence[Row]) -> list[Chart]:
-    """Scores on the validation prompts against the compute that training had used by then."""
-    chosen = ", ".join(f"{name} {checkpoint}" for name, checkpoint in results.values.get("checkpoint", {}).items())
-    caption = "Each point is a saved checkpoint." + (f" Chosen: {chosen}." if chosen else "")
+    """Scores on the validation prompts against the compute that training had used by then, in both currencies."""
     charts = []
+    base_row = next((row for row in rows if row["column"] == BASE), {})
     for metric in results.main:
-        if not any(metric in row for row in rows):
-            continue
-        base = [row[metric] for row in rows if row["column"] == BASE]
-        lines = []
-        for name in results.methods:
-            points = sorted((row["unet_forwards"], row[metric]) for row in rows if row["column"] == name)
-            points = [(0.0, base[0])] * bool(base and points and points[0][0] > 0) + points
-            x, y = zip(*points, strict=True) if points else ((), ())
-            lines.append(Line(name, x, y, markers=True, slot=_slot(results, name)))
-        level = ("base", base[0]) if base else None
-        title = f"{metric.capitalize()} on validation prompts"
-        name = f"validation-{metric}"
-        svg = line_chart(name, lines, x_label="UNet forward passes in training", y_label=title, level=level)
-        charts.append(Chart(name, svg, _told(title, lines), caption))
+        for currency, unit in CURRENCIES.items():
+            base = base_row.get(metric)
+            lines = [
+                line
+                for name in results.methods
+                for line in _curve(results, rows, name, metric, currency, base)
+                if line.x
+            ]
+            if not lines:
+                continue
+            title = f"{metric.capitalize()} on validation prompts"
+            name = f"validation-{metric}-{currency.replace('_', '-')}"
+            level = None if base is None else ("base", base)
+            svg = line_chart(name, lines, x_label=unit, y_label=title, level=level)
+            seeds = ", the mean of the training seeds" if results.num_seeds > 1 else ""
+            caption = f"Each point is a saved checkpoint{seeds}."
+            charts.append(Chart(name, svg, _told(f"{title} against {unit}", lines), caption))
     return charts
 
 
-def history_charts(results: Results, history: dict[str, list[Row]]) -> list[Chart]:
+def _curve(
+    results: Results, rows: Sequence[Row], name: str, metric: str, currency: str, base: float | None
+) -> list[Line]:
+    """A method's mean over its seeds, from the base on, and below it each seed where there are several."""
+    together = by_checkpoint(rows, name)
+    start = [] if base is None else [(0.0, base)]
+    points = [[(row[currency], row[metric]) for row in at] for at in together]
+    seeds = [start + list(own) for own in zip(*points, strict=True)] if points else []
+    mean = start + [(fmean(x for x, _ in at), fmean(y for _, y in at)) for at in points]
+    faint = [Line(name, *_split(own), slot=results.slot(name), faint=True) for own in seeds if len(seeds) > 1]
+    return [*faint, Line(name, *_split(mean), markers=True, slot=results.slot(name))] if points else []
+
+
+def history_charts(results: Results, history: Mapping[str, OfSeeds]) -> list[Chart]:
     """What training looked like, update by update: pale as it was, bold its running mean."""
     charts = []
     for item in HISTORY:
-        lines = [
-            Line(name, range(1, len(run) + 1), [row[item.column] for row in run], True, slot=_slot(results, name))
-            for name, run in history.items()
-            if run and item.column in run[0]
-        ]
+        lines = _over_training(results, history, item.column)
         if lines:
             svg = line_chart(f"history-{item.column}", lines, x_label="update", y_label=item.title, level=item.level)
             charts.append(Chart(f"history-{item.column}", svg, _told(item.title, lines), item.caption))
     return charts
 
 
-def timestep_charts(results: Results, timesteps: dict[str, list[Row]]) -> list[Chart]:
-    """Where in denoising the pairs come from."""
-    kept, margin = [], []
-    for name, rows in timesteps.items():
-        if rows:
-            t, slot = [row["timestep"] for row in rows], _slot(results, name)
-            shares = [row["kept"] / row["branched"] if row["branched"] else math.nan for row in rows]
-            kept.append(Line(name, t, shares, markers=True, slot=slot))
-            margin.append(Line(name, t, [row["margin"] for row in rows], markers=True, slot=slot))
-    if not kept:
-        return []
-    said = "Share of branched steps that gave a pair; noise is on the left."
+def _over_training(results: Results, history: Mapping[str, OfSeeds], column: str) -> list[Line]:
+    lines = []
+    for name, seeds in history.items():
+        for rows in seeds.values():
+            if rows and any(math.isfinite(row.get(column, math.nan)) for row in rows):
+                y = [row.get(column, math.nan) for row in rows]
+                lines.append(Line(name, range(1, len(rows) + 1), y, smooth=True, slot=results.slot(name)))
+        if len(seeds) > 1:  # the first seed stands out, the others lie beside it
+            own = [i for i, line in enumerate(lines) if line.label == name]
+            for i in own[1:]:
+                lines[i] = replace(lines[i], faint=True)
+    return lines
+
+
+def watch_charts(results: Results, watch: Mapping[str, OfSeeds]) -> list[Chart]:
+    """What was measured on fixed prompts while training went on: the judge's score beside an independent one."""
+    clock = ("unet_forwards", "seconds", "round", "rounds", "rollout", "update", "step", "epoch")
+    columns = dict.fromkeys(
+        column for seeds in watch.values() for rows in seeds.values() for row in rows for column in row
+    )
+    x = next((name for name in clock if name in columns), None)
+    charts = []
+    for column in columns:
+        if x is None or column in clock:
+            continue
+        lines = [
+            Line(name, [row[x] for row in rows], [row.get(column, math.nan) for row in rows], markers=i == 0,
+                 slot=results.slot(name), faint=i > 0)
+            for name, seeds in watch.items()
+            for i, rows in enumerate(seeds.values())
+            if rows and any(isinstance(row.get(column), float) for row in rows)
+        ]  # fmt: skip
+        if lines:
+            title, name = column.replace("_", " ").capitalize(), f"watch-{column.replace('_', '-')}"
+            svg = line_chart(name, lines, x_label=x.replace("_", " "), y_label=title)
+            charts.append(Chart(name, svg, _told(title, lines), "On a small fixed set of prompts, while training."))
+    return charts
+
+
+def timestep_charts(results: Results, timesteps: Mapping[str, OfSeeds]) -> list[Chart]:
+    """Where in denoising the pairs come from, and what training made of them."""
+    lines: dict[str, list[Line]] = {"kept": [], "margin": [], "log_ratio": []}
+    for name, seeds in timesteps.items():
+        at: dict[float, list[Row]] = {}
+        for rows in seeds.values():
+            for row in rows:
+                at.setdefault(row["timestep"], []).append(row)
+        if not at:
+            continue
+        t = sorted(at, reverse=True)
+        shares = [_share(at[each], "kept", "branched") for each in t]
+        lines["kept"].append(Line(name, t, shares, markers=True, slot=results.slot(name)))
+        lines["margin"].append(Line(name, t, [_mean(at[each], "margin") for each in t], markers=True,
+                                    slot=results.slot(name)))  # fmt: skip
+        apart = [_mean(at[each], "log_ratio_win") - _mean(at[each], "log_ratio_lose") for each in t]
+        if any(map(math.isfinite, apart)):
+            lines["log_ratio"].append(Line(name, t, apart, markers=True, slot=results.slot(name)))
+    told = {
+        "kept": ("Pairs kept by timestep", "Share of branched steps that gave a pair; noise is on the left."),
+        "margin": ("Margin by timestep", "Mean margin; noise is on the left."),
+        "log_ratio": ("Log-ratio gap by timestep", "Winner's less loser's: where the policy has learned anything."),
+    }
     return [
-        _over_timesteps("timestep-kept", "Pairs kept by timestep", said, kept),
-        _over_timesteps("timestep-margin", "Margin by timestep", "Mean margin; noise is on the left.", margin),
+        _over_timesteps(f"timestep-{name.replace('_', '-')}", *told[name], found)
+        for name, found in lines.items()
+        if found
     ]
 
 
@@ -120,7 +184,7 @@ def accuracy_charts(rows: Sequence[Row]) -> list[Chart]:
         return []
     lines = []
     for slot, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-        measured = [row for row in rows if row["model"] == model]
+        measured = sorted((row for row in rows if row["model"] == model), key=lambda row: -row["timestep"])
         t, accuracy = [row["timestep"] for row in measured], [row["accuracy"] for row in measured]
         lines.append(Line(model, t, accuracy, markers=True, slot=slot))
     caption = "Share of held-out pairs ordered as labelled; noise is on the left."
@@ -134,6 +198,7 @@ def all_charts(results: Results, inputs: Inputs) -> dict[str, list[Chart]]:
         "validation": validation_charts(results, inputs.validation),
         "history": history_charts(results, inputs.history),
         "timesteps": timestep_charts(results, inputs.timesteps),
+        "watch": watch_charts(results, inputs.watch),
         "accuracy": accuracy_charts(inputs.accuracy),
     }
 
@@ -141,18 +206,22 @@ def all_charts(results: Results, inputs: Inputs) -> dict[str, list[Chart]]:
 def _over_timesteps(
     name: str, title: str, caption: str, lines: list[Line], *, level: tuple[str, float] | None = None
 ) -> Chart:
-    lines = [Line(line.label, *_sorted(line.x, line.y), markers=True, slot=line.slot) for line in lines]
     svg = line_chart(name, lines, x_label="timestep", y_label=title, level=level, reverse=True)
     return Chart(name, svg, _told(title, lines), caption)
 
 
-def _sorted(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    points = sorted(zip(x, y, strict=True), reverse=True)
-    return [a for a, _ in points], [b for _, b in points]
+def _share(rows: Sequence[Row], part: str, whole: str) -> float:
+    total = sum(row[whole] for row in rows)
+    return sum(row[part] for row in rows) / total if total else math.nan
 
 
-def _slot(results: Results, column: str) -> int:
-    return len(results.methods) if column == CONTRAST else results.methods.index(column)
+def _mean(rows: Sequence[Row], column: str) -> float:
+    known = [row[column] for row in rows if math.isfinite(row.get(column, math.nan))]
+    return fmean(known) if known else math.nan
+
+
+def _split(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _told(title: str, lines: Sequence[Line]) -> str:
@@ -160,7 +229,7 @@ def _told(title: str, lines: Sequence[Line]) -> str:
     parts = []
     for line in lines:
         known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
-        if known:
+        if known and not line.faint:
             (x_0, y_0), (x_1, y_1) = known[0], known[-1]
             parts.append(f"{line.label} goes from {y_0:.3g} at {x_0:g} to {y_1:.3g} at {x_1:g}")
     return f"{title}: " + ("; ".join(parts) if parts else "no values") + "."

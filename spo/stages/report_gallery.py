@@ -1,7 +1,11 @@
-"""The pictures of the report: each prompt with the same seed in every column, held within the page."""
+"""The pictures of the report: each prompt with the same seed in every column, held within the page.
+
+Of a method that was trained from several seeds it is the first one's pictures, which is no choice of them.
+"""
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +37,27 @@ def gallery(
     images: Path, scores: Sequence[Row], columns: Sequence[str], *, eta: float, metric: str, limit: int = 48
 ) -> list[Card]:
     """The first `limit` prompts, not a choice of them; DataError where a picture is missing or broken."""
-    first: dict[int, str] = {}
+    prompts: dict[int, str] = {}
     score: dict[tuple[str, int], float] = {}
+    places: dict[str, str] = {}
     for row in scores:
-        index = int(row["prompt_index"])
-        if row["eta"] == eta and row["image_index"] == 0:
-            first.setdefault(index, row["prompt"])
-            if metric in row:
-                score[row["column"], index] = row[metric]
+        if row["eta"] != eta or row["image_index"] != 0:
+            continue
+        column, index, seed = row["column"], int(row["prompt_index"]), row["training_seed"]
+        prompts.setdefault(index, row["prompt"])
+        places.setdefault(column, column if math.isnan(seed) else f"{column}/seed-{seed:.0f}")
+        if metric in row:
+            score.setdefault((column, index), row[metric])
+    shown = [column for column in columns if column in places]
     return [
         Card(
-            first[index],
-            [picture(images / column / f"{index:04d}-0.png", column, score.get((column, index))) for column in columns],
+            prompts[index],
+            [
+                picture(images / places[column] / f"{index:04d}-0.png", column, score.get((column, index)))
+                for column in shown
+            ],
         )
-        for index in sorted(first)[:limit]
+        for index in sorted(prompts)[:limit]
     ]
 
 

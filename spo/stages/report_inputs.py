@@ -11,18 +11,23 @@ from spo.config import Config
 from spo.errors import DataError
 
 Row = dict[str, Any]
-TEXT = ("column", "model", "prompt", "checkpoint")  # every other column is numbers
+OfSeeds = dict[int, list[Row]]  # by training seed
+TEXT = ("column", "against", "metric", "model", "prompt", "checkpoint")  # every other column is numbers
 
 
 @dataclass(frozen=True)
 class Inputs:
-    evaluation: dict[str, Any]
+    evaluation: dict[str, Any]  # metrics.json of evaluate
+    means: list[Row]  # a column and metric each, under a sampler
+    comparisons: list[Row]  # a pair of columns and a metric each, under a sampler
     scores: list[Row]  # an image each
     validation: list[Row]  # a checkpoint each
-    history: dict[str, list[Row]]  # of each method: an update each
-    timesteps: dict[str, list[Row]]  # of each method that has them
+    history: dict[str, OfSeeds]  # of each method: an update each
+    timesteps: dict[str, OfSeeds]  # of each method that has them
+    watch: dict[str, OfSeeds]  # of each method that was watched: an interval of training each
+    training: dict[str, list[dict[str, Any]]]  # metrics.json of each method's training seeds
     accuracy: list[Row]  # of the preference model; empty where it was not measured
-    stages: dict[str, dict[str, Any]]  # metrics of each stage, in the order of the pipeline
+    seconds: dict[str, float]  # of each stage that says so, in the order of the pipeline
     images: Path
 
 
@@ -30,29 +35,32 @@ def read_inputs(config: Config, root: Path) -> Inputs:
     """Read what the stages left; DataError naming the stage to run where something is missing or broken."""
     evaluate = root / config.folder("evaluate")
     preference = root / config.folder("train_preference")
-    align = {name: root / config.aligned(name, config.training_seeds[0]) for name in config.methods}
-    stages = {
-        "prepare": read_json(root / config.folder("prepare") / "metrics.json", "prepare"),
-        "train_preference": read_json(preference / "metrics.json", "train_preference"),
-        **{f"align {name}": read_json(folder / "metrics.json", f"align {name}") for name, folder in align.items()},
-        "evaluate": read_json(evaluate / "metrics.json", "evaluate"),
+    prepare = read_json(root / config.folder("prepare") / "metrics.json", "prepare")
+    judge = read_json(preference / "metrics.json", "train_preference")
+    training = {
+        name: [
+            read_json(root / config.aligned(name, seed) / "metrics.json", f"align {name} --seed {seed}")
+            for seed in config.training_seeds
+        ]
+        for name in config.methods
     }
+    evaluation = read_json(evaluate / "metrics.json", "evaluate")
+    figures = ("eta", "column", "metric", "low", "high")
+    images = ("column", "training_seed", "eta", "prompt_index", "image_index", "prompt")
     return Inputs(
-        evaluation=stages["evaluate"],
-        scores=read_csv(
-            evaluate / "scores.csv", "evaluate", ("column", "eta", "prompt_index", "image_index", "prompt")
-        ),
-        validation=read_csv(evaluate / "validation.csv", "evaluate", ("column", "checkpoint", "unet_forwards")),
-        history={name: read_csv(folder / "history.csv", f"align {name}", ("loss",)) for name, folder in align.items()},
-        timesteps={
-            name: read_csv(folder / "timesteps.csv", f"align {name}", ("timestep", "branched", "kept", "margin"))
-            for name, folder in align.items()
-            if (folder / "timesteps.csv").exists()  # only methods that branch have one
-        },
+        evaluation=evaluation,
+        means=read_csv(evaluate / "means.csv", "evaluate", (*figures, "mean")),
+        comparisons=read_csv(evaluate / "comparisons.csv", "evaluate", (*figures, "against", "difference", "win_rate")),
+        scores=read_csv(evaluate / "scores.csv", "evaluate", images),
+        validation=read_csv(evaluate / "validation.csv", "evaluate", ("column", "training_seed", "checkpoint")),
+        history=_of_methods(config, root, "history.csv", ("loss",)),
+        timesteps=_of_methods(config, root, "timesteps.csv", ("timestep", "branched", "kept", "margin"), optional=True),
+        watch=_of_methods(config, root, "watch.csv", (), optional=True),
+        training=training,
         accuracy=read_csv(preference / "accuracy.csv", "train_preference", ("timestep", "model", "accuracy"))
         if (preference / "accuracy.csv").exists()
         else [],
-        stages=stages,
+        seconds=_seconds(prepare, judge, training, evaluation),
         images=evaluate / "images",
     )
 
@@ -82,6 +90,37 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...]) -> list[Row]:
         return [{key: value if key in TEXT else float(value or "nan") for key, value in row.items()} for row in reader]
     except (TypeError, ValueError) as error:
         raise DataError(f"{path} line {reader.line_num}: {error}; run `python -m spo {stage}` again") from None
+
+
+def _of_methods(
+    config: Config, root: Path, name: str, columns: tuple[str, ...], *, optional: bool = False
+) -> dict[str, OfSeeds]:
+    """A table of every training; where it is optional, of those that have it."""
+    found: dict[str, OfSeeds] = {}
+    for method in config.methods:
+        for seed in config.training_seeds:
+            path = root / config.aligned(method, seed) / name
+            if path.exists() or not optional:
+                rows = read_csv(path, f"align {method} --seed {seed}", columns)
+                found.setdefault(method, {})[seed] = rows
+    return found
+
+
+def _seconds(
+    prepare: dict[str, Any],
+    judge: dict[str, Any],
+    training: dict[str, list[dict[str, Any]]],
+    evaluation: dict[str, Any],
+) -> dict[str, float]:
+    stages = {"prepare": [prepare], "train_preference": [judge]}
+    for name, seeds in training.items():
+        stages[f"align {name}" + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")] = seeds
+    stages["evaluate"] = [evaluation]
+    return {
+        stage: sum(metrics["seconds"] for metrics in parts)
+        for stage, parts in stages.items()
+        if all("seconds" in metrics for metrics in parts)
+    }
 
 
 def _read_text(path: Path, stage: str) -> str:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spo.evaluation.controls import best_contrast, blur, contrast, gamma, saturation, sharpen
+from spo.evaluation.controls import blur, contrast, gamma, saturation, sharpen
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -34,17 +34,6 @@ def test_blur_smooths_and_sharpen_roughens() -> None:
     assert roughness[0] < roughness[1] < roughness[2]
 
 
-def test_best_contrast_takes_the_factor_with_the_highest_mean_score() -> None:
-    def spread(images: torch.Tensor, prompts: object) -> torch.Tensor:
-        return -(images.std(dim=(1, 2, 3)) - 1.3 * IMAGES.std()).abs()
-
-    factor, images = best_contrast(IMAGES, ["a red cross"] * 4, spread, [0.5, 1.0, 1.4, 3.0])
-    assert factor == 1.4
-    torch.testing.assert_close(images, contrast(IMAGES, 1.4))
-
-
 def test_wrong_strengths_are_named() -> None:
     with pytest.raises(ValueError, match="std=0"):
         blur(IMAGES, 0)
-    with pytest.raises(ValueError, match="factors is empty"):
-        best_contrast(IMAGES, [], lambda images, prompts: images.mean(dim=(1, 2, 3)), [])

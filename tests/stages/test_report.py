@@ -1,23 +1,26 @@
 """The report: honest in words, whole in one file, safe with any prompt."""
 
 import csv
+import itertools
 import json
 import re
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from spo.config import Config, load_config
+from spo.config import Config, HpsConfig, load_config
 from spo.environment import git_commit
 from spo.errors import DataError
-from spo.evaluation.plots import Line, Span, interval_chart, line_chart, running_mean
-from spo.evaluation.statistics import mean_interval, paired_difference
+from spo.evaluation.plots import LIGHT, Line, Span, interval_chart, line_chart, running_mean
+from spo.evaluation.subjects import Task
+from spo.evaluation.tables import Column, compact, comparison_rows, mean_rows, score_rows
 from spo.stages import report
-from spo.stages.report_results import Results, duration, headline, summary, verdicts
+from spo.stages.report_results import Results
+from spo.stages.report_verdict import duration, summary, verdicts
 from spo.tracking import NullTracker
 
 NASTY = '<script>alert(1)</script> & "quotes"'
@@ -52,15 +55,15 @@ def write_metrics(folder: Path, metrics: dict) -> None:
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generator) -> None:
+def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generator, *, seeds) -> None:
     write_metrics(runs / "prepare", {"seconds": 1.25, "train_prompts": 360})
     write_metrics(runs / "train_preference", {"seconds": 212.0, "accuracy": {"trained": {"t_1": 0.81}}})
     times = (1, 301, 701)
     write_csv(runs / "train_preference" / "accuracy.csv", [
         {"timestep": t, "model": model, "accuracy": 0.9 - t / (2000 if model == "trained" else 1500),
          "n": 200} for model in ("start", "trained") for t in times])  # fmt: skip
-    for name in methods:
-        folder = runs / "align" / name / "seed-0"
+    for name, seed in itertools.product(methods, seeds):
+        folder = runs / "align" / name / f"seed-{seed}"
         write_metrics(
             folder, {"seconds": 480.0, "unet_forwards": 61440, "num_pairs": 2310, "kept_share": 0.56, "updates": 30}
         )
@@ -69,64 +72,61 @@ def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generato
              "logit": 0.02 * i, "accuracy": 0.5 + 0.01 * i, "log_ratio_win": 0.001 * i, "log_ratio_lose": -0.002 * i,
              "clipped": 0.01 * i, "epoch": i // 8, "rollout": i, "kept": 0.5, "margin": 0.3, "score": 20 + 0.02 * i,
              "seconds": 15.0 * i, "unet_forwards": 2048 * i} for i in range(30)])  # fmt: skip
-    write_csv(runs / "align" / "spo" / "seed-0" / "timesteps.csv", [
-        {"timestep": t, "branched": 512, "kept": 300 - t // 4, "margin": 0.4 - t / 4000}
-        for t in (701, 401, 1)])  # fmt: skip
+    for seed in seeds:
+        write_csv(runs / "align" / "spo" / f"seed-{seed}" / "timesteps.csv", [
+            {"timestep": t, "branched": 512, "kept": 300 - t // 4, "margin": 0.4 - t / 4000,
+             "log_ratio_win": 0.01, "log_ratio_lose": -0.02 + t / 1e5} for t in (701, 401, 1)])  # fmt: skip
 
 
-def write_evaluation(runs: Path, methods, prompts, gains, rng, *, images: int = 2) -> None:
-    folder = runs / "evaluate"
-    columns, groups = ("base", *methods, "contrast"), [i for i in range(len(prompts)) for _ in range(images)]
-    rows, metrics = [], {"seconds": 95.0}
+def write_evaluation(runs: Path, methods, prompts, gains, rng, *, seeds, images: int = 2) -> None:
+    folder, values = runs / "evaluate", []
+    wanted = [Task(i, j, prompt, 0) for i, prompt in enumerate(prompts) for j in range(images)]
     for eta in (0.0, 1.0):
-        ease = rng.normal(0, 0.05, len(groups))
-        values = {column: {"aesthetic": 0.5 + ease + gains[column] + rng.normal(0, 0.01, len(groups)),
-                           "alignment": 0.8 + ease + rng.normal(0, 0.01, len(groups)),
-                           "fade": 0.3 - gains[column] + 0 * ease} for column in columns}  # fmt: skip
-        table = metrics[f"eta_{eta:g}"] = {}
-        for column, scores in values.items():
-            table[column] = {key: asdict(mean_interval(v, groups, samples=500)) for key, v in scores.items()}
-            if column != "base":
-                table[f"{column}_vs_base"] = {
-                    key: asdict(paired_difference(v, values["base"][key], groups, samples=500))
-                    for key, v in scores.items()
-                }
-            rows += [{"column": column, "eta": eta, "prompt_index": p, "image_index": i % images, "prompt": prompts[p]}
-                     | {key: v[i] for key, v in scores.items()} for i, p in enumerate(groups)]  # fmt: skip
-        table["contrast"]["factor"] = 1.18
-    metrics |= {"prompts": len(prompts), "images": len(groups), "checkpoint": dict.fromkeys(methods, "step-000030")}
-    write_metrics(folder, metrics)
-    write_csv(folder / "scores.csv", rows)
-    write_csv(folder / "validation.csv", [
-        {"column": "base", "checkpoint": "base", "seconds": 0, "unet_forwards": 0,
-         "aesthetic": 0.5, "alignment": 0.8}] + [
-        {"column": name, "checkpoint": f"step-{10 * i:06d}", "seconds": 120 * i, "unet_forwards": 15000 * i,
-         "aesthetic": 0.5 + gains[name] * i / 4, "alignment": 0.8}
-        for name in methods for i in range(1, 5)])  # fmt: skip
-    for column in ("base", *methods):
-        (folder / "images" / column).mkdir(parents=True)
-        for row in rows:
-            if row["column"] == column and row["eta"] == 0:
-                pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-                name = f"{row['prompt_index']:04d}-{row['image_index']}.png"
-                Image.fromarray(pixels).save(folder / "images" / column / name)
+        ease = rng.normal(0, 0.05, len(wanted))
+        for column in ("base", "contrast", *methods):
+            trained = seeds if column in methods else (None,)
+            shape = (len(trained), len(wanted))
+            scores = {"aesthetic": 0.5 + ease + gains[column] + rng.normal(0, 0.01, shape),
+                      "alignment": 0.8 + ease + rng.normal(0, 0.01, shape),
+                      "fade": 0.3 - gains[column] + np.zeros(shape)}  # fmt: skip
+            scores = {key: torch.from_numpy(value) for key, value in scores.items()}
+            values.append(Column(column, eta, tuple(trained), scores))
+    groups = [task.prompt for task in wanted]
+    means, comparisons = (rows(values, groups, samples=200) for rows in (mean_rows, comparison_rows))
+    figures = compact(means, comparisons, eta=0.0, metrics=("aesthetic", "alignment"))
+    figures["contrast"]["factor"] = 1.18
+    write_metrics(folder, {"prompts": len(prompts), "training_seeds": len(seeds), **figures, "seconds": 95.0})
+    write_csv(folder / "means.csv", means)
+    write_csv(folder / "comparisons.csv", comparisons)
+    write_csv(folder / "scores.csv", score_rows(values, wanted))
+    base = {"column": "base", "training_seed": "", "checkpoint": "base", "seconds": 0, "unet_forwards": 0, "chosen": 0}
+    write_csv(folder / "validation.csv", [base | {"aesthetic": 0.5, "alignment": 0.8}] + [
+        {"column": name, "training_seed": seed, "checkpoint": f"step-{10 * i:06d}", "seconds": 120 * i,
+         "unet_forwards": 15000 * i, "chosen": int(i == 3), "aesthetic": 0.5 + gains[name] * i / 4, "alignment": 0.8}
+        for name in methods for seed in seeds for i in range(1, 5)])  # fmt: skip
+    for place in ("base", *(f"{name}/seed-{seeds[0]}" for name in methods)):
+        (folder / "images" / place).mkdir(parents=True)
+        for task in wanted:
+            pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            name = f"{task.prompt_index:04d}-{task.image_index}.png"
+            Image.fromarray(pixels).save(folder / "images" / place / name)
 
 
-def write_runs(root: Path, methods=("spo",), *, prompts=PROMPTS, gains=GAINS) -> Config:
+def write_runs(root: Path, methods=("spo",), *, prompts=PROMPTS, gains=GAINS, seeds=(0,)) -> Config:
     """What the stages before the report leave, for a run that never was."""
     rng = np.random.default_rng(0)
     config = load_config(Path(__file__).parents[2], "tiny")
     align = dict.fromkeys(methods, config.align["spo"])
-    config = config.model_copy(update={"methods": tuple(methods), "align": align})
-    write_training(root / "runs/tiny", methods, rng)
-    write_evaluation(root / "runs/tiny", methods, prompts, gains, rng)
+    config = config.model_copy(update={"methods": tuple(methods), "align": align, "training_seeds": seeds})
+    write_training(root / "runs/tiny", methods, rng, seeds=seeds)
+    write_evaluation(root / "runs/tiny", methods, prompts, gains, rng, seeds=seeds)
     return config
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
-    config, tracker = write_runs(root, ("spo", "dpo")), Tracker()
+    config, tracker = write_runs(root, ("spo", "dpo"), seeds=(4, 7)), Tracker()
     report.run(config, root=root, tracker=tracker)
     return root / "runs/tiny/report", tracker
 
@@ -186,7 +186,7 @@ def test_gallery_shows_every_prompt_in_every_column_with_words(page):
 def test_charts_have_words_and_tables_scopes(page):
     tags = Tags(page)
     charts = [attrs for attrs in tags.of("div") if attrs.get("role") == "img"]
-    assert len(charts) == len(tags.of("svg")) == 2 + 2 + 9 + 2 + 1
+    assert len(charts) == len(tags.of("svg")) == 2 + 4 + 9 + 3 + 1
     assert all("nan" not in chart["aria-label"] and len(chart["aria-label"]) > 30 for chart in charts)
     assert all("scope" in cell for cell in tags.of("th"))
 
@@ -204,47 +204,131 @@ def test_links_within_the_page_lead_somewhere(page):
     assert set(re.findall(r"url\(#([^)]*)\)", page)) <= ids
 
 
-def test_chosen_checkpoint_is_told(page):
-    assert "Chosen: spo step-000030, dpo step-000030." in page
+def test_chosen_checkpoints_are_told(page):
+    assert "spo seed 4: step-000030; spo seed 7: step-000030; dpo seed 4: step-000030; dpo seed 7: step-000030." in page
+
+
+def test_page_says_how_many_training_seeds_it_rests_on(page, tmp_path):
+    assert "Over 5 prompts never trained on, 2 training seeds, whose differences the intervals cover." in page
+    assert len(Tags(page).of("tr")) > 4
+    config = write_runs(tmp_path)
+    report.run(config, root=tmp_path, tracker=Tracker())
+    one = (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
+    assert "one training seed, so intervals tell nothing of how another training would turn out" in one
+
+
+def test_methods_are_set_against_each_other_with_intervals(page):
+    assert "Method against method" in page
+    assert re.search(r"Against dpo, spo is better: \+0\.1\d\d in aesthetic \(95% interval \+0\.", page)
+
+
+def test_compute_saved_is_told_in_both_currencies_or_that_it_is_not_reached(page):
+    assert "dpo has no checkpoint that is better than the base on validation prompts, so nothing to reach." in page
+
+
+def test_a_saving_is_a_number_of_the_metrics(tmp_path):
+    config = write_runs(tmp_path, ("spo", "dpo"), gains=GAINS | {"dpo": 0.05})
+    report.run(config, root=tmp_path, tracker=Tracker())
+    folder = tmp_path / "runs/tiny/report"
+    assert json.loads((folder / "metrics.json").read_text())["spo_vs_dpo"] == {
+        "times_less_unet_forwards": 2.0, "times_less_seconds": 2.0}  # fmt: skip
+    said = (
+        "spo reaches dpo&#39;s best validation aesthetic, 0.550 at 60,000 UNet forwards, with 2.0 times less (30,000; "
+    )
+    assert said + "4.0 times at the most: checkpoints lie apart)." in (folder / "report.html").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_what_was_watched_has_its_charts(tmp_path):
+    config = write_runs(tmp_path)
+    write_csv(tmp_path / "runs/tiny/align/spo/seed-0/watch.csv", [
+        {"unet_forwards": 100 * i, "preference": 20 + i, "aesthetic": 0.5 - 0.1 * i} for i in range(4)])  # fmt: skip
+    tracker = Tracker()
+    report.run(config, root=tmp_path, tracker=tracker)
+    assert {"plots/watch-preference.svg", "plots/watch-aesthetic.svg"} <= set(tracker.files)
+    assert "gaming its judge" in (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
+
+
+def test_a_judge_that_was_absent_is_named(tmp_path):
+    config = write_runs(tmp_path)
+    metrics = (*config.evaluate.metrics, HpsConfig())
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": metrics})})
+    report.run(config, root=tmp_path, tracker=Tracker())
+    page = (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
+    assert "as the weights were not there: hpsv2." in page
+
+
+def contrast_ratio(one: str, other: str) -> float:
+    """WCAG 2's, of two #rrggbb colours."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_colours_stand_out_from_the_paper(mode):
+    style = (Path(report.__file__).parent / "report_style.css").read_text()
+    block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[0 if mode == "light" else 1]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+    for paper in ("paper", "wash"):
+        for text in ("ink", "soft", "accent", "up", "down"):
+            assert contrast_ratio(colours[text], colours[paper]) >= 4.5, f"{text} on {paper}"
+        for i in range(6):
+            assert contrast_ratio(colours[f"series-{i}"], colours[paper]) >= 3, f"series-{i} on {paper}"
+    if mode == "light":
+        assert tuple(colours[f"series-{i}"] for i in range(6)) == LIGHT
 
 
 def test_settings_and_stage_times_are_told(page):
     rate = load_config(Path(__file__).parents[2], "tiny").align["spo"].optimizer.learning_rate
     assert f"learning_rate: {rate}" in page
-    assert "<dt>align spo</dt><dd>8 min</dd>" in page
+    assert "<dt>align spo (2 seeds)</dt><dd>16 min</dd>" in page
 
 
 def test_metrics_and_charts_reach_the_tracker(made):
     folder, tracker = made
     numbers = json.loads((folder / "metrics.json").read_text())
     assert tracker.metrics == numbers
-    assert numbers["spo"]["aesthetic_gain"] == pytest.approx(0.15, abs=0.02)
+    assert numbers["pipeline_seconds"] == pytest.approx(1.25 + 212 + 4 * 480 + 95, abs=0.1)
     assert {"report.html", "summary.txt", "plots/gain-aesthetic.svg", "plots/history-loss.svg"} <= set(tracker.files)
 
 
-def test_summary_is_ten_lines_at_most_for_up_to_three_methods(made, tmp_path):
+def test_summary_is_ten_lines_at_most(made):
     lines = (made[0] / "summary.txt").read_text().splitlines()
     assert len(lines) == 10
     assert lines[0].startswith("spo raises aesthetic by 0.1")
-    assert lines[1].startswith("dpo shows no clear change of aesthetic")
-    assert lines[-1] == "took prepare 1.2 s, train_preference 4 min, align spo 8 min, align dpo 8 min, evaluate 2 min"
-    values = {"eta_0": {c: {"aesthetic": figures(0.5)} for c in ("base", "a", "b", "c")}}
-    values["eta_0"] |= {f"{c}_vs_base": {"aesthetic": figures(0.1)} for c in "abc"}
-    text = summary(Results(values, ("a", "b", "c"), (0.0,), 10, guarded=()), {"evaluate": 1.0})
-    assert len(text.splitlines()) <= 10
+    assert lines[1].startswith("Against dpo, spo is better: ")
+    assert lines[2].startswith("dpo has no checkpoint that is better than the base")
+    assert lines[-1].startswith("took prepare 1.2 s, train_preference 4 min, align spo (2 seeds) 16 min, align dpo (2")
+    columns = ("a", "b", "c")
+    means = [row(name, "aesthetic", mean=0.5) for name in ("base", *columns)]
+    gains = [row(name, "aesthetic", against="base", difference=0.1) for name in columns]
+    results = Results(means, gains, columns, (0.0,), 10, guarded=())
+    assert len(summary(results, [], {"evaluate": 1.0}).splitlines()) <= 10
 
 
-def figures(middle: float, half: float = 0.05) -> dict[str, float]:
-    return {"mean": middle, "difference": middle, "low": middle - half, "high": middle + half,
-            "win_rate": 0.7, "win_rate_low": 0.6, "win_rate_high": 0.8}  # fmt: skip
+def row(column: str, metric: str, half: float = 0.05, **middle) -> dict:
+    """A row of means.csv or comparisons.csv at eta 0."""
+    value = middle.get("mean", middle.get("difference"))
+    won = {"win_rate": 0.7, "win_rate_low": 0.6, "win_rate_high": 0.8, "ties": 0, "n": 128}
+    return {"eta": 0.0, "column": column, "metric": metric, "low": value - half, "high": value + half, **won, **middle}
 
 
-def results_of(gain, guard=0.0, contrast=None) -> Results:
-    scores = {"aesthetic": figures(0.5), "alignment": figures(0.8)}
-    table = {"base": scores, "spo": scores, "spo_vs_base": {"aesthetic": figures(gain), "alignment": figures(guard)}}
+def results_of(gain, guard=0.0, contrast=None, over_contrast=0.0) -> Results:
+    means = [row(column, metric, mean=0.5) for column in ("base", "spo") for metric in ("aesthetic", "alignment")]
+    gains = [row("spo", "aesthetic", against="base", difference=gain),
+             row("spo", "alignment", against="base", difference=guard)]  # fmt: skip
     if contrast is not None:
-        table |= {"contrast": {"factor": 1.2}, "contrast_vs_base": {"aesthetic": figures(contrast)}}
-    return Results({"eta_0": table}, ("spo",), (0.0,), 128)
+        means += [row("contrast", "aesthetic", mean=0.5)]
+        gains += [row("contrast", "aesthetic", against="base", difference=contrast),
+                  row("spo", "aesthetic", against="contrast", difference=over_contrast)]  # fmt: skip
+    return Results(means, gains, ("spo",), (0.0,), 128, contrast_factor=1.2)
 
 
 @pytest.mark.parametrize(
@@ -272,35 +356,32 @@ def test_verdict_tells_what_became_of_alignment(guard, said):
 
 
 @pytest.mark.parametrize(
-    ("contrast", "said"),
+    ("over_contrast", "said"),
     [
-        (0.0, "clearly less than spo"),
-        (0.5, "clearly more than spo"),
-        (0.15, "overlaps that of spo: contrast may explain the gain"),
+        (0.2, "clearly less than spo"),
+        (-0.3, "clearly more than spo"),
+        (0.04, "not clearly less than spo: contrast may explain the gain"),
     ],
 )
-def test_verdict_weighs_the_gain_against_contrast_alone(contrast, said):
-    assert said in verdicts(results_of(0.2, contrast=contrast))["spo"][2]
+def test_verdict_weighs_the_gain_against_contrast_alone(over_contrast, said):
+    sentence = verdicts(results_of(0.2, contrast=0.1, over_contrast=over_contrast))["spo"][2]
+    assert sentence.startswith("Contrast alone (factor 1.20) moves aesthetic by +0.100 (95% interval ")
+    assert said in sentence
 
 
 def test_a_score_that_was_not_measured_is_no_verdict():
+    found = results_of(0.2)
     with pytest.raises(DataError, match="evaluate has not measured fidelity, only aesthetic, alignment"):
-        Results(results_of(0.2).values, ("spo",), (0.0,), 128, "aesthetic", ("fidelity",))
-
-
-def test_headline_is_the_deciding_samplers(made):
-    results = results_of(0.2, contrast=0.1)
-    assert headline(results)["spo"]["aesthetic_gain"] == 0.2
-    assert headline(results)["contrast"]["aesthetic_high"] == pytest.approx(0.15)
+        Results(found.means, found.comparisons, ("spo",), (0.0,), 128, primary="aesthetic", guarded=("fidelity",))
 
 
 @pytest.mark.parametrize(
     ("file", "stage"),
     [
         ("prepare/metrics.json", "prepare"),
-        ("align/spo/history.csv", "align spo"),
+        ("align/spo/seed-0/history.csv", "align spo --seed 0"),
         ("evaluate/scores.csv", "evaluate"),
-        ("evaluate/images/spo/0002-0.png", "evaluate"),
+        ("evaluate/images/spo/seed-0/0002-0.png", "evaluate"),
     ],
 )
 def test_a_missing_file_names_the_stage_to_run(tmp_path, file, stage):
@@ -316,9 +397,10 @@ def test_a_missing_file_names_the_stage_to_run(tmp_path, file, stage):
     [
         ("evaluate/metrics.json", "{", "is no valid JSON"),
         ("evaluate/metrics.json", "[]", "holds a list"),
-        ("evaluate/metrics.json", "{}", "no eta_0.base"),
-        ("evaluate/scores.csv", "column,eta\n", "no column prompt_index, image_index, prompt"),
-        ("align/spo/history.csv", "update,loss\n1,low\n", "history.csv line 2: could not convert"),
+        ("evaluate/means.csv", "", "evaluate has not measured aesthetic, alignment, only nothing"),
+        ("evaluate/comparisons.csv", "", "the tables of evaluate have no spo at eta 0"),
+        ("evaluate/scores.csv", "column,eta\n", "no column training_seed, prompt_index, image_index, prompt"),
+        ("align/spo/seed-0/history.csv", "update,loss\n1,low\n", "history.csv line 2: could not convert"),
         ("evaluate/images/base/0000-0.png", "no picture", "is no readable picture"),
     ],
 )
@@ -332,15 +414,15 @@ def test_a_broken_file_is_named_with_what_is_wrong(tmp_path, file, text, message
 def test_a_run_without_preference_training_and_branching_has_a_report(tmp_path):
     config = write_runs(tmp_path)
     (tmp_path / "runs/tiny/train_preference/accuracy.csv").unlink()
-    (tmp_path / "runs/tiny/align/spo/timesteps.csv").write_text("\n")
+    (tmp_path / "runs/tiny/align/spo/seed-0/timesteps.csv").write_text("\n")
     report.run(config, root=tmp_path, tracker=Tracker())
     assert "Preference model</h2>" not in (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
 
 
 def test_large_pictures_are_made_lighter(tmp_path):
     config = write_runs(tmp_path)
-    for column in ("base", "spo"):
-        Image.new("RGB", (1024, 512)).save(tmp_path / f"runs/tiny/evaluate/images/{column}/0000-0.png")
+    for place in ("base", "spo/seed-0"):
+        Image.new("RGB", (1024, 512)).save(tmp_path / f"runs/tiny/evaluate/images/{place}/0000-0.png")
     report.run(config, root=tmp_path, tracker=Tracker())
     image = Tags((tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")).of("img")[0]
     assert (image["width"], image["height"]) == ("384", "192")

@@ -1,0 +1,317 @@
+"""The evaluation: everything on the same prompts and seeds, choices made elsewhere, and nothing made twice."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from spo.config import Config, LoraConfig, LoraSource, ModelConfig, load_config
+from spo.data.world import all_scenes
+from spo.errors import DataError, ModelError
+from spo.evaluation import studio
+from spo.evaluation.generate import from_bytes
+from spo.evaluation.oracle import judge
+from spo.evaluation.pictures import to_picture
+from spo.evaluation.studio import FACTORS, Studio
+from spo.evaluation.subjects import BASE, Subject, tasks
+from spo.evaluation.tables import compared
+from spo.files import write_json
+from spo.models.lora import WEIGHTS, add_lora, save_lora
+from spo.stages import evaluate
+from spo.tracking import NullTracker
+from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
+
+PROMPTS = [scene.prompt for scene in all_scenes()[::30]]
+METHODS, SEEDS = ("spo", "other"), (3, 8)
+TOTAL = 9 + 6 * 2 * 2  # batches: base and 8 checkpoints; base, 4 choices and another's, two samplers, two batches each
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A project as the stages before leave it: two methods, two training seeds, two checkpoints each."""
+    root = tmp_path_factory.mktemp("project")
+    make_tiny_pipeline("sd15", root / "base")
+    denoiser = make_tiny_denoiser("sd15", root / "base")
+    add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+    for i, name in enumerate(METHODS):
+        for seed in SEEDS:
+            for step in (2, 4):
+                shake(denoiser, seed=100 * i + 10 * seed + step)
+                folder = root / f"runs/tiny/align/{name}/seed-{seed}/checkpoints/step-{step:06d}"
+                save_lora(denoiser, folder)
+                write_json(folder / "cost.json", {"seconds": 1.5 * step, "unet_forwards": 100 * step, "rollouts": step})
+    prompts = root / "runs/tiny/prepare/prompts"
+    prompts.mkdir(parents=True)
+    (prompts / "validation.txt").write_text("\n".join(PROMPTS[:3]) + "\n")
+    (prompts / "test.txt").write_text("\n".join(PROMPTS[3:8]) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(root) -> Config:
+    tiny = load_config(Path(__file__).parents[2], "tiny")
+    settings = {"num_prompts": 4, "num_validation_prompts": 3, "steps": 2, "batch_size": 3, "bootstrap_samples": 200}
+    lora = LoraSource(source=str(root / "runs/tiny/align/other/seed-8/checkpoints/step-000004"))
+    settings["loras"] = {"published": lora}
+    return tiny.model_copy(
+        update={
+            "model": ModelConfig(family="sd15", path=str(root / "base"), resolution=RESOLUTION),
+            "methods": METHODS,
+            "training_seeds": SEEDS,
+            "evaluate": tiny.evaluate.model_copy(update=settings),
+        }
+    )
+
+
+class Tracker(NullTracker):
+    def __init__(self):
+        self.steps, self.files = {}, []
+
+    def log_metrics(self, metrics, step=None):
+        self.steps.setdefault(step, {}).update(metrics)
+
+    def log_image(self, name, image):
+        self.files.append(name)
+
+    def log_artifact(self, path):
+        self.files.append(path.name)
+
+
+@pytest.fixture(scope="module")
+def ran(root, config):
+    """A run that is killed after five batches, then the run that goes on; how many batches each made."""
+    made = []
+    generate = studio.generate
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*arguments, **options):
+            if len(made) == 5:
+                raise KeyboardInterrupt
+            made.append(1)
+            return generate(*arguments, **options)
+
+        patch.setattr(studio, "generate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(config, root=root, tracker=Tracker())
+        left = sorted(path.name for path in (root / "runs/tiny").iterdir())
+        resumed = []
+        patch.setattr(studio, "generate", lambda *a, **o: resumed.append(1) or generate(*a, **o))
+        tracker = Tracker()
+        evaluate.run(config, root=root, tracker=tracker)
+    return {"left": left, "made": len(made), "resumed": len(resumed), "tracker": tracker}
+
+
+@pytest.fixture(scope="module")
+def folder(root, ran) -> Path:
+    return root / "runs/tiny/evaluate"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_killed_run_leaves_no_half_result_and_the_next_makes_what_is_missing(ran):
+    assert ran["left"] == ["align", "prepare"]
+    assert (ran["made"], ran["resumed"]) == (5, TOTAL - 5)
+
+
+def test_every_column_has_the_same_prompts_and_every_score(folder):
+    rows = read(folder / "scores.csv")
+    assert list(rows[0])[:6] == ["column", "training_seed", "eta", "prompt_index", "image_index", "prompt"]
+    assert {"aesthetic", "alignment"} <= set(rows[0])
+    expected = {
+        ("base", ""),
+        ("contrast", ""),
+        ("published", ""),
+        *((name, str(seed)) for name in METHODS for seed in SEEDS),
+    }
+    for eta in ("0.0", "1.0"):
+        for column, seed in expected:
+            own = [r["prompt"] for r in rows if (r["column"], r["training_seed"], r["eta"]) == (column, seed, eta)]
+            assert own == PROMPTS[3:7]
+    assert len(rows) == len(expected) * 2 * 4
+
+
+def test_scores_can_be_had_again_from_the_kept_images(folder):
+    for row in read(folder / "scores.csv"):
+        if row["eta"] != "0.0":
+            continue
+        place = row["column"] + (f"/seed-{row['training_seed']}" if row["training_seed"] else "")
+        picture = Image.open(folder / "images" / place / f"{int(row['prompt_index']):04d}-0.png")
+        pixels = torch.tensor(list(picture.tobytes()), dtype=torch.uint8).view(RESOLUTION, RESOLUTION, 3)
+        again = judge(from_bytes(pixels).permute(2, 0, 1)[None], [row["prompt"]])
+        assert float(row["aesthetic"]) == pytest.approx(again["aesthetic"].item(), abs=1e-4)
+
+
+def test_trainings_differ_and_so_do_their_images(folder):
+    pictures = {
+        (folder / "images" / place / "0000-0.png").read_bytes()
+        for place in ("base", *(f"{name}/seed-{seed}" for name in METHODS for seed in SEEDS))
+    }
+    assert len(pictures) == 5
+
+
+def test_anothers_lora_is_a_column_of_its_own_pictures(folder, root, config):
+    made = Studio(config, root)
+    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 4, 1, config.evaluate.seed)
+    own = Subject("other", 8, root / "runs/tiny/align/other/seed-8/checkpoints/step-000004")
+    [first, _] = made.batches(own, images, 0.0, split="test", images=True)
+    shown = Image.open(folder / "images/published/0000-0.png")
+    assert to_picture(from_bytes(first.images[0])).tobytes() == shown.tobytes()
+
+
+def test_one_checkpoint_a_training_is_chosen_on_validation_prompts_and_one_a_method_released(folder, root):
+    rows = read(folder / "validation.csv")
+    assert len(rows) == 9
+    for name in METHODS:
+        own = [row for row in rows if row["column"] == name]
+        assert sorted(row["training_seed"] for row in own if row["chosen"] == "1") == ["3", "8"]
+        released = json.loads((folder / "metrics.json").read_text())[name]["released"]
+        seed, step = released.split("/")
+        assert {"training_seed": seed.removeprefix("seed-"), "checkpoint": step}.items() <= next(
+            row for row in own if row["chosen"] == "1" and row["training_seed"] == seed.removeprefix("seed-")
+        ).items()
+        source = root / f"runs/tiny/align/{name}/{seed}/checkpoints/{step}" / WEIGHTS
+        assert (folder / "lora" / name / WEIGHTS).read_bytes() == source.read_bytes()
+
+
+def test_every_claim_has_its_interval_and_counts_its_seeds(folder):
+    rows = read(folder / "comparisons.csv")
+    pairs = list(dict.fromkeys((row["column"], row["against"]) for row in rows))
+    assert pairs == [
+        ("contrast", "base"), ("spo", "base"), ("other", "base"), ("published", "base"),
+        ("spo", "other"), ("spo", "published"), ("other", "published"),
+        ("spo", "contrast"), ("other", "contrast"), ("published", "contrast")]  # fmt: skip
+    for row in rows:
+        assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
+        assert 0 <= float(row["win_rate_low"]) <= float(row["win_rate"]) <= float(row["win_rate_high"]) <= 1
+        trained = {row["column"], row["against"]} & set(METHODS)
+        assert row["training_seeds"] == ("2" if trained else "0")
+    mean = next(row for row in read(folder / "means.csv") if row["column"] == "spo")
+    assert (mean["n"], mean["training_seeds"]) == ("8", "2")
+
+
+def test_metrics_are_few_and_equal_the_tables(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {
+        "prompts",
+        "images",
+        "training_seeds",
+        "base",
+        "contrast",
+        "spo",
+        "published",
+        "spo_vs_other",
+        "seconds",
+    } <= (set(metrics))
+    assert metrics["contrast"]["factor"] in FACTORS
+    row = next(
+        row
+        for row in read(folder / "comparisons.csv")
+        if (row["column"], row["against"], row["metric"], row["eta"]) == ("spo", "other", "aesthetic", "0.0")
+    )
+    assert metrics["spo_vs_other"]["aesthetic_difference"] == pytest.approx(float(row["difference"]), abs=1e-5)
+
+
+def test_curves_tables_and_pictures_reach_the_tracker(ran):
+    tracker = ran["tracker"]
+    assert set(tracker.files) == {"samples", *evaluate.TABLES}
+    assert "aesthetic" in tracker.steps[200]["validation.spo.seed_3"]
+    assert "aesthetic" in tracker.steps[0]["validation.base"]
+
+
+def test_what_is_finished_is_not_made_again_and_a_new_checkpoint_costs_its_own_batches(
+    folder, root, config, monkeypatch
+):
+    before = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    monkeypatch.setattr(studio, "build", lambda *_: pytest.fail("no model is needed"))
+    evaluate.run(config, root=root, tracker=NullTracker())
+    assert {path.name: path.read_bytes() for path in folder.glob("*.csv")} == before
+    monkeypatch.undo()
+
+    made = []
+    generate = studio.generate
+    monkeypatch.setattr(studio, "generate", lambda *a, **o: made.append(1) or generate(*a, **o))
+    changed = config.model_copy(update={"training_seeds": (3,), "methods": ("spo",)})
+    align = root / "runs/tiny/align"
+    shutil.copytree(align / "other/seed-8/checkpoints/step-000004", align / "spo/seed-3/checkpoints/step-000006")
+    kept = shelf_size(root)
+    evaluate.run(changed, root=root, tracker=NullTracker())
+    assert 1 <= len(made) <= 1 + 4  # scored on validation prompts, and on test prompts if it is chosen
+    assert shelf_size(root) < kept  # what the last run did not need is gone
+
+
+def shelf_size(root: Path) -> int:
+    return len(list((root / ".cache/evaluate/tiny").glob("*.safetensors")))
+
+
+def test_from_nothing_the_figures_are_those_of_the_killed_run(ran, root, config, tmp_path):
+    copy = tmp_path / "project"
+    shutil.copytree(root / "runs/tiny/prepare", copy / "runs/tiny/prepare")
+    shutil.copytree(root / "runs/tiny/align/other", copy / "runs/tiny/align/other")
+    settings = config.evaluate.model_copy(update={"etas": (0.0,), "loras": {}})
+    small = config.model_copy(update={"methods": ("other",), "training_seeds": (8,), "evaluate": settings})
+    for folder in (root, copy):
+        evaluate.run(small, root=folder, tracker=NullTracker())
+    assert (copy / "runs/tiny/evaluate/scores.csv").read_bytes() == (
+        root / "runs/tiny/evaluate/scores.csv"
+    ).read_bytes()
+
+
+def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
+    made = Studio(config, root)
+    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 4, 1, 7)
+    batches = list(made.batches(Subject(BASE), images, 0.0, split="test", images=True))
+    factor, scores = made.best_contrast(batches)
+    means = {
+        each: torch.cat(
+            [
+                judge(made.with_contrast(from_bytes(batch.images), each), [task.prompt for task in batch.tasks])[
+                    "aesthetic"
+                ]
+                for batch in batches
+            ]
+        ).mean()
+        for each in FACTORS
+    }
+    assert means[factor] == max(means.values())
+    assert scores["aesthetic"].mean() == pytest.approx(means[factor].item())
+
+
+def test_a_damaged_entry_is_made_anew(root, config, monkeypatch):
+    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 2, 1, 11)
+    made = Studio(config, root)
+    [batch] = made.batches(Subject(BASE), images, 0.0, split="test", images=True)
+    (made.shelf.folder / f"{batch.key}.safetensors").write_bytes(b"half")
+    [again] = made.batches(Subject(BASE), images, 0.0, split="test", images=True)
+    assert torch.equal(again.images, batch.images)
+    assert to_picture(from_bytes(again.images[0])).size == (RESOLUTION, RESOLUTION)
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "said"),
+    [
+        ("prepare/prompts/test.txt", DataError, "run `python -m spo prepare`"),
+        ("align/spo/seed-8/checkpoints", ModelError, "run `python -m spo align spo --seed 8`"),
+    ],
+)
+def test_what_is_missing_is_told_with_its_stage(root, config, tmp_path, missing, error, said):
+    for name in ("prepare", "align"):
+        shutil.copytree(root / "runs/tiny" / name, tmp_path / "runs/tiny" / name)
+    path = tmp_path / "runs/tiny" / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(error, match=said):
+        evaluate.run(config, root=tmp_path, tracker=NullTracker())
+    assert not (tmp_path / "runs/tiny/evaluate").exists()
+
+
+def test_comparisons_are_those_that_a_reader_asks_for():
+    assert compared(["base", "contrast", "a", "b"]) == [
+        ("contrast", "base"), ("a", "base"), ("b", "base"),
+        ("a", "b"), ("a", "contrast"), ("b", "contrast")]  # fmt: skip
+    assert compared(["base", "a"]) == [("a", "base")]
