@@ -70,6 +70,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         (lambda v: v["prepare"].pop("preferences"), r"prepare\.preferences is missing: .*train_preference\.checkpoint"),
         (lambda v: v["evaluate"].update(metrics=[]), r"evaluate\.metrics: .*at least 1 item"),
         (lambda v: v["train_preference"].update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
+        (
+            lambda v: v["align"]["spo"].update(watch={"every": 2, "metric": {"kind": "oracle"}, "score": "beauty"}),
+            r"align\.spo\.watch: watch\.score must be one of .*'beauty'",
+        ),
         (lambda v: v["align"]["spo"].update(method="sp0"), r"align\.spo: .*'sp0'"),
         (
             lambda v: v.update(align={"mine": v["align"]["spo"]}),

@@ -3,8 +3,6 @@
 import time
 from pathlib import Path
 
-import torch
-
 from spo.config import Config, D3poConfig, DiffusionDpoConfig, SpoConfig
 from spo.device import best_device
 from spo.errors import DataError
@@ -16,8 +14,8 @@ from spo.methods.spo import Spo
 from spo.models.base import LatentDiffusion
 from spo.models.load import build
 from spo.models.lora import add_lora
-from spo.preference.checkpoint import load_preference_model
-from spo.preference.score import PreferenceScorer
+from spo.stages.align_watch import build_watch
+from spo.stages.preference_scorer import load_scorer
 from spo.stages.train_preference import load_pairs
 from spo.tracking import Tracker
 from spo.training.align import align
@@ -25,7 +23,7 @@ from spo.training.history import Cost
 
 
 def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: Tracker) -> None:
-    """Write checkpoints/, history.csv, timesteps.csv and metrics.json to runs/<profile>/align/<name>/seed-<seed>."""
+    """Write checkpoints/, metrics.json and the history's tables to runs/<profile>/align/<name>/seed-<seed>."""
     settings = config.align[name]
     policy = build_policy(config, name)
     if settings.full_fine_tuning:
@@ -35,9 +33,10 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     start = time.perf_counter()
     method = build_method(config, name, policy, seed=seed, root=root)
     cost = Cost(seconds=time.perf_counter() - start)
+    watch = build_watch(config, name, policy, root=root)
     with atomic_path(root / config.aligned(name, seed)) as folder:
         folder.mkdir()
-        metrics = align(method, policy, settings, folder, tracker, seed=seed, cost=cost)
+        metrics = align(method, policy, settings, folder, tracker, seed=seed, cost=cost, watch=watch)
         write_json(folder / "metrics.json", metrics)
 
 
@@ -55,17 +54,12 @@ def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: in
     prompts = training_prompts(prepared / "prompts" / "train.txt")
     match config.align[name]:
         case SpoConfig() as settings:
-            return Spo(settings, policy, build_scorer(config, root, policy.device), prompts, seed=seed)
+            return Spo(settings, policy, load_scorer(config, root, policy.device), prompts, seed=seed)
         case D3poConfig() as settings:
-            return D3po(settings, policy, build_scorer(config, root, policy.device), prompts, seed=seed)
+            return D3po(settings, policy, load_scorer(config, root, policy.device), prompts, seed=seed)
         case DiffusionDpoConfig() as settings:
             pairs = load_pairs(prepared / "preferences" / "train.parquet", policy, config)
             return DiffusionDpo(settings, policy, pairs.latents, pairs.label, pairs.captions, seed=seed)
-
-
-def build_scorer(config: Config, root: Path, device: torch.device) -> PreferenceScorer:
-    preference = load_preference_model(root / config.folder("train_preference") / "model")
-    return PreferenceScorer(preference, device=device, dtype=getattr(torch, config.train_preference.dtype))
 
 
 def training_prompts(path: Path) -> list[str]:

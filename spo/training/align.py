@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from spo.config import AlignConfig, OptimizerConfig, SampledConfig
 from spo.errors import ConfigError, TrainingError
+from spo.evaluation.pictures import plain_sheet, to_picture
 from spo.files import write_json
 from spo.methods.method import Method, Round, TrainingPairs
 from spo.models.base import LatentDiffusion
@@ -22,6 +23,7 @@ from spo.models.policy import save_policy
 from spo.progress import Progress
 from spo.tracking import Tracker
 from spo.training.history import Cost, History
+from spo.training.watch import Watch
 
 
 @dataclass
@@ -43,15 +45,18 @@ def align(
     *,
     seed: int = 0,
     cost: Cost | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Train the policy; leaves checkpoints/, history.csv and timesteps.csv in `folder` and returns the metrics.
+    """Train the policy; leaves checkpoints/ and the history's tables in `folder` and returns the metrics.
 
-    cost: what preparing the method took. Raises TrainingError after an epoch in which no pair was kept.
+    cost: what preparing the method took; watch: looks on, and may end the run early, which the metrics then tell.
+    Raises TrainingError after an epoch in which no pair was kept.
     """
     state = State(build_optimizer(policy.parameters(), config.optimizer), cost or Cost())
     per_epoch = method.rounds_per_epoch
     num_rounds = config.epochs * per_epoch
     save_at = {-(-num_rounds * i // config.checkpoints) for i in range(1, config.checkpoints + 1)}
+    _look(watch, state, tracker)
     with Progress(total=num_rounds, label="align") as bar:
         for epoch in range(state.cost.rounds // per_epoch, config.epochs):
             start = time.perf_counter()
@@ -60,15 +65,34 @@ def align(
                 state.cost.seconds += time.perf_counter() - start
                 _record(state, rows, round_, epoch, policy, tracker)
                 bar.update(**{name: rows[-1][name] for name in ("loss", "kept", "score") if rows and name in rows[-1]})
-                if state.cost.rounds in save_at:
+                over = _look(watch, state, tracker)
+                if state.cost.rounds in save_at or over:
                     save_checkpoint(policy, state.cost, folder / "checkpoints")
+                if over:
+                    return _finish(state, folder, stopped_early=True)
                 start = time.perf_counter()
             if not state.pairs_in_epoch:
                 raise TrainingError(_no_pairs(config, state.history))
             state.pairs_in_epoch = 0
+    return _finish(state, folder, stopped_early=False)
+
+
+def _finish(state: State, folder: Path, *, stopped_early: bool) -> dict[str, Any]:
+    """Write the tables; the run's metrics."""
     state.history.write(folder)
     branched = sum(sums.branched for sums in state.history.timesteps.values())
-    return {**asdict(state.cost), "kept_share": state.cost.num_pairs / branched}
+    return {**asdict(state.cost), "kept_share": state.cost.num_pairs / branched, "stopped_early": stopped_early}
+
+
+def _look(watch: Watch | None, state: State, tracker: Tracker) -> bool:
+    """Let the watch look if it is time; whether it ends the run. What it takes is not counted as training."""
+    if watch is None or not watch.is_due(state.cost, state.history.looks):
+        return False
+    row, pictures = watch.look(state.cost, state.history.looks)
+    state.history.looks.append(row)
+    tracker.log_metrics({f"watch_{name}": value for name, value in row.items()}, step=state.cost.updates)
+    tracker.log_image(f"watch/round-{state.cost.rounds:06d}", plain_sheet([[to_picture(each) for each in pictures]]))
+    return watch.ends(state.history.looks)
 
 
 def save_checkpoint(policy: LatentDiffusion, cost: Cost, folder: Path) -> None:

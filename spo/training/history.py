@@ -35,10 +35,11 @@ class TimestepSums:
 
 @dataclass
 class History:
-    """One row an update, and sums over the pairs of each timestep."""
+    """One row an update, one a look from outside, and sums over the pairs of each timestep."""
 
     updates: list[dict[str, float]] = field(default_factory=list)
     timesteps: dict[int, TimestepSums] = field(default_factory=dict)
+    looks: list[dict[str, float]] = field(default_factory=list)  # of the watch
 
     def count(self, grid: Sequence[int], tallies: Sequence[Tally]) -> None:
         """Add what became of candidates; a t between two of the sampler's `grid` counts at the lower."""
@@ -61,8 +62,9 @@ class History:
         return self.timesteps.setdefault(ascending[max(0, bisect_right(ascending, t) - 1)], TimestepSums())
 
     def write(self, folder: Path) -> None:
-        """history.csv and timesteps.csv; a mean of nothing is nan."""
+        """history.csv, watch.csv and timesteps.csv; a mean of nothing is nan."""
         write_csv(folder / "history.csv", self.updates)
+        write_csv(folder / "watch.csv", self.looks)
         rows = [
             {
                 "timestep": t,

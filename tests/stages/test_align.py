@@ -25,7 +25,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_project(tmp_path_factory.mktemp("align") / "project", "sd15")
     path = root / "configs" / "own.yaml"
     values = yaml.safe_load(path.read_text())
-    common = {"epochs": 1, "checkpoints": 2, "batch_size": 8, "lora": {"rank": 2}}
+    watch = {"every": 1, "num_prompts": 2, "metric": {"kind": "oracle"}, "score": "aesthetic"}
+    common = {"epochs": 1, "checkpoints": 2, "batch_size": 8, "lora": {"rank": 2}, "watch": watch}
     values["align"] |= {
         "d3po": {"method": "d3po", "prompts_per_rollout": 6, **common},
         "dpo": {"method": "diffusion_dpo", "beta": 100.0, **common},
@@ -52,7 +53,7 @@ def config(project: Path) -> Config:
 def test_a_method_leaves_checkpoints_with_their_cost_and_its_history(project: Path, config: Config, name: str) -> None:
     folder = project / config.aligned(name, 0)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints", "history.csv", "metrics.json", "timesteps.csv"]  # fmt: skip
+        "checkpoints", "history.csv", "metrics.json", "timesteps.csv", "watch.csv"]  # fmt: skip
     checkpoints = sorted((folder / "checkpoints").iterdir())
     assert len(checkpoints) == 2
     costs = [json.loads((checkpoint / "cost.json").read_text()) for checkpoint in checkpoints]
@@ -86,3 +87,11 @@ def test_the_comparison_has_a_column_for_every_method(project: Path, config: Con
         evaluate.run(config, tracker=NullTracker())
     metrics = json.loads((project / config.folder("evaluate") / "metrics.json").read_text())
     assert {"base", "spo", "d3po", "dpo"} <= set(metrics["eta_0"])
+
+
+@pytest.mark.slow
+def test_a_watched_method_tells_what_the_judge_saw(project: Path, config: Config) -> None:
+    with (project / config.aligned("dpo", 0) / "watch.csv").open(newline="") as file:
+        looks = list(csv.DictReader(file))
+    assert float(looks[0]["gap"]) == 0
+    assert len(looks) > 1 and all(0 <= float(look["independent"]) <= 1 for look in looks)

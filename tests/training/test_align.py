@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.config import LoraConfig, OptimizerConfig
+from spo.config import LoraConfig, OptimizerConfig, OracleConfig, WatchConfig
 from spo.errors import ConfigError, TrainingError
+from spo.evaluation.generate import generate
+from spo.models.base import LatentDiffusion
 from spo.models.lora import WEIGHTS, add_lora
 from spo.tracking import NullTracker
 from spo.training.align import align, build_optimizer, warm_up
+from spo.training.watch import Watch
 from tests.methods.tiny import METHODS, PROMPTS, make_method
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline
 
@@ -29,7 +32,8 @@ SETTINGS = {
 }
 
 
-def train(pipeline: Path, folder: Path, name: str = "spo", *, seed: int = 0, **settings) -> dict:
+def train(pipeline: Path, folder: Path, name: str = "spo", *, seed: int = 0, watched=None, **settings) -> dict:
+    """`watched`: the values of an independent metric, look by look."""
     folder.mkdir()
     values = {
         "epochs": 2,
@@ -42,7 +46,21 @@ def train(pipeline: Path, folder: Path, name: str = "spo", *, seed: int = 0, **s
     policy = make_tiny_denoiser("sd15", pipeline)
     add_lora(policy.unet, values["lora"], seed=seed)
     method = make_method(name, policy, seed=seed, **values)
-    return align(method, policy, method.config, folder, NullTracker(), seed=seed)
+    watch = None
+    if watched is not None:
+        values = iter(watched)
+        watch = Watch(
+            WatchConfig(every=1, metric=OracleConfig(), score="aesthetic", stop_after_worse=2),
+            lambda: paint(policy),
+            lambda pictures: pictures.mean(dim=(1, 2, 3)),
+            lambda pictures: torch.full((len(pictures),), next(values)),
+        )
+    return align(method, policy, method.config, folder, NullTracker(), seed=seed, watch=watch)
+
+
+def paint(policy: LatentDiffusion) -> torch.Tensor:
+    return generate(
+        policy, PROMPTS[:2], [1, 2], steps=2, guidance_scale=5.0, eta=0.0, batch_size=2, label="watch")  # fmt: skip
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -137,3 +155,25 @@ def test_eight_bit_adam_says_what_it_lacks():
     else:
         weight = torch.nn.Parameter(torch.zeros(2))
         assert type(build_optimizer([weight], OptimizerConfig(eight_bit=True))).__name__ == "AdamW8bit"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_judge_that_watches_changes_nothing_that_is_trained(pipeline, tmp_path, name):
+    alone = train(pipeline, tmp_path / "alone", name, epochs=1)
+    watched = train(pipeline, tmp_path / "watched", name, epochs=1, watched=[0.1, 0.2, 0.3, 0.4])
+    one, other = weights(tmp_path / "alone"), weights(tmp_path / "watched")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    for metrics in (alone, watched):
+        del metrics["seconds"]
+    assert alone == watched  # nor is it counted as training
+    looks = rows(tmp_path / "watched" / "watch.csv")
+    assert [int(row["round"]) for row in looks] == list(range(watched["rounds"] + 1))
+    assert (tmp_path / "alone" / "watch.csv").read_text().strip() == ""
+
+
+def test_a_watch_that_sees_it_get_worse_ends_the_run_with_a_checkpoint(pipeline, tmp_path):
+    metrics = train(pipeline, tmp_path / "run", epochs=5, checkpoints=1, watched=[0.5, 0.6, 0.55, 0.5, 0.9])
+    assert metrics["stopped_early"]
+    assert metrics["rounds"] == 3
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+    assert [float(row["independent"]) for row in rows(tmp_path / "run" / "watch.csv")] == [0.5, 0.6, 0.55, 0.5]
