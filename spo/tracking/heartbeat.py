@@ -1,0 +1,57 @@
+"""Every ten seconds, beside the stage: the machine's figures into the journal, and the journal to the store."""
+
+import threading
+from contextlib import suppress
+from typing import Any
+
+from spo.tracking.sender import Sender
+from spo.tracking.tracker import Tracker
+
+SECONDS = 10.0
+
+
+class Heartbeat(threading.Thread):
+    """A thread, so that a slow server or one that is away never holds up training."""
+
+    def __init__(self, tracker: Tracker, sender: Sender):
+        super().__init__(name="tracking", daemon=True)
+        self._tracker = tracker
+        self._sender = sender
+        self._monitors = _monitors()
+        self._over = threading.Event()
+        self._beats = 0
+
+    def run(self) -> None:
+        while not self._over.wait(SECONDS):
+            self._measure()
+            self._sender.send()
+
+    def stop(self) -> None:
+        """End it, after one more measurement; what is not sent yet is left to the caller."""
+        self._over.set()
+        self.join()
+        self._measure()
+
+    def _measure(self) -> None:
+        metrics: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            metrics |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        self._tracker.log_metrics({f"system/{name}": value for name, value in metrics.items()}, step=self._beats)
+        self._beats += 1
+
+
+def _monitors() -> list[Any]:
+    """MLflow's own: processor and memory, disk, network, and the GPUs where there are any."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(ImportError, RuntimeError):  # nvidia-ml-py or a GPU is missing
+        monitors.append(GPUMonitor())
+    monitors[0].collect_metrics()  # the first figure of the processor's load is none
+    monitors[0].clear_metrics()
+    return monitors

@@ -1,0 +1,136 @@
+"""The store that runs are tracked in: the project's own SQLite file, or the server of MLFLOW_TRACKING_URI."""
+
+import logging
+import os
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from filelock import FileLock
+
+from spo.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PIPELINE_RUN = "SPO_PIPELINE_RUN"  # environment variable: names the pipeline run that the stages belong to
+REFUSALS = {
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_CONFLICT",
+    "RESOURCE_DOES_NOT_EXIST",
+}
+UI = "http://127.0.0.1:5000"  # where `make ui` shows a local store
+
+
+def store(root: Path = Path()) -> str:
+    """The URI that runs are tracked at."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow' / 'mlflow.db'}"
+
+
+def connect(root: Path) -> "MlflowClient":
+    """A client of the store; it does not connect before it is used."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the journal keeps what a server that is away does not take
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    }.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
+
+
+def made(client: "MlflowClient", root: Path, experiment: str, pipeline: str, profile: str) -> tuple[str, str]:
+    """Ids of the experiment and of the pipeline's parent run, made where missing.
+
+    One process at a time: an empty database that several initialise at once fails.
+    """
+    folder = root.resolve() / "mlflow"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / ".lock"):
+        number = _experiment(client, experiment, folder / "artifacts")
+        parent = find_run(client, number, "spo.pipeline", pipeline)
+        if parent is None:
+            tags = {"spo.pipeline": pipeline, "profile": profile}
+            name = f"{profile} {time.strftime('%Y-%m-%d %H:%M')}"
+            parent = client.create_run(number, tags=tags, run_name=name).info.run_id
+    return number, parent
+
+
+def find_run(client: "MlflowClient", experiment: str, tag: str, value: str) -> str | None:
+    """Id of the run that has the tag."""
+    found = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def fetch_model(uri: str, root: Path = Path()) -> Path:
+    """The local folder of a registered model, models:/NAME@ALIAS or models:/NAME/VERSION; or a ModelError."""
+    connect(root)
+    import mlflow
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(store(root))  # else mlflow makes an empty store in the current folder
+    try:
+        return Path(download_artifacts(artifact_uri=uri, tracking_uri=store(root), registry_uri=store(root)))
+    except (MlflowException, OSError) as error:
+        raise ModelError(
+            f"{uri} cannot be had from {store(root)}: {one_line(error)}; it should be models:/NAME@ALIAS or "
+            "models:/NAME/VERSION of a registered model (`make ui` shows them)"
+        ) from None
+
+
+def run_url(root: Path, experiment: str, run_id: str) -> str:
+    """Where a browser shows a run; of a local store, where `make ui` will show it."""
+    uri = store(root)
+    server = uri.rstrip("/") if uri.startswith("http") else UI
+    return f"{server}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def refused(error: Exception) -> bool:
+    """Whether the store answered that what it was sent is wrong, so that sending it again is no use."""
+    return getattr(error, "error_code", None) in REFUSALS
+
+
+def away(root: Path, error: Exception) -> bool:
+    """Whether a server may come back; what a local store or a wrong address says will not change by waiting."""
+    status = getattr(error, "get_http_status_code", lambda: 500)()
+    return store(root).startswith("http") and (status >= 500 or status in (408, 429))
+
+
+def unusable(root: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot track at {store(root)}: {one_line(error)}; mend or unset MLFLOW_TRACKING_URI")
+
+
+def pipeline_id() -> str:
+    """Names the pipeline run that this process belongs to: SPO_PIPELINE_RUN, or else the dvc or process above it."""
+    if named := os.environ.get(PIPELINE_RUN):
+        return named
+    above = psutil.Process().parents()
+    chosen = next((process for process in above if _is_dvc(process)), above[0] if above else psutil.Process())
+    return f"{platform.node()}-{chosen.pid}-{chosen.create_time():.0f}"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _experiment(client: "MlflowClient", name: str, artifacts: Path) -> str:
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    own = "MLFLOW_TRACKING_URI" not in os.environ
+    return client.create_experiment(name, artifact_location=(artifacts / name).as_uri() if own else None)
+
+
+def _is_dvc(process: psutil.Process) -> bool:
+    try:
+        return any(Path(part).name == "dvc" for part in process.cmdline()[:3])
+    except psutil.Error:
+        return False
