@@ -114,6 +114,8 @@ def mlflow_ui(options: argparse.Namespace) -> None:
     from spo import tracking
 
     uri = tracking.store()
+    if left := tracking.send_unsent():
+        print(f"warning: {left} runs still wait in mlflow/unsent: {uri} is away", file=sys.stderr)
     if uri.startswith("http"):
         print(f"the runs are at {uri}")
         return

@@ -1,15 +1,29 @@
+import hashlib
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from PIL import Image
 
 from spo import tracking
 from spo.config import Config, load_config
 from spo.errors import ConfigError
-from spo.tracking import NullTracker, Tracker
+from spo.tracking import NullTracker, Tracker, heartbeat
+from spo.tracking.journal import Journal, unsent
+from spo.tracking.sender import Sender
+from spo.tracking.store import connect
+from spo.tracking.tracker import JournalTracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +47,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runs(root: Path, config: Config) -> dict[str, Any]:
     """All runs of the profile by name; the parent as "parent"."""
-    client = tracking._client(root)
+    client = connect(root)
     experiment = client.get_experiment_by_name(f"spo-{config.profile}")
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
@@ -63,12 +77,29 @@ def test_another_pipeline_run_has_another_parent(root: Path, config: Config, mon
     assert prepare != align
 
 
-def test_a_run_says_what_it_was_made_with(root: Path, config: Config) -> None:
+def test_a_run_says_what_it_was_made_with(root: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "dvc.lock").write_text("schema: '2.0'\n")
+    monkeypatch.setenv("SPO_FLOW_RUN", "f1")
     with tracking.start(config, "evaluate", root):
         pass
     tags = runs(root, config)["evaluate"].data.tags
     assert {"stage": "evaluate", "profile": config.profile}.items() <= tags.items()
-    assert {"python", "torch", "diffusers", "hardware", "mlflow.source.git.commit"} <= tags.keys()
+    assert {"python", "torch", "diffusers", "hardware", "mlflow.source.git.commit", "git.changed"} <= tags.keys()
+    assert tags["dvc.lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()[:32]
+    assert tags["prefect.flow_run_id"] == "f1"
+
+
+def test_a_run_names_its_data_with_the_hash_of_what_it_holds(root: Path, config: Config) -> None:
+    prepared = root / config.folder("prepare") / "prompts"
+    prepared.mkdir(parents=True)
+    (prepared / "test.txt").write_text("a small red cross\n")
+    (prepared / "validation.txt").write_text("a large blue square\n")
+    with tracking.start(config, "evaluate", root):
+        pass
+    inputs = {each.dataset.name: each for each in runs(root, config)["evaluate"].inputs.dataset_inputs}
+    assert sorted(inputs) == ["prompts test", "prompts validation"]
+    assert inputs["prompts test"].dataset.digest == hashlib.sha256(b"a small red cross\n").hexdigest()[:32]
+    assert inputs["prompts test"].tags[0].value == "testing"
 
 
 def test_what_is_logged_is_there_after_the_block(root: Path, config: Config, tmp_path: Path) -> None:
@@ -82,8 +113,10 @@ def test_what_is_logged_is_there_after_the_block(root: Path, config: Config, tmp
         tracker.log_artifact(tmp_path / "page.html")
     run = runs(root, config)["align"]
     assert run.data.params == {"seed": "3", "spo.beta": "10.0", "spo.lora.rank": "8"}
-    assert run.data.metrics == pytest.approx({"loss": 0.5, "eta_0.score_x": 1.0})
-    client = tracking._client(root)
+    metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
+    assert metrics == pytest.approx({"loss": 0.5, "eta_0.score_x": 1.0})
+    assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
+    client = connect(root)
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [0, 1, 2]
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"samples.png", "summary.txt", "page.html"}
     assert str(root / "mlflow" / "artifacts") in run.info.artifact_uri
@@ -95,40 +128,174 @@ def test_a_stage_that_raises_ends_failed_with_what_it_had_logged(root: Path, con
         raise KeyboardInterrupt
     found = runs(root, config)
     assert found["align"].info.status == found["parent"].info.status == "FAILED"
-    assert found["align"].data.metrics == {"loss": 1.0}
+    assert found["align"].data.metrics["loss"] == 1.0
 
 
-def test_metrics_are_sent_in_batches(root: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tracking.start(config, "align", root) as tracker:
-        assert isinstance(tracker, tracking.MlflowTracker)
-        sent: list[int] = []
-        original = tracker._client.log_batch
+class Store:
+    """Stands for an MLflow client: keeps what it takes, and fails as told."""
 
-        def log_batch(run_id: str, **what: Any) -> None:
-            sent.append(len(what["metrics"]))
-            original(run_id, **what)
+    def __init__(self) -> None:
+        self.metrics: list[Any] = []
+        self.batches: list[int] = []
+        self.error: Exception | None = None
 
-        monkeypatch.setattr(tracker._client, "log_batch", log_batch)
-        for step in range(1500):
-            tracker.log_metrics({"loss": 1.0}, step=step)
-        tracker.send()
-    assert sum(sent) == 1500
-    assert max(sent) <= 1000
-    assert len(sent) <= 5
+    def log_batch(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
+        if self.error is not None:
+            raise self.error
+        self.batches.append(len(metrics) + len(params))
+        self.metrics += metrics
 
 
-def test_a_store_that_fails_while_a_stage_runs_is_told_once_and_does_not_end_it(
-    root: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal.create(unsent(tmp_path))
+    yield journal
+    journal.release()
+
+
+def test_metrics_are_sent_in_batches(journal: Journal, tmp_path: Path) -> None:
+    store = Store()
+    tracker, sender = JournalTracker(journal), Sender(store, journal, tmp_path)  # type: ignore[arg-type]
+    for step in range(1500):
+        tracker.log_metrics({"loss": 1.0}, step=step)
+    assert sender.send()
+    assert store.batches == [1000, 500]
+    assert [metric.step for metric in store.metrics] == list(range(1500))
+
+
+def test_what_a_store_that_is_away_does_not_take_comes_when_it_is_back_in_order_and_once(
+    journal: Journal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store()
+    tracker, sender = JournalTracker(journal), Sender(store, journal, tmp_path)  # type: ignore[arg-type]
+    tracker.log_metrics({"loss": 1.0}, step=0)
+    assert sender.send()
+    store.error = OSError("connection refused")
+    for step in (1, 2):
+        tracker.log_metrics({"loss": 1.0}, step=step)
+        assert not sender.send()
+    assert capsys.readouterr().err.count("connection refused") == 1
+    store.error = None
+    assert Sender(store, journal, tmp_path).send()  # type: ignore[arg-type]
+    assert [metric.step for metric in store.metrics] == [0, 1, 2]
+
+
+def test_what_a_store_refuses_is_told_and_what_follows_it_still_arrives(
+    journal: Journal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store()
+    tracker, sender = JournalTracker(journal), Sender(store, journal, tmp_path)  # type: ignore[arg-type]
+    store.error = MlflowException("param is too long", INVALID_PARAMETER_VALUE)
+    tracker.log_params({"seed": 1})
+    assert sender.send()
+    assert capsys.readouterr().err == "warning: tracking lost something: param is too long\n"
+    store.error = None
+    tracker.log_metrics({"loss": 1.0})
+    assert sender.send()
+    assert [metric.key for metric in store.metrics] == ["loss"]
+
+
+def test_a_line_that_a_crash_tore_off_is_left_out(journal: Journal) -> None:
+    journal.append("metrics", rows=[])
+    with (journal.folder / "events.jsonl").open("a") as file:
+        file.write('{"do": "metr')
+    assert [event["do"] for event, _ in journal.after(0)] == ["metrics"]
+
+
+def test_a_journal_that_cannot_be_written_is_told_once_and_does_not_end_the_stage(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk is full")
 
-    with tracking.start(config, "align", root) as tracker:
-        assert isinstance(tracker, tracking.MlflowTracker)
-        monkeypatch.setattr(tracker._client, "log_batch", fail)
-        tracker.log_params({"seed": 1})
-        tracker.log_params({"seed": 1})
+    monkeypatch.setattr(journal, "append", fail)
+    tracker = JournalTracker(journal)
+    tracker.log_params({"seed": 1})
+    tracker.log_text("a.txt", "a")
     assert capsys.readouterr().err == "warning: tracking lost something: disk is full\n"
+
+
+def test_the_run_of_a_process_that_was_killed_is_sent_and_ended_by_the_next_stage(root: Path, config: Config) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from spo import tracking; from spo.config import load_config\n"
+        "config = load_config(Path(sys.argv[1]), 'tiny').model_copy(update={'profile': sys.argv[3]})\n"
+        "with tracking.start(config, 'align', Path(sys.argv[2])) as tracker:\n"
+        "    tracker.log_metrics({'loss': 0.5}, step=7); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", program, str(ROOT), str(root), config.profile]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
+    assert len(list(unsent(root).iterdir())) == 1
+    with tracking.start(config, "evaluate", root):
+        pass
+    run = runs(root, config)["align"]
+    assert run.info.status == "KILLED"
+    assert run.data.metrics == {"loss": 0.5}
+    assert not list(unsent(root).iterdir())
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_has_everything_in_the_end(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.2)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with mlflow_server(tmp_path / "server", port):
+        with tracking.start(config, "prepare", tmp_path) as tracker:
+            tracker.log_metrics({"before": 1.0})
+        align = tracking.start(config, "align", tmp_path, method="spo")
+        tracker = align.__enter__()
+        tracker.log_metrics({"loss": 1.0}, step=0)
+    tracker.log_metrics({"loss": 0.5}, step=1)  # nobody is there
+    tracker.log_image("samples", Image.new("RGB", (4, 4)))
+    align.__exit__(None, None, None)
+    with tracking.start(config, "evaluate", tmp_path) as tracker:
+        tracker.log_metrics({"score": 2.0})
+    assert "mlflow/unsent" in capsys.readouterr().err
+    assert len(list(unsent(tmp_path).iterdir())) == 2
+    with mlflow_server(tmp_path / "server", port):
+        assert tracking.send_unsent(tmp_path) == 0
+        found = runs(tmp_path, config)
+        client = connect(tmp_path)
+        history = client.get_metric_history(found["align spo"].info.run_id, "loss")
+        assert [(metric.step, metric.value) for metric in history] == [(0, 1.0), (1, 0.5)]
+        assert [file.path for file in client.list_artifacts(found["align spo"].info.run_id)] == ["samples.png"]
+        assert found["evaluate"].data.metrics["score"] == 2.0
+        assert {run.info.status for run in found.values()} == {"FINISHED"}
+        parents = {run.data.tags.get("mlflow.parentRunId") for name, run in found.items() if name != "parent"}
+        assert parents == {found["parent"].info.run_id}
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[None]:
+    """A real one on this machine; killed on the way out."""
+    folder.mkdir(exist_ok=True)
+    options = ["--workers", "1", "--backend-store-uri", "sqlite:///runs.db", "--artifacts-destination", "artifacts"]
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), *options],
+            cwd=folder,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                assert time.monotonic() < deadline and process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_store_that_cannot_be_used_is_told_in_one_line(

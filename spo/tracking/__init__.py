@@ -13,7 +13,18 @@ run; the stages of one pipeline run hang under one parent run, known by the tag 
 """
 
 from spo.tracking.run import start
+from spo.tracking.sender import send_unsent
 from spo.tracking.store import PIPELINE_RUN, fetch_model, pipeline_id, store
 from spo.tracking.tracker import NullTracker, Tracker, flatten
 
-__all__ = ["PIPELINE_RUN", "NullTracker", "Tracker", "fetch_model", "flatten", "pipeline_id", "start", "store"]
+__all__ = [
+    "PIPELINE_RUN",
+    "NullTracker",
+    "Tracker",
+    "fetch_model",
+    "flatten",
+    "pipeline_id",
+    "send_unsent",
+    "start",
+    "store",
+]

@@ -11,7 +11,7 @@ from spo.config import Config
 from spo.tracking.facts import inputs, provenance, tags
 from spo.tracking.heartbeat import Heartbeat
 from spo.tracking.journal import Journal, unsent
-from spo.tracking.sender import Sender, send_left_behind
+from spo.tracking.sender import Sender, send_unsent
 from spo.tracking.store import away, connect, pipeline_id, run_url, unusable
 from spo.tracking.tracker import JournalTracker, NullTracker, Tracker
 
@@ -44,7 +44,7 @@ def start(
     )
     if sender.send():
         print(f"tracked at {run_url(root, sender.state['experiment'], sender.state['parent'])}", flush=True)
-        send_left_behind(client, root)
+        send_unsent(root)
     elif not away(root, problem := sender.problem):
         journal.remove()
         raise unusable(root, problem) from problem

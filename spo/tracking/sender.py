@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.tracking.journal import Event, Journal, unsent
-from spo.tracking.store import find_run, made, one_line, refused
+from spo.tracking.store import connect, find_run, made, one_line, refused
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -124,11 +124,12 @@ class Sender:
         self._complained.add(kind)
 
 
-def send_left_behind(client: "MlflowClient", root: Path) -> int:
+def send_unsent(root: Path = Path()) -> int:
     """Send the journals of processes that have ended, as far as the store takes them; how many are left.
 
     A run whose process ended without a word is ended as KILLED.
     """
+    client = connect(root)
     left = 0
     for journal in Journal.left_behind(unsent(root)):
         sender = Sender(client, journal, root)

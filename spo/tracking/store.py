@@ -33,7 +33,7 @@ def store(root: Path = Path()) -> str:
 
 
 def connect(root: Path) -> "MlflowClient":
-    """A client of the store; it does not connect before it is used."""
+    """A client of the store; it does not connect before it is used. ConfigError for a URI of no known kind."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -43,8 +43,12 @@ def connect(root: Path) -> "MlflowClient":
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
-    return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
+    try:
+        return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
+    except MlflowException as error:
+        raise unusable(root, error) from error
 
 
 def made(client: "MlflowClient", root: Path, experiment: str, pipeline: str, profile: str) -> tuple[str, str]:
