@@ -33,7 +33,7 @@ def store(root: Path = Path()) -> str:
 
 
 def connect(root: Path) -> "MlflowClient":
-    """A client of the store; it does not connect before it is used. ConfigError for a URI of no known kind."""
+    """A client of the store; ConfigError where a URI is of no known kind or a local store cannot be opened."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -46,20 +46,16 @@ def connect(root: Path) -> "MlflowClient":
     from mlflow.exceptions import MlflowException
 
     try:
-        return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
-    except MlflowException as error:
+        with _alone(root):
+            return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
+    except (MlflowException, OSError) as error:
         raise unusable(root, error) from error
 
 
 def made(client: "MlflowClient", root: Path, experiment: str, pipeline: str, profile: str) -> tuple[str, str]:
-    """Ids of the experiment and of the pipeline's parent run, made where missing.
-
-    One process at a time: an empty database that several initialise at once fails.
-    """
-    folder = root.resolve() / "mlflow"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / ".lock"):
-        number = _experiment(client, experiment, folder / "artifacts")
+    """Ids of the experiment and of the pipeline's parent run, made where missing, by one process at a time."""
+    with _alone(root):
+        number = _experiment(client, experiment, root.resolve() / "mlflow" / "artifacts")
         parent = find_run(client, number, "spo.pipeline", pipeline)
         if parent is None:
             tags = {"spo.pipeline": pipeline, "profile": profile}
@@ -124,6 +120,13 @@ def pipeline_id() -> str:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def _alone(root: Path) -> FileLock:
+    """One process of the project at a time: an empty database that several initialise at once fails."""
+    folder = root.resolve() / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".lock")
 
 
 def _experiment(client: "MlflowClient", name: str, artifacts: Path) -> str:
