@@ -1,4 +1,4 @@
-# make repro: the whole pipeline; make test; make lint; make ui: browse the runs; make format; make clean
+# make repro: the whole pipeline; make test; make lint; make bench: what is timed; make ui: browse the runs; make format; make clean
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 VENV := .venv
@@ -11,13 +11,18 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: repro test lint ui format clean
+.PHONY: repro test bench lint ui format clean
 
 repro: $(STAMP)
 	@$(BIN)/python -m spo repro
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
+
+bench: $(STAMP)  # on the CPU; docs/performance.md has the commands for a GPU
+	$(BIN)/python -m bench.profile_step --size tiny
+	$(BIN)/python -m bench.profile_step --size small --micro-batch-size 5
+	$(BIN)/python -m bench.spo_step --size small --micro-batch-size 5
 
 lint: $(STAMP)
 	$(BIN)/ruff check

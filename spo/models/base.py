@@ -30,7 +30,8 @@ class LatentDiffusion(ABC):
         pipeline: already on its device; only the configuration of its scheduler is used
         resolution: height and width of an image, in pixels
         steps, eta, guidance_scale: the sampler; at guidance 1 the UNet sees each sample once, else twice
-        unet_batch_size: samples, each half of the guidance counted, that the UNet takes at a time without gradients
+        unet_batch_size: samples, each half of the guidance counted, that the UNet takes at a time without gradients;
+            None: 64, and fewer where they would have more than 32 times 64 x 64 positions
         vae_batch_size: images that the VAE takes at a time; None: as many as have 32 times 512 x 512 pixels
     """
 
@@ -42,7 +43,7 @@ class LatentDiffusion(ABC):
         steps: int = 20,
         eta: float = 1.0,
         guidance_scale: float = 5.0,
-        unet_batch_size: int = 64,
+        unet_batch_size: int | None = None,
         vae_batch_size: int | None = None,
     ):
         if resolution % pipeline.vae_scale_factor:
@@ -55,12 +56,12 @@ class LatentDiffusion(ABC):
         self.vae = pipeline.vae
         self.dtype = pipeline.unet.dtype
         self.device = pipeline.unet.device
-        self.unet_batch_size = unet_batch_size
         self.vae_batch_size = vae_batch_size or max(1, 32 * 512**2 // resolution**2)
         self.forwards = 0  # samples that went through the UNet, each half of the guidance counted
         self.decodes = 0  # images that `decode` made
         size = resolution // pipeline.vae_scale_factor
         self.latent_shape = (pipeline.unet.config.in_channels, size, size)
+        self.unet_batch_size = unet_batch_size or min(64, max(2, 32 * 64**2 // size**2))
         scheduler = pipeline.scheduler.config
         self.prediction_type = scheduler.prediction_type
         self.alpha_bar = DDIMScheduler.from_config(scheduler).alphas_cumprod.to(self.device, torch.float32)

@@ -1,0 +1,119 @@
+"""Floating-point operations of SPO, counted on the real shapes, and what they cost in time.
+
+    python -m bench.flops                           # SD v1.5 and SDXL: operations, and hours by GPU count
+
+Nothing is computed: the networks run on torch's meta device, whose tensors have shapes and no numbers. A multiply and
+an add are two operations. Backward passes are counted, too; only the LoRA trains.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.measure import table
+from bench.systems import SHAPES, TOKENS, Shape, make_clip, make_unet, make_vae
+from spo.config import SpoConfig
+from spo.models.lora import add_lora
+
+GPU_RATE = 400e12  # FLOP/s of bfloat16: what large products reach on an H100, not its data sheet's 989e12
+UTILISATION = 1.6  # times the floor: what is aimed at
+PAPER = {  # prompts, epochs and the published settings
+    "sd15": (4000, 10, {"prompts_per_rollout": 40}),
+    "sdxl": (4000, 10, {"prompts_per_rollout": 16}),
+}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one sample."""
+
+    unet: int  # the adapter merged or off
+    unet_train: int  # forward with the adapter, and backward to it
+    vae_decode: int
+    clip_image: int
+
+
+@cache
+def count(size: str, rank: int) -> Flops:
+    """The operations of a size's networks."""
+    shape = SHAPES[size]
+    side = shape.resolution // 8
+    with torch.device("meta"):
+        unet, vae, clip = make_unet(shape).requires_grad_(False), make_vae(shape), make_clip(shape)
+        latents = torch.empty(1, 4, side, side)
+        inputs = _unet_inputs(shape, unet)
+        pixels = torch.empty(1, 3, shape.clip_vision["image_size"], shape.clip_vision["image_size"])
+    with torch.no_grad():
+        plain = _counted(lambda: unet(latents, inputs["timestep"], **inputs["more"]))
+        decode = _counted(lambda: vae.decode(latents))
+        modulations = clip.modulations(inputs["timestep"])
+        image = _counted(lambda: clip.modulated_features(pixels, modulations))
+    _add_lora(unet, SpoConfig(**SHAPES[size].settings).model_copy(update={}), rank)
+    train = _counted(lambda: unet(latents, inputs["timestep"], **inputs["more"]).sample.sum().backward())
+    return Flops(plain, train, decode, image)
+
+
+def batch_flops(shape: Shape, settings: SpoConfig, pairs: int, *, steps: int) -> dict[str, int]:
+    """Operations of one batch by what they are for; text towers, a hundredth of a percent, are left out."""
+    size = next(name for name, each in SHAPES.items() if each is shape)
+    flops = count(size, settings.lora.rank)
+    b, k, branch = settings.prompts_per_rollout, settings.candidates, settings.branch_steps
+    branched = steps - settings.first_step
+    segments = branched // branch
+    forwards = b * (settings.first_step + 1) + b * k * (branched - 1)
+    shared = pairs // branch  # a segment's first pair shares x_t
+    rows = shared + 2 * (pairs - shared)
+    return {
+        "rollout: UNet": 2 * forwards * flops.unet,
+        "rollout: VAE decode": segments * b * k * flops.vae_decode,
+        "rollout: preference model": segments * b * k * flops.clip_image,
+        "updates: policy": 2 * rows * flops.unet_train,
+        "updates: reference": 2 * rows * flops.unet,
+    }
+
+
+def calculator() -> str:
+    """Hours of the published recipes by GPU count, at UTILISATION times the floor of GPU_RATE; all pairs kept."""
+    head = ["", "TFLOP a UNet sample", "its training", "VAE decode", "CLIP image", "EFLOP in all"]
+    rows = [[*head, *(f"{n} GPU" for n in (1, 4, 8))]]
+    for size, (prompts, epochs, published) in PAPER.items():
+        shape = SHAPES[size]
+        settings = SpoConfig(**{**shape.settings, **published})
+        flops = count(size, settings.lora.rank)
+        b = settings.prompts_per_rollout
+        batch = sum(batch_flops(shape, settings, b * (shape.steps - settings.first_step), steps=shape.steps).values())
+        total = batch * prompts / b * epochs
+        hours = total / GPU_RATE * UTILISATION / 3600
+        each = [flops.unet, flops.unet_train, flops.vae_decode, flops.clip_image]
+        rows.append(
+            [size, *(f"{value / 1e12:.2f}" for value in each), f"{total / 1e18:.1f}"]
+            + [f"{hours / n:.0f} h" for n in (1, 4, 8)]
+        )
+    return table(rows)
+
+
+def _unet_inputs(shape: Shape, unet: nn.Module) -> dict[str, Any]:
+    more: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, TOKENS, unet.config.cross_attention_dim)}
+    if unet.config.addition_embed_type == "text_time":
+        more["added_cond_kwargs"] = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+    return {"timestep": torch.ones(1, dtype=torch.long), "more": more}
+
+
+def _add_lora(unet: nn.Module, settings: SpoConfig, rank: int) -> None:
+    add_lora(unet, settings.lora.model_copy(update={"rank": rank}), seed=0)
+
+
+def _counted(call: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    print(calculator())
+    sys.exit(0)

@@ -1,0 +1,133 @@
+"""Clocks, memory and the machine's own rate: what the benchmarks measure with."""
+
+import os
+import platform
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+import transformers
+
+from spo.files import write_json
+
+RESULTS = Path("bench/results")
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of a GPU's wall clock with nothing in flight; of this process's CPU time, which others disturb less."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+class Stopwatch:
+    """Seconds by section; a section within another is taken out of the outer one's."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+        self._open: list[str] = []
+        self._last = 0.0
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        self._switch()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def _switch(self) -> None:
+        now = clock(self._device)
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._last
+        self._last = now
+
+    def time(self, owner: Any, method: str, name: str | Callable[[], str]) -> None:
+        """From now on, what `owner.method` takes counts as the section `name`."""
+        inner = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.section(name if isinstance(name, str) else name()):
+                return inner(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+
+class PeakMemory:
+    """Bytes of memory in use, at the most, within the block, and above what was in use before it."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def __enter__(self) -> "PeakMemory":
+        self.before = self._now()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.above = self.peak - self.before
+
+    def _now(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return psutil.Process().memory_info().rss
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
+    size, repeats = (8192, 20) if device.type == "cuda" else (1024, 6)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        start = clock(device)
+        a @ b
+        best = min(best, clock(device) - start)
+    return 2 * size**3 / best
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as a Markdown table, the first its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    write_json(path, result)
+    print(f"\nall figures: {path}")
+
+
+def quiet() -> None:
+    """No talk of the libraries', and no slow arithmetic on denormal numbers."""
+    torch.set_flush_denormal(True)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

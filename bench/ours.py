@@ -1,0 +1,45 @@
+"""One SPO batch by the project's own path, `spo.training.align.align`, watched."""
+
+import csv
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from bench.systems import System, attach_lora
+from spo.core.types import Pairs
+from spo.methods.method import Round
+from spo.methods.spo import Spo
+from spo.preference.score import PreferenceScorer
+from spo.tracking import NullTracker
+from spo.training.align import align
+
+
+class OurPath:
+    """The batch of a system; attaches the system's LoRA."""
+
+    def __init__(self, system: System, *, seed: int):
+        attach_lora(system)
+        self.policy, self.settings, self.seed = system.policy, system.settings, seed
+        self.scorer = PreferenceScorer(system.preference, device=system.policy.device)
+        self.method = Spo(system.settings, system.policy, self.scorer, system.prompts, seed=seed)
+        self.pairs: list[Pairs] = []
+        collect = self.method.collect
+
+        def recorded(epoch: int, *, skip: int = 0) -> Iterator[Round]:
+            for round_ in collect(epoch, skip=skip):
+                if isinstance(round_.pairs, Pairs):
+                    self.pairs.append(round_.pairs)
+                yield round_
+
+        self.method.collect = recorded  # type: ignore[method-assign]
+
+    def run(self) -> tuple[dict[str, Tensor], list[float]]:
+        """Align for one batch: its pairs (x_t, x_prev, t, t_prev) and each update's loss."""
+        with tempfile.TemporaryDirectory() as folder:
+            align(self.method, self.policy, self.settings, Path(folder), NullTracker(), seed=self.seed)
+            with (Path(folder) / "history.csv").open(newline="", encoding="utf-8") as file:
+                losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        (pairs,) = self.pairs
+        return {"x_t": pairs.x_t, "x_prev": pairs.x_prev, "t": pairs.t, "t_prev": pairs.t_prev}, losses

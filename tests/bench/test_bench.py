@@ -1,0 +1,58 @@
+"""The benchmarks measure what they say: both paths do the same, and every second is counted once."""
+
+import pytest
+import torch
+
+from bench.flops import count
+from bench.measure import Stopwatch
+from bench.ours import OurPath
+from bench.plain import PlainPath
+from bench.profile_step import REST, SECTIONS, profile, show
+from bench.spo_step import compare
+from bench.systems import make_system
+
+
+def run(path):
+    pairs, losses = path.run()
+    return {"pairs": {name: pairs[name] for name in ("x_t", "x_prev", "t", "t_prev")}, "losses": losses}
+
+
+def test_the_published_way_and_ours_come_to_the_same_pairs_and_losses():
+    plain = run(PlainPath(make_system("mini", "cpu"), seed=0))
+    ours = run(OurPath(make_system("mini", "cpu", micro_batch_size=2), seed=0))
+    agreement = compare(plain, ours, least=1.0)
+    assert agreement["agrees"]
+    assert agreement["largest_loss_difference"] < 1e-4
+    assert len(plain["losses"]) == 2
+    other = {**ours, "losses": [loss + 0.1 for loss in ours["losses"]]}
+    assert not compare(plain, other, least=1.0)["agrees"]
+
+
+def test_the_sections_of_a_profile_are_all_met_and_add_up():
+    result = profile("mini")
+    assert set(result["seconds"]) == {*SECTIONS, REST}
+    assert all(result["seconds"][name] > 0 for name in SECTIONS)
+    assert sum(result["seconds"].values()) == pytest.approx(result["total_seconds"])
+    assert set(result["flops"]) == {
+        "rollout: UNet",
+        "rollout: VAE decode",
+        "rollout: preference model",
+        "updates: policy",
+        "updates: reference",
+    }
+    assert "times the floor" in show(result)
+
+
+def test_a_section_within_another_is_counted_once(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr("bench.measure.clock", lambda _: next(times))
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.section("outer"), watch.section("inner"):
+        pass
+    assert watch.seconds == {"outer": 1.0 + 3.0, "inner": 2.0}
+
+
+def test_operations_grow_with_backward_and_with_the_adapter():
+    few, many = count("mini", 2), count("mini", 8)
+    assert 0 < few.unet == many.unet
+    assert 1.5 * few.unet < few.unet_train < many.unet_train < 4 * many.unet
