@@ -83,7 +83,7 @@ def line_chart(
                           textcoords="offset points", ha="right", va="bottom", fontsize=8)  # fmt: skip
         if reverse:
             axes.invert_xaxis()
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=6, integer=True)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 3M
         axes.set_xlabel(x_label)
         axes.set_title(y_label, loc="left", fontsize=10, pad=8)
@@ -124,6 +124,7 @@ def running_mean(y: Sequence[float]) -> np.ndarray:
 
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(3.5, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)  # the page's font may be wider than the one that is laid out with
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)

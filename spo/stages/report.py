@@ -4,6 +4,7 @@ Reads what prepare, train_preference, align and evaluate left under runs/<profil
 report/report.html, report/summary.txt and report/metrics.json beside them.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,7 +76,7 @@ def page(
     html = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    html.filters |= {"signed": signed, "plain": plain, "duration": duration, "percent": percent}
+    html.filters |= {"signed": signed, "plain": plain, "duration": duration, "percent": percent, "minus": minus}
     left_out = [s for metric in config.evaluate.metrics for s in metric.scores if s not in results.metrics]
     return html.get_template("report_template.html.j2").render(
         profile=config.profile,
@@ -93,6 +94,7 @@ def page(
         training=_training(config, inputs),
         seconds=inputs.seconds,
         facts=facts,
+        folder=config.folder("evaluate").as_posix(),
         settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
 
@@ -107,6 +109,11 @@ def plain(value: Any) -> str:
     if isinstance(value, float) and not value.is_integer():
         return f"{value:z.3f}".replace("-", "\N{MINUS SIGN}")
     return f"{value:,.0f}".replace("-", "\N{MINUS SIGN}") if isinstance(value, int | float) else str(value)
+
+
+def minus(text: str) -> str:
+    """Words with true minus signs before their numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def percent(value: float) -> str:

@@ -43,6 +43,15 @@ HISTORY = (
 )  # fmt: skip
 
 
+WATCH = (
+    History("preference_gain", "Gain by the preference model", "What training pleases, in standard deviations.",
+            ("start", 0.0)),
+    History("independent_gain", "Gain by an independent metric", "What training never sees, in standard deviations.",
+            ("start", 0.0)),
+    History("gap", "Gap", "The first less the second: it opens where the policy games its judge.", ("none", 0.0)),
+)  # fmt: skip
+
+
 def gain_charts(results: Results) -> list[Chart]:
     """The gain over the base with its interval, a chart for each metric of the verdict."""
     charts = []
@@ -124,27 +133,20 @@ def _over_training(results: Results, history: Mapping[str, OfSeeds], column: str
 
 
 def watch_charts(results: Results, watch: Mapping[str, OfSeeds]) -> list[Chart]:
-    """What was measured on fixed prompts while training went on: the judge's score beside an independent one."""
-    clock = ("unet_forwards", "seconds", "round", "rounds", "rollout", "update", "step", "epoch")
-    columns = dict.fromkeys(
-        column for seeds in watch.values() for rows in seeds.values() for row in rows for column in row
-    )
-    x = next((name for name in clock if name in columns), None)
+    """Gains on a few fixed prompts while training went on: by the judge, by an independent metric, and their gap."""
     charts = []
-    for column in columns:
-        if x is None or column in clock:
-            continue
+    for item in WATCH:
         lines = [
-            Line(name, [row[x] for row in rows], [row.get(column, math.nan) for row in rows], markers=i == 0,
-                 slot=results.slot(name), faint=i > 0)
+            Line(name, [row["unet_forwards"] for row in rows], [row.get(item.column, math.nan) for row in rows],
+                 markers=i == 0, slot=results.slot(name), faint=i > 0)
             for name, seeds in watch.items()
             for i, rows in enumerate(seeds.values())
-            if rows and any(isinstance(row.get(column), float) for row in rows)
+            if rows
         ]  # fmt: skip
         if lines:
-            title, name = column.replace("_", " ").capitalize(), f"watch-{column.replace('_', '-')}"
-            svg = line_chart(name, lines, x_label=x.replace("_", " "), y_label=title)
-            charts.append(Chart(name, svg, _told(title, lines), "On a small fixed set of prompts, while training."))
+            name = f"watch-{item.column.replace('_', '-')}"
+            svg = line_chart(name, lines, x_label=CURRENCIES["unet_forwards"], y_label=item.title, level=item.level)
+            charts.append(Chart(name, svg, _told(item.title, lines), item.caption))
     return charts
 
 

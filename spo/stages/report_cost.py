@@ -33,8 +33,11 @@ def duels(results: Results, validation: Sequence[Row], *, tolerance: float) -> l
     for name, other in combinations(results.methods, 2):
         for currency in CURRENCIES:
             curves = [curve(results, validation, method, currency, base, tolerance) for method in (name, other)]
-            if all(curves):
-                found.append(_duel(results, name, other, currency, saving(*curves, base=base[results.primary])))
+            if not all(curves):
+                continue
+            found.append(_duel(results, name, other, currency, saving(*curves, base=base[results.primary])))
+            if found[-1].saving is None:  # nothing to reach, whatever one counts in
+                break
     return found
 
 

@@ -55,7 +55,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         validation=read_csv(evaluate / "validation.csv", "evaluate", ("column", "training_seed", "checkpoint")),
         history=_of_methods(config, root, "history.csv", ("loss",)),
         timesteps=_of_methods(config, root, "timesteps.csv", ("timestep", "branched", "kept", "margin"), optional=True),
-        watch=_of_methods(config, root, "watch.csv", (), optional=True),
+        watch=_of_methods(config, root, "watch.csv", ("unet_forwards", "gap"), optional=True),
         training=training,
         accuracy=read_csv(preference / "accuracy.csv", "train_preference", ("timestep", "model", "accuracy"))
         if (preference / "accuracy.csv").exists()

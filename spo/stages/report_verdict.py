@@ -24,11 +24,11 @@ def basis(results: Results) -> str:
     """What every figure rests on."""
     seeds = results.num_seeds
     trained = (
-        "one training seed, so intervals tell nothing of how another training would turn out"
+        "one training seed; the intervals tell nothing of how another training would turn out"
         if seeds == 1
         else f"{seeds} training seeds, whose differences the intervals cover"
     )
-    return f"{results.num_prompts} prompts never trained on, {trained}."
+    return f"{results.num_prompts} prompts never trained on and {trained}."
 
 
 def summary(results: Results, savings: Sequence[str], seconds: Mapping[str, float], *, lines: int = 10) -> str:

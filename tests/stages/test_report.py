@@ -209,12 +209,12 @@ def test_chosen_checkpoints_are_told(page):
 
 
 def test_page_says_how_many_training_seeds_it_rests_on(page, tmp_path):
-    assert "Over 5 prompts never trained on, 2 training seeds, whose differences the intervals cover." in page
+    assert "Over 5 prompts never trained on and 2 training seeds, whose differences the intervals cover." in page
     assert len(Tags(page).of("tr")) > 4
     config = write_runs(tmp_path)
     report.run(config, root=tmp_path, tracker=Tracker())
     one = (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
-    assert "one training seed, so intervals tell nothing of how another training would turn out" in one
+    assert "one training seed; the intervals tell nothing of how another training would turn out" in one
 
 
 def test_methods_are_set_against_each_other_with_intervals(page):
@@ -243,10 +243,12 @@ def test_a_saving_is_a_number_of_the_metrics(tmp_path):
 def test_what_was_watched_has_its_charts(tmp_path):
     config = write_runs(tmp_path)
     write_csv(tmp_path / "runs/tiny/align/spo/seed-0/watch.csv", [
-        {"unet_forwards": 100 * i, "preference": 20 + i, "aesthetic": 0.5 - 0.1 * i} for i in range(4)])  # fmt: skip
+        {"round": i, "update": i, "unet_forwards": 100 * i, "preference": 20 + i, "preference_gain": i,
+         "independent": 0.5 - 0.1 * i, "independent_gain": -i, "gap": 2 * i} for i in range(4)])  # fmt: skip
     tracker = Tracker()
     report.run(config, root=tmp_path, tracker=tracker)
-    assert {"plots/watch-preference.svg", "plots/watch-aesthetic.svg"} <= set(tracker.files)
+    names = {f"plots/watch-{name}.svg" for name in ("preference-gain", "independent-gain", "gap")}
+    assert names == {name for name in tracker.files if "watch" in name}
     assert "gaming its judge" in (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
 
 
