@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Propose what retrain.sh made: a pull request with the new dvc.lock and figures, the report as its comment, and the
+# report on the pull request, if any, that brought this commit.
+#
+# usage: propose.sh FOLDER     in a clean checkout of the commit that was retrained; FOLDER as retrain.sh left it
+# environment: BASE, the branch to merge into (default: main); GH_TOKEN for gh
+set -euo pipefail
+folder=${1:?usage: propose.sh FOLDER}
+base=${BASE:-main}
+[[ -f $folder/report.md && -f $folder/changes.patch ]] || {
+    echo "error: $folder has no report.md or no changes.patch; run retrain.sh first" >&2
+    exit 2
+}
+
+head=$(git rev-parse HEAD)
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+head -c 60000 "$folder/report.md" >"$report" # a comment holds 65536 characters
+for number in $(gh api "repos/{owner}/{repo}/commits/$head/pulls" --jq '.[].number'); do
+    gh pr comment "$number" --body-file "$report"
+done
+
+if [[ ! -s $folder/changes.patch ]]; then
+    echo "Nothing has changed: there is nothing to merge."
+    exit 0
+fi
+branch=retrain/${head:0:12}
+git switch --quiet --create "$branch"
+# whatever else the patch may hold is left out
+git apply --index --include=dvc.lock --include=params.yaml --include='runs/*' "$folder/changes.patch"
+git -c user.name="github-actions[bot]" -c user.email="41898282+github-actions[bot]@users.noreply.github.com" \
+    commit --quiet --message "Retrain at ${head:0:12}"
+gh auth setup-git
+git push --quiet --force origin "$branch"
+url=$(gh pr list --head "$branch" --state open --json url --jq '.[].url')
+if [[ -z $url ]]; then
+    url=$(gh pr create --base "$base" --head "$branch" --title "Retrain at ${head:0:12}" \
+        --body "The models that dvc.lock names are in the DVC remote. Merge to make them this branch's.")
+fi
+gh pr comment "$url" --body-file "$report"
+echo "$url"

@@ -1,0 +1,12 @@
+"""Make the named buckets of the S3-compatible store that AWS_ENDPOINT_URL names; those that exist stay as they are."""
+
+import sys
+
+import boto3
+
+s3 = boto3.client("s3", region_name="us-east-1")
+present = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]}
+for name in sys.argv[1:]:
+    if name not in present:
+        s3.create_bucket(Bucket=name)
+    print(f"bucket {name}: {'was there' if name in present else 'made'}")
