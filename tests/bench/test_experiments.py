@@ -1,0 +1,168 @@
+"""The long experiments, made small: they run, go on where they stopped, and mean what they say."""
+
+import contextlib
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from torch import Generator
+
+from bench import dpo_curve, share_sweep
+from bench.relabel import read_pictures, relabel
+from spo.config import load_config
+from spo.data.preferences import read_pairs
+from spo.data.world import all_scenes, draw_attributes, draw_quality, render
+from spo.pretrain.preference import Opinion
+from spo.stages import align, prepare, train_preference
+from spo.tracking import NullTracker
+from tests.test_pipeline import jpeg, make_project
+
+pytestmark = pytest.mark.slow
+PICTURES = 8  # of each prompt, each compared with the next, as in the embedded default
+
+
+def write_rings(file: Path) -> None:
+    generator = Generator().manual_seed(0)
+    scenes = [scene for scene in all_scenes()[::24] for _ in range(PICTURES)]
+    pictures = [jpeg(each) for each in render(
+        draw_attributes(scenes, generator), draw_quality(len(scenes), generator), generator)]  # fmt: skip
+    following = [i - PICTURES + 1 if i % PICTURES == PICTURES - 1 else i + 1 for i in range(len(scenes))]
+    table = {
+        "caption": [scene.prompt for scene in scenes],
+        "jpg_0": pictures,
+        "jpg_1": [pictures[i] for i in following],
+        "label_0": [float(i % 2) for i in range(len(scenes))],
+        "label_1": [float(1 - i % 2) for i in range(len(scenes))],
+    }
+    pq.write_table(pa.table(table), file)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline has run as far as `align spo`."""
+    root = make_project(tmp_path_factory.mktemp("bench") / "project", "sd15")
+    write_rings(root / "pairs.parquet")
+    path = root / "configs" / "own.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["align"]["diffusion_dpo"] = {"method": "diffusion_dpo", "beta": 100.0, "batch_size": 16, "lora": {"rank": 2}}
+    path.write_text(yaml.safe_dump(values))
+    with contextlib.chdir(root):
+        config = load_config()
+        prepare.run(config, tracker=NullTracker())
+        train_preference.run(config, tracker=NullTracker())
+        align.run(config, "spo", 0, tracker=NullTracker())
+    return root
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def no_training(*_: object, **__: object) -> None:
+    raise AssertionError("what is finished is not done again")
+
+
+def test_the_curve_has_every_checkpoint_of_both_methods_and_is_not_made_twice(project: Path, monkeypatch) -> None:
+    monkeypatch.chdir(project)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert dpo_curve.main(["--quick", "--out", "curve.csv"]) == 0
+    table = rows(project / "curve.csv")
+    assert [row["method"] for row in table] == ["diffusion_dpo"] * 2 + ["spo"] * 2
+    for one, other in (table[:2], table[2:]):
+        assert 0 < int(one["unet_forwards"]) < int(other["unet_forwards"])
+    for row in table:
+        assert float(row["aesthetic_low"]) <= float(row["aesthetic_difference"]) <= float(row["aesthetic_high"])
+    assert "diffusion_dpo" in said.getvalue()
+
+    first = (project / "curve.csv").read_bytes()
+    monkeypatch.setattr(align, "run", no_training)
+    assert dpo_curve.main(["--quick", "--out", "curve.csv"]) == 0
+    assert (project / "curve.csv").read_bytes() == first
+
+
+def test_the_curve_says_what_to_run_first(project: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(project)
+    assert dpo_curve.main(["--quick", "--seed", "3", "--out", "other.csv"]) == 1
+    assert "run `python -m spo align spo --seed 3`" in capsys.readouterr().err
+
+
+def test_the_saving_is_read_off_the_rows() -> None:
+    def row(method: str, forwards: int, gain: float, fall: float = 0.0) -> dict:
+        return {
+            "method": method,
+            "unet_forwards": forwards,
+            "aesthetic_difference": gain,
+            "alignment_difference": -fall,
+        }
+
+    evaluate = load_config(Path(__file__).parents[2], "tiny")
+    dpo = [row("diffusion_dpo", 1000, 0.01), row("diffusion_dpo", 2000, 0.05), row("diffusion_dpo", 4000, 0.04)]
+    [line] = dpo_curve.told([*dpo, row("spo", 100, 0.06, fall=0.5), row("spo", 200, 0.05)], evaluate)
+    assert "with 10 times less compute: 200 UNet forwards against 2,000" in line
+    [line] = dpo_curve.told([*dpo, row("spo", 100, 0.04)], evaluate)
+    assert "does not reach" in line
+
+
+@pytest.mark.parametrize(("share", "agreement"), [(1.0, "agrees_finish"), (0.0, "agrees_content")])
+def test_new_labels_are_the_opinions_and_nothing_else_changes(project: Path, tmp_path, share, agreement) -> None:
+    prepared = project / "runs" / "own" / "prepare"
+    pictures = read_pictures(prepared)
+    found = relabel(prepared, tmp_path / "preferences", pictures, Opinion(share, temperature=0.0, tie=0.0), seed=0)
+    assert found[agreement] > 0.99  # but for pictures that are equally good
+    for split in ("train", "validation"):
+        before = list(read_pairs(prepared / "preferences" / f"{split}.parquet"))
+        after = list(read_pairs(tmp_path / "preferences" / f"{split}.parquet"))
+        assert [(p.caption, p.image_0, p.image_1) for p in before] == [(p.caption, p.image_0, p.image_1) for p in after]
+        assert all(pair.label_0 + pair.label_1 == 1 for pair in after)
+
+
+def test_labels_follow_the_share_and_noise_blurs_them(project: Path, tmp_path) -> None:
+    prepared = project / "runs" / "own" / "prepare"
+    pictures = read_pictures(prepared)
+
+    def agreement(share: float, temperature: float) -> float:
+        target = tmp_path / f"{share}-{temperature}"
+        return relabel(prepared, target, pictures, Opinion(share, temperature, 0.0), seed=0)["agrees_finish"]
+
+    assert agreement(0.05, 0.1) < agreement(0.5, 0.1) < agreement(0.95, 0.1)
+    assert agreement(0.95, 5.0) < agreement(0.95, 0.1)
+
+
+def test_the_sweep_has_a_row_for_every_comparison_and_goes_on_where_it_stopped(project: Path, monkeypatch) -> None:
+    monkeypatch.chdir(project)
+    command = ["--quick", "--blank", "clip", "--out", "sweep.csv", "--temperatures", "0.3", "--shares"]
+    assert share_sweep.main([*command, "0.1"]) == 0
+    first = rows(project / "sweep.csv")
+    assert Counter((row["method"], row["against"], row["score"]) for row in first) == Counter(
+        (method, against, score)
+        for method, against in (("spo", "base"), ("diffusion_dpo", "base"), ("spo", "diffusion_dpo"))
+        for score in ("aesthetic", "clipscore")
+    )
+    for row in first:
+        assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
+    starts = list((project / ".cache" / "bench" / "share_sweep").glob("*/share-0.1*/start/model.safetensors"))
+    assert len(starts) == 1 and starts[0].read_bytes() != (project / "clip" / "model.safetensors").read_bytes()
+
+    monkeypatch.setattr(align, "run", no_training)
+    assert share_sweep.main([*command, "0.1"]) == 0
+    assert rows(project / "sweep.csv") == first
+    with pytest.raises(AssertionError, match="not done again"):
+        share_sweep.main([*command, "0.1", "0.5"])
+    assert rows(project / "sweep.csv") == first  # a sweep that is killed keeps its finished cells
+
+
+def test_the_sweep_says_what_it_lacks(project: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(project)
+    assert share_sweep.main(["--quick", "--methods", "spo", "ddpo"]) == 1
+    assert "has no method ['ddpo']" in capsys.readouterr().err
+    assert share_sweep.main(["--quick"]) == 1
+    assert "a CLIP without preferences" in capsys.readouterr().err
+    assert torch.is_grad_enabled()
