@@ -108,10 +108,11 @@ class LoraConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW at a constant rate after a warm-up; the published SPO never clips, though it says it does."""
+    """AdamW; the published SPO's rate is constant, and it never clips, though it says it does."""
 
     learning_rate: Rate = 6e-5
     warmup_updates: Annotated[int, Field(ge=0)] = 0  # over which the rate rises linearly
+    schedule: Literal["constant", "linear"] = "constant"  # linear: down to 0 over the rounds
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     eight_bit: bool = False

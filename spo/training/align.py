@@ -139,6 +139,7 @@ def _update(
 ) -> dict[str, float]:
     """One step of the optimizer; the pairs go through the networks `micro_batch_size` at a time."""
     parameters, optimizer, cost = policy.parameters(), state.optimizer, state.cost
+    done = (cost.rounds - 1) / (config.epochs * method.rounds_per_epoch)
     grid = policy.timesteps.tolist()
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
     for index in torch.arange(len(pairs), device=pairs.t.device).split(config.micro_batch_size or len(pairs)):
@@ -151,7 +152,7 @@ def _update(
             state.history.count_ratios(grid, part.t.tolist(), loss.log_ratio.tolist())
     total["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm or float("inf"))
     for group in optimizer.param_groups:
-        group["lr"] = config.optimizer.learning_rate * warm_up(cost.updates, config.optimizer)
+        group["lr"] = config.optimizer.learning_rate * rate_share(cost.updates, done, config.optimizer)
     optimizer.step()
     optimizer.zero_grad()
     cost.updates += 1
@@ -159,9 +160,10 @@ def _update(
     return {"update": cost.updates, **dict(zip(total, values, strict=True))}
 
 
-def warm_up(update: int, config: OptimizerConfig) -> float:
-    """The share of the learning rate at the update'th update, counted from 0."""
-    return min(1.0, (update + 1) / (config.warmup_updates + 1))
+def rate_share(update: int, done: float, config: OptimizerConfig) -> float:
+    """The share of the learning rate at the update'th update, counted from 0, when `done` of all rounds are done."""
+    warm_up = min(1.0, (update + 1) / (config.warmup_updates + 1))
+    return warm_up if config.schedule == "constant" else warm_up * (1 - done)
 
 
 def _record(

@@ -14,7 +14,7 @@ from spo.evaluation.generate import generate
 from spo.models.base import LatentDiffusion
 from spo.models.lora import WEIGHTS, add_lora
 from spo.tracking import NullTracker
-from spo.training.align import align, build_optimizer, warm_up
+from spo.training.align import align, build_optimizer, rate_share
 from spo.training.watch import Watch
 from tests.methods.tiny import METHODS, PROMPTS, make_method
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline
@@ -120,8 +120,13 @@ def test_pairs_in_small_parts_train_as_they_do_at_once(pipeline, tmp_path, name)
 
 
 def test_the_rate_rises_over_the_warm_up():
-    assert [warm_up(i, OptimizerConfig(warmup_updates=3)) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert warm_up(0, OptimizerConfig()) == 1.0
+    assert [rate_share(i, 0.5, OptimizerConfig(warmup_updates=3)) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rate_share(0, 0.0, OptimizerConfig()) == 1.0
+
+
+def test_a_linear_schedule_falls_with_the_rounds():
+    config = OptimizerConfig(schedule="linear")
+    assert [rate_share(9, done, config) for done in (0.0, 0.25, 0.75)] == [1.0, 0.75, 0.25]
 
 
 def test_log_ratios_by_timestep_are_those_of_the_updates(pipeline, tmp_path):
