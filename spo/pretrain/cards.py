@@ -10,7 +10,8 @@ MADE = "Made from random weights and drawn pictures; nothing was downloaded."
 
 def base(recipe: Recipe, figures: Mapping[str, float]) -> str:
     """Model card of data/base/tiny."""
-    steps = " and ".join(str(steps) for steps, _ in recipe.unet_cycles)
+    *first, last = [str(steps) for steps, _ in recipe.unet_cycles]
+    steps = f"{', '.join(first)} and {last}"
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
     return f"""# The embedded default's base model
 
@@ -37,10 +38,11 @@ def preference(recipe: Recipe, accuracy: Mapping[str, float]) -> str:
     """Model card of data/base/tiny-preference."""
     return f"""# The embedded default's preference model to start from
 
-A `CLIPModel` of 0.26M parameters, what PickScore is to the real profiles: taught pictures and prompts
-({recipe.clip_steps} steps), then what flaws drawn pictures have ({recipe.perception_steps} steps), then preferences on
-clean pictures of the training prompts, generated and drawn in turn ({recipe.preference_steps} steps). Apache-2.0.
-{MADE}
+A `CLIPModel` of 0.57M parameters, what PickScore is to the real profiles: taught which prompt a drawn picture belongs
+to and what flaws it has ({recipe.sight_steps} steps), then preferences on clean pictures of the training prompts
+({recipe.preference_steps} steps): generated ones (those of the shipped pairs, and {recipe.lessons_per_prompt} more a
+prompt by the base's checkpoint of {recipe.earlier[-1]} steps) and drawn ones. Labels are made by the opinion of the
+shipped pairs. Apache-2.0. {MADE}
 
 It agrees with {accuracy["accuracy"]:.3f} of the {accuracy["pairs"]} decided labels of held-out prompts; the labels
 themselves are noisy (see `data/preferences/tiny`).
@@ -55,7 +57,7 @@ def pairs(recipe: Recipe, pool: Pool) -> str:
 {len(pool.label)} pairs of {len(pool.pictures)} generated 64 px pictures for {len(set(pool.prompts))} prompts, in
 Pick-a-Pic's layout: `caption, jpg_0, jpg_1, label_0, label_1`. Apache-2.0. {MADE}
 
-The pictures come from the base and its checkpoints of {" and ".join(map(str, recipe.earlier))} steps, at guidance
+The pictures come from the base's checkpoints of {", ".join(map(str, recipe.earlier))} steps, at guidance
 1.5 to 7.5, 8 to 20 steps, eta 0 or 1, {recipe.pictures_per_prompt} a prompt; each is compared with the next one of
 its prompt. One generic opinion labels them (`spo/pretrain/opinion.py`), in which
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from spo.data.world import BACKGROUNDS, SHAPES, SIZES, all_scenes, draw_attributes, draw_quality, render
@@ -37,8 +37,8 @@ def new_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT)
 
 
-def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Untrained towers of width 64 for pictures of 64 px."""
+def new_clip(tokenizer: CLIPTokenizer, *, width: int = 64, layers: int = 3) -> CLIPModel:
+    """Untrained towers for pictures of 64 px; width and layers are the vision tower's."""
     end = tokenizer.convert_tokens_to_ids(END)
     text = {
         "vocab_size": len(tokenizer),
@@ -52,9 +52,9 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": end,
     }
     vision = {
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "image_size": 64,
         "patch_size": 8,
@@ -62,13 +62,13 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64, logit_scale_init_value=2.3))
 
 
-def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
+def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """Token ids (n, CONTEXT), padded and truncated."""
     tokens = tokenizer(prompts, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
     return tokens.input_ids
 
 
-def normalise(pictures: torch.Tensor) -> torch.Tensor:
+def normalise(pictures: Tensor) -> Tensor:
     """Pictures in [0, 1] -> CLIP's mean and deviation."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
@@ -84,7 +84,7 @@ def train_clip(
     learning_rate: float,
     generator: Generator,
 ) -> Iterator[dict[str, float]]:
-    """Contrast pictures with prompts, in place; the same prompt twice in a batch counts as right both times."""
+    """Contrast freshly drawn pictures with prompts, in place."""
     scenes = all_scenes()
     ids = token_ids(tokenizer, [scene.prompt for scene in scenes])
     optimizer = torch.optim.AdamW(clip.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -94,18 +94,27 @@ def train_clip(
         chosen = torch.randint(len(scenes), (batch_size,), generator=generator)
         attributes = draw_attributes([scenes[i] for i in chosen.tolist()], generator)
         pictures = render(attributes, draw_quality(batch_size, generator), generator)
-        images = F.normalize(clip.get_image_features(pixel_values=normalise(pictures)).pooler_output, dim=1)
-        texts = F.normalize(clip.get_text_features(input_ids=ids[chosen]).pooler_output, dim=1)
-        logits = clip.logit_scale.exp() * images @ texts.T
-        target = (chosen[:, None] == chosen[None]).float()
-        target /= target.sum(dim=1, keepdim=True)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        images = clip.get_image_features(pixel_values=normalise(pictures)).pooler_output
+        texts = clip.get_text_features(input_ids=ids[chosen]).pooler_output
+        loss, right = contrast(images, texts, chosen, clip.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
-        right = target.gather(1, logits.argmax(dim=1, keepdim=True)) > 0
-        yield {"loss": loss.item(), "right": right.float().mean().item()}
+        yield {"loss": loss.item(), "right": right.item()}
+
+
+def contrast(images: Tensor, texts: Tensor, chosen: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP's loss of images and texts (n, d), and the share of pictures that find their text.
+
+    chosen: (n,) the text's index; the same text twice in a batch counts as right both times.
+    """
+    logits = scale * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    target = (chosen[:, None] == chosen[None]).float()
+    target /= target.sum(dim=1, keepdim=True)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    right = target.gather(1, logits.argmax(dim=1, keepdim=True)) > 0
+    return loss, right.float().mean()
 
 
 def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:

@@ -103,6 +103,7 @@ def train_denoiser(
     empty = len(ids) - 1
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    unet.to(memory_format=torch.channels_last)  # a quarter less time on a CPU
     average = Average(unet, text_encoder, decay=0.998)
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -1,19 +1,20 @@
 """The parts of the embedded default, in the order in which they are made; each writes one folder."""
 
+import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import Generator
+from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.config import Config, ModelConfig, SamplingConfig
 from spo.data.prompts import split_prompts
-from spo.data.world import all_scenes
+from spo.data.world import Scene, all_scenes
 from spo.evaluation.generate import eight_bits, generate, image_seed
 from spo.evaluation.metrics import score
 from spo.evaluation.oracle import judge
@@ -25,16 +26,20 @@ from spo.pretrain.denoiser import draw_latents, new_unet, save_pipeline, train_d
 from spo.pretrain.opinion import utility
 from spo.pretrain.pairs import Pool, compare, sample_pool
 from spo.pretrain.preference import (
+    Group,
     Opinion,
+    draw_stock,
     drawn_groups,
     generated_groups,
     score_groups,
-    train_perception,
     train_preference,
+    train_sight,
 )
 from spo.pretrain.recipe import RECIPE
 from spo.pretrain.vae import finish_vae, new_vae, train_vae
 from spo.progress import progress
+
+PREFERENCE_SCALE = 10.0  # of the cosine, where the preferences start
 
 
 def generator(part: int) -> Generator:
@@ -109,9 +114,9 @@ def make_denoiser(folder: Path, vae_folder: Path, clip_folder: Path) -> None:
 
 
 def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
-    """The pictures of the preference pairs, and the opinion of them."""
+    """The pictures of the preference pairs, by the base's earlier checkpoints, and the opinion of them."""
     random = generator(3)
-    checkpoints = [*(denoiser / f"step-{step}" for step in RECIPE.earlier), denoiser / "final"]
+    checkpoints = [denoiser / f"step-{step}" for step in RECIPE.earlier]
     made = list(
         sample_pool(checkpoints, prompts, per_prompt=RECIPE.pictures_per_prompt, chunk=RECIPE.chunk, generator=random)
     )
@@ -124,7 +129,7 @@ def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
         tie=RECIPE.tie,
         generator=random,
     )
-    tensors = {name: value for name, value in asdict(pool).items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in asdict(pool).items() if isinstance(value, Tensor)}
     tensors["pictures"] = (pool.pictures * 255).round().byte()
     save_file(tensors, folder / "pool.safetensors")
     write_json(folder / "prompts.json", pool.prompts)
@@ -136,40 +141,64 @@ def load_pool(folder: Path) -> Pool:
     return Pool(**{**tensors, "pictures": tensors["pictures"] / 255}, prompts=read_json(folder / "prompts.json"))
 
 
-def make_preference(folder: Path, clip_folder: Path, pool: Pool, config: Config) -> None:
-    """The preference model that the step-aware one starts from; it never sees the prompts that `prepare` holds out."""
-    clip, tokenizer = CLIPModel.from_pretrained(clip_folder).train(), CLIPTokenizer.from_pretrained(clip_folder)
-    random = generator(4)
-    scenes = all_scenes()
-    split = split_prompts(
-        [scene.prompt for scene in scenes],
+def training_prompts(config: Config) -> list[str]:
+    """Those that `prepare` will train on; the preference model sees no others."""
+    return split_prompts(
+        [scene.prompt for scene in all_scenes()],
         seed=config.seed,
         validation_fraction=config.prepare.validation_fraction,
         test_fraction=config.prepare.test_fraction,
+    ).train
+
+
+def make_lessons(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
+    """More pictures of the training prompts, by the last of the earlier checkpoints: what PickScore saw of people's."""
+    made = list(
+        sample_pool(
+            [denoiser / f"step-{RECIPE.earlier[-1]}"],
+            prompts,
+            per_prompt=RECIPE.lessons_per_prompt,
+            chunk=RECIPE.chunk,
+            generator=generator(7),
+        )
     )
-    known = set(split.train)
-    scenes = [scene for scene in scenes if scene.prompt in known]
-    perception = train_perception(
+    pictures = torch.cat([(pictures * 255).round().byte() for _, pictures in made])
+    save_file({"pictures": pictures, "prompt": torch.cat([rows for rows, _ in made])}, folder / "lessons.safetensors")
+
+
+def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, config: Config) -> None:
+    """The preference model that the step-aware one starts from; it never sees the prompts that `prepare` holds out."""
+    random = generator(4)
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
+    tokenizer = new_tokenizer()
+    width, layers = RECIPE.tower
+    clip = new_clip(tokenizer, width=width, layers=layers)
+    prompts = training_prompts(config)
+    scenes = [Scene.parse(prompt) for prompt in prompts]
+    sight = train_sight(
         clip,
+        tokenizer,
+        draw_stock(vae, scenes, RECIPE.sight_pictures, random),
         scenes,
-        steps=RECIPE.perception_steps,
-        batch_size=RECIPE.perception_batch,
-        learning_rate=RECIPE.perception_rate,
+        steps=RECIPE.sight_steps,
+        batch_size=RECIPE.sight_batch,
+        learning_rate=RECIPE.sight_rate,
         generator=random,
     )
-    _watch(perception, RECIPE.perception_steps, "perception")
-    members: dict[str, list[int]] = {}
-    for i, prompt in enumerate(pool.prompts):
-        members.setdefault(prompt, []).append(i)
-    groups = [torch.tensor(members[prompt]) for prompt in split.train]
-    values = utility(pool.pictures, pool.prompts, share=RECIPE.share)
+    _watch(sight, RECIPE.sight_steps, "sight")
+    taught = load_file(lessons / "lessons.safetensors")
+    own = torch.tensor([prompt in prompts for prompt in pool.prompts]).nonzero().flatten()
+    shown = [pool.prompts[i] for i in own.tolist()]
+    sources = [
+        _groups(taught["pictures"], [prompts[i] for i in taught["prompt"].tolist()], prompts),
+        _groups((pool.pictures[own] * 255).round().byte(), shown, prompts),
+        drawn_groups(vae, scenes, RECIPE.preference_prompts, RECIPE.share),
+    ]
+    torch.nn.init.constant_(clip.logit_scale, math.log(PREFERENCE_SCALE))
     steps = train_preference(
         clip,
         tokenizer,
-        [
-            generated_groups(pool.pictures, groups, split.train, values, RECIPE.preference_prompts),
-            drawn_groups(scenes, RECIPE.preference_prompts, RECIPE.share),
-        ],
+        sources,
         Opinion(RECIPE.share, RECIPE.temperature, RECIPE.tie),
         steps=RECIPE.preference_steps,
         learning_rate=RECIPE.preference_rate,
@@ -177,7 +206,17 @@ def make_preference(folder: Path, clip_folder: Path, pool: Pool, config: Config)
     )
     _watch(steps, RECIPE.preference_steps, "preference")
     save_clip(clip.eval(), tokenizer, folder)
-    write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, known))
+    write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, set(prompts)))
+
+
+def _groups(pictures: Tensor, names: list[str], prompts: Sequence[str]) -> Callable[[Generator], Group]:
+    """Groups of generated 8-bit pictures, each of a prompt in `names`, with the opinion of them."""
+    members: dict[str, list[int]] = {prompt: [] for prompt in prompts}
+    for i, name in enumerate(names):
+        members[name].append(i)
+    values = utility(pictures / 255, names, share=RECIPE.share)
+    rows = [torch.tensor(members[prompt]) for prompt in prompts]
+    return generated_groups(pictures, rows, prompts, values, RECIPE.preference_prompts)
 
 
 @torch.no_grad()

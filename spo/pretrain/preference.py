@@ -1,8 +1,9 @@
 """What PickScore is to Stable Diffusion: the embedded default's CLIP, taught preferences on clean pictures.
 
-First it learns to see how pictures are finished, which CLIP's captions of the web teach it and the world's prompts do
-not; then whole groups of pictures of one prompt are compared, generated and freshly drawn ones in turn, labelled by
-the generic opinion of `spo/pretrain/opinion.py`.
+First it learns to see: which prompt a drawn picture belongs to and how it is finished, which CLIP's captions of the
+web teach it and the world's prompts do not. Most of these pictures have been through the autoencoder, as all generated
+ones have. Then whole groups of pictures of one prompt are compared, generated and drawn ones, labelled by the generic
+opinion of `spo/pretrain/opinion.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Generator, Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.core.losses import preference_loss
 from spo.data.world import Scene, draw_attributes, draw_quality, render
-from spo.pretrain.clip import normalise, token_ids
+from spo.pretrain.clip import contrast, normalise, token_ids
 from spo.pretrain.opinion import combine, label
 
 GROUP = 8  # pictures of one prompt that are compared with one another
@@ -40,20 +42,72 @@ class Group:
     utility: Tensor
 
 
-def train_perception(
-    clip: CLIPModel, scenes: Sequence[Scene], *, steps: int, batch_size: int, learning_rate: float, generator: Generator
+@dataclass(frozen=True)
+class Stock:
+    """Drawn pictures to see with."""
+
+    pictures: Tensor  # (n, 3, 64, 64) of 8 bits
+    scene: Tensor  # (n,) index of what was asked for
+    flaws: Tensor  # (n, 4) fade, softness, blotch and distance off centre, each of mean 0 and deviation 1
+
+
+@torch.no_grad()
+def draw_stock(
+    vae: AutoencoderKL, scenes: Sequence[Scene], n: int, generator: Generator, *, batch_size: int = 512
+) -> Stock:
+    """Draw n pictures, three quarters of them through the autoencoder with a little noise on their latents."""
+    chosen = torch.randint(len(scenes), (n,), generator=generator)
+    pictures, flaws = [], []
+    for part in chosen.split(batch_size):
+        quality = draw_quality(len(part), generator)
+        drawn = render(draw_attributes([scenes[i] for i in part.tolist()], generator), quality, generator)
+        kept = len(part) // 4
+        drawn[kept:] = through(vae, drawn[kept:], generator, noise=0.15)
+        pictures.append((drawn * 255).round().byte())
+        flaws.append(torch.cat([quality[:, :3], quality[:, 3:].norm(dim=1, keepdim=True)], dim=1))
+    truth = torch.cat(flaws)
+    return Stock(torch.cat(pictures), chosen, (truth - truth.mean(dim=0)) / truth.std(dim=0))
+
+
+@torch.no_grad()
+def through(vae: AutoencoderKL, pictures: Tensor, generator: Generator, *, noise: float = 0.0) -> Tensor:
+    """What the autoencoder makes of pictures (n, 3, h, w) in [0, 1], each latent with noise of up to a deviation."""
+    latents = vae.encode(2 * pictures - 1).latent_dist.mean
+    if noise:
+        strength = noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        latents = latents + strength * torch.randn(latents.shape, generator=generator)
+    return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+
+
+def train_sight(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    stock: Stock,
+    scenes: Sequence[Scene],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: Generator,
 ) -> Iterator[dict[str, float]]:
-    """Teach the vision tower the true flaws of drawn pictures, through a linear head that is thrown away."""
-    head = nn.Linear(clip.config.vision_config.hidden_size, 4)
-    for step in _schedule([*clip.vision_model.parameters(), *head.parameters()], steps, learning_rate):
-        chosen = torch.randint(len(scenes), (batch_size,), generator=generator).tolist()
-        quality = draw_quality(batch_size, generator)
-        pictures = render(draw_attributes([scenes[i] for i in chosen], generator), quality, generator)
-        seen = head(clip.vision_model(pixel_values=normalise(pictures)).pooler_output)
-        truth = torch.cat([quality[:, :3], quality[:, 3:].norm(dim=1, keepdim=True)], dim=1)
-        loss = F.mse_loss(seen, (truth - truth.mean(dim=0)) / truth.std(dim=0))
-        step(loss)
-        yield {"unexplained": loss.item()}
+    """Teach the CLIP prompts, and flaws through a head that is thrown away, in place."""
+    head = nn.Linear(clip.config.vision_config.hidden_size, stock.flaws.shape[1])
+    ids = token_ids(tokenizer, [scene.prompt for scene in scenes])
+    for step in _schedule([*clip.parameters(), *head.parameters()], steps, learning_rate):
+        rows = torch.randint(len(stock.pictures), (batch_size,), generator=generator)
+        pictures = mirror(stock.pictures[rows] / 255, generator)
+        seen = clip.vision_model(pixel_values=normalise(pictures)).pooler_output
+        texts = clip.get_text_features(input_ids=ids[stock.scene[rows]]).pooler_output
+        captions, right = contrast(clip.visual_projection(seen), texts, stock.scene[rows], clip.logit_scale.exp())
+        unexplained = F.mse_loss(head(seen), stock.flaws[rows])
+        step(captions + stock.flaws.shape[1] * unexplained)
+        yield {"captions": captions.item(), "right": right.item(), "unexplained": unexplained.item()}
+
+
+def mirror(pictures: Tensor, generator: Generator) -> Tensor:
+    """Every other picture, at random, left to right."""
+    flipped = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(flipped, pictures.flip(-1), pictures)
 
 
 def train_preference(
@@ -71,9 +125,7 @@ def train_preference(
     for number, step in enumerate(_schedule(list(clip.parameters()), steps, learning_rate)):
         group = draw[number % len(draw)](generator)
         utility = group.utility.unflatten(0, (-1, GROUP))
-        mirrored = torch.rand(len(group.pictures), 1, 1, 1, generator=generator) < 0.5
-        pictures = torch.where(mirrored, group.pictures.flip(-1), group.pictures)
-        scores = score_groups(clip, tokenizer, pictures, group.prompts)
+        scores = score_groups(clip, tokenizer, mirror(group.pictures, generator), group.prompts)
         first = label(
             utility[:, one].flatten(),
             utility[:, other].flatten(),
@@ -94,8 +146,8 @@ def score_groups(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, pr
     return clip.logit_scale.exp() * (images.unflatten(0, (len(prompts), -1)) * text[:, None]).sum(dim=-1)
 
 
-def drawn_groups(scenes: Sequence[Scene], num: int, share: float) -> Callable[[Generator], Group]:
-    """Freshly drawn groups of `num` prompts; some pictures show something else than was asked."""
+def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: float) -> Callable[[Generator], Group]:
+    """Freshly drawn groups of `num` prompts, through the autoencoder; some show something else than was asked."""
 
     def draw(generator: Generator) -> Group:
         asked = [scenes[i] for i in torch.randint(len(scenes), (num,), generator=generator).tolist()]
@@ -111,7 +163,8 @@ def drawn_groups(scenes: Sequence[Scene], num: int, share: float) -> Callable[[G
         quality = draw_quality(len(repeated), generator)
         finish = -(quality[:, :3] / torch.tensor([0.6, 4.0, 0.18])).sum(dim=1)
         utility = combine(finish, right, -quality[:, 3:].norm(dim=1), share=share)
-        return Group(render(shown, quality, generator), [scene.prompt for scene in asked], utility)
+        pictures = through(vae, render(shown, quality, generator), generator)
+        return Group(pictures, [scene.prompt for scene in asked], utility)
 
     return draw
 
@@ -119,12 +172,12 @@ def drawn_groups(scenes: Sequence[Scene], num: int, share: float) -> Callable[[G
 def generated_groups(
     pictures: Tensor, members: Sequence[Tensor], prompts: Sequence[str], utility: Tensor, num: int
 ) -> Callable[[Generator], Group]:
-    """Groups out of a pool of pictures: `members` holds the GROUP indices of each of the prompts."""
+    """Groups out of a pool of 8-bit pictures: `members` holds the indices, GROUP or more, of each of the prompts."""
 
     def draw(generator: Generator) -> Group:
         chosen = torch.randint(len(members), (num,), generator=generator).tolist()
-        index = torch.cat([members[i] for i in chosen])
-        return Group(pictures[index], [prompts[i] for i in chosen], utility[index])
+        index = torch.cat([members[i][torch.randperm(len(members[i]), generator=generator)[:GROUP]] for i in chosen])
+        return Group(pictures[index] / 255, [prompts[i] for i in chosen], utility[index])
 
     return draw
 

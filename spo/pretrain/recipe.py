@@ -18,23 +18,27 @@ class Recipe:
     clip_batch: int = 64
     clip_rate: float = 2e-3
     # text encoder and UNet
-    latents: int = 16_000
-    unet_cycles: tuple[tuple[int, float], ...] = ((6000, 2e-3), (2800, 1.2e-3))  # steps, and the rate that decays
+    latents: int = 24_000
+    # steps, and the rate that decays
+    unet_cycles: tuple[tuple[int, float], ...] = ((6000, 2e-3), (2800, 1.2e-3), (5000, 1.2e-3))
     unet_batch: int = 64
-    earlier: tuple[int, ...] = (2000, 4000)  # steps of checkpoints that also draw preference pictures
+    earlier: tuple[int, ...] = (2000, 4000, 8800)  # steps of the checkpoints that draw preference pictures
     # preference pairs
     pictures_per_prompt: int = 8
     chunk: int = 144
     share: float = 0.25  # of the opinion's variance that is owed to finish
     temperature: float = 0.3  # of the opinion's logistic error, in standard deviations of utility
     tie: float = 0.1
-    # CLIP: how pictures are finished, then preferences
-    perception_steps: int = 800
-    perception_batch: int = 96
-    perception_rate: float = 2e-3
-    preference_steps: int = 900
+    # the preference model: sight, then preferences
+    tower: tuple[int, int] = (96, 4)  # width and layers of what looks at pictures
+    sight_pictures: int = 12_288
+    sight_steps: int = 4000
+    sight_batch: int = 96
+    sight_rate: float = 2e-3
+    lessons_per_prompt: int = 22  # pictures of the training prompts beside the shipped pairs
+    preference_steps: int = 2700
     preference_prompts: int = 12  # a step, with 8 pictures each
-    preference_rate: float = 1.5e-3
+    preference_rate: float = 1e-3
     # figures of the model card
     judged: int = 288
 

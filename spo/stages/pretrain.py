@@ -31,7 +31,9 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     clip = _once(work / "clip", parts.make_clip)
     denoiser = _once(work / "denoiser", lambda folder: parts.make_denoiser(folder, vae, clip))
     pool = parts.load_pool(_once(work / "pool", lambda folder: parts.make_pool(folder, denoiser, prompts)))
-    preference = _once(work / "preference", lambda folder: parts.make_preference(folder, clip, pool, config))
+    taught = parts.training_prompts(config)
+    lessons = _once(work / "lessons", lambda folder: parts.make_lessons(folder, denoiser, taught))
+    preference = _once(work / "preference", lambda folder: parts.make_preference(folder, vae, lessons, pool, config))
 
     figures = parts.judge_base(denoiser / "final", prompts)
     accuracy = parts.read_accuracy(preference)

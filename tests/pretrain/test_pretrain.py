@@ -13,11 +13,12 @@ from spo.pretrain.opinion import combine, label
 from spo.pretrain.pairs import Pool, compare, write_pairs
 from spo.pretrain.preference import (
     Opinion,
+    draw_stock,
     drawn_groups,
     generated_groups,
     score_groups,
-    train_perception,
     train_preference,
+    train_sight,
 )
 from spo.pretrain.vae import calibrate, draw_batch, finish_vae, new_vae, train_vae
 
@@ -91,11 +92,24 @@ def test_the_clip_learns_which_prompt_belongs_to_which_picture():
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
-def test_perception_of_flaws_is_learned():
-    clip = new_clip(new_tokenizer())
-    steps = train_perception(clip, all_scenes(), steps=60, batch_size=32, learning_rate=2e-3, generator=fixed())
-    unexplained = [step["unexplained"] for step in steps]
-    assert sum(unexplained[-10:]) < 0.95 * sum(unexplained[:10])
+def test_captions_and_flaws_are_learned_together(vae):
+    tokenizer, scenes = new_tokenizer(), all_scenes()[:8]
+    stock = draw_stock(vae, scenes, 64, fixed(), batch_size=32)
+    torch.testing.assert_close(stock.flaws.std(dim=0), torch.ones(4))
+    steps = list(
+        train_sight(
+            new_clip(tokenizer, width=32, layers=1),
+            tokenizer,
+            stock,
+            scenes,
+            steps=60,
+            batch_size=32,
+            learning_rate=2e-3,
+            generator=fixed(),
+        )
+    )
+    for name in ("captions", "unexplained"):
+        assert sum(step[name] for step in steps[-10:]) < 0.95 * sum(step[name] for step in steps[:10])
 
 
 def test_the_denoiser_learns_and_its_average_follows():
@@ -176,14 +190,17 @@ def test_written_pairs_are_read_by_the_users_importer(tmp_path):
     assert sorted(pair.label_0 for pair in pairs) == sorted(pool.label.tolist())
 
 
-def test_the_preference_model_learns_an_opinion_from_both_sources():
+def test_the_preference_model_learns_an_opinion_from_both_sources(vae):
     tokenizer = new_tokenizer()
     clip = new_clip(tokenizer)
     scenes = all_scenes()[:8]
     pictures, utility = draw_batch(16, fixed()) / 2 + 0.5, torch.linspace(-2, 2, 16)
     members = [torch.arange(8), torch.arange(8, 16)]
     prompts = [scene.prompt for scene in scenes[:2]]
-    sources = [generated_groups(pictures, members, prompts, utility, 2), drawn_groups(scenes, 2, 0.25)]
+    sources = [
+        generated_groups((pictures * 255).byte(), members, prompts, utility, 2),
+        drawn_groups(vae, scenes, 2, 0.25),
+    ]
     steps = list(
         train_preference(
             clip, tokenizer, sources, Opinion(0.25, 0.05, 0.0), steps=60, learning_rate=1e-3, generator=fixed()
