@@ -28,3 +28,9 @@ class ModelError(SpoError):
 
 class TrainingError(SpoError):
     """A training run cannot go on."""
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error's message without line breaks, cut at `limit` characters."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= limit else message[: limit - 3] + "..."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spo import hub
 from spo.data.images import MAX_BYTES
 from spo.data.rows import RowError, json_lines
 from spo.errors import DataError
@@ -138,6 +139,7 @@ def _hub_rows(name: str, split: str) -> Iterator[RawRow]:
     """Stream NAME or NAME@REVISION: its parquet files, or those that the hub made of it."""
     from huggingface_hub import HfFileSystem  # only where it is asked for: it takes a second
 
+    hub.connect()
     system = HfFileSystem()
     for path in _hub_files(system, name, split):
         try:

@@ -6,16 +6,17 @@ transformers' BLIP, whose parts have other names.
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from spo import hub
 from spo.config import ImageRewardConfig
-from spo.errors import ModelError
+from spo.errors import ModelError, one_line
 from spo.evaluation.weights import fetch_file, fill, linear_head, read_tensors
 from spo.preference.preprocess import Preprocessing
-from spo.preference.repository import one_line
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published rewards
 TOKENS = 35
@@ -45,6 +46,8 @@ class ImageRewardMetric:
         self.text = _text(_part(state, "blip.text_encoder.", path), path).to(device)
         self.head = linear_head(state, "mlp.layers.", path).to(device)
         self.preprocess = Preprocessing(size=self.vision.config.image_size)
+        if not Path(config.tokenizer).is_dir():
+            hub.connect()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
         except (OSError, ValueError) as error:

@@ -4,14 +4,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from spo import tracking
+from spo import hub, tracking
 from spo.config import Config
 from spo.errors import ModelError
 from spo.models.lora import WEIGHTS
 from spo.models.policy import UNET
 
 BASE = "base"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def find_source(wanted: str | None, config: Config, root: Path = Path()) -> Sour
         return Source(_short(path.stem), path, str(path))
     if path.is_dir():
         return _of_folder(_short(path.name), lora_within(path))
-    if HUB_NAME.fullmatch(wanted) and wanted.split("/")[0] not in ("runs", "models"):
+    if hub.is_name(wanted) and wanted.split("/")[0] not in ("runs", "models"):
         return Source(_short(wanted), wanted, f"{wanted} on the hub")
     raise ModelError(
         f"--model {wanted!r} names nothing here; evaluated: {_evaluated(evaluated) or 'none'}; give one of them, "

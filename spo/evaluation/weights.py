@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spo.errors import ModelError
-from spo.preference.repository import one_line
+from spo import hub
+from spo.errors import ModelError, one_line
 
 
 def fetch_file(wanted: str) -> Path:
@@ -23,6 +23,7 @@ def fetch_file(wanted: str) -> Path:
     owner, name, *rest = wanted.split("/") if wanted.count("/") >= 2 and not path.is_absolute() else ("", "")
     if not rest:
         raise ModelError(f"{wanted} is no file here; put one there, or name one of the hub as OWNER/NAME/FILE")
+    hub.connect()
     try:
         return Path(hf_hub_download(f"{owner}/{name}", "/".join(rest)))
     except (OSError, ValueError) as error:

@@ -3,7 +3,6 @@
 Weights are read from .safetensors only and no code of a repository is run.
 """
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +21,14 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from spo import hub
 from spo.config import ModelConfig, SamplingConfig
-from spo.errors import ModelError
+from spo.errors import ModelError, one_line
 from spo.models.base import LatentDiffusion, Pipeline
 from spo.models.sd15 import StableDiffusion
 from spo.models.sdxl import StableDiffusionXL
 
 PIPELINES: dict[str, type[Pipeline]] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:
@@ -77,12 +76,6 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     return pipeline
 
 
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An error's message without line breaks, cut at `limit` characters."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= limit else message[: limit - 3] + "..."
-
-
 def _check_grid(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) -> None:
     """Refuse a grid whose last step is from t = 0 to t = 0: it has no noise, and so no density."""
     total = pipeline.scheduler.config.num_train_timesteps
@@ -110,21 +103,20 @@ def _check_family(config: ModelConfig) -> None:
 @contextmanager
 def _explained(key: str, path: str) -> Iterator[None]:
     """Turn what the libraries raise while loading `path` into a ModelError of one line."""
-    local = Path(path).is_dir()
-    if not local and not HUB_NAME.fullmatch(path):
-        raise ModelError(f"model.{key}={path!r} is no folder here; put a diffusers model there, or name one of the hub")
+    if not Path(path).is_dir():
+        if not hub.is_name(path):
+            raise ModelError(
+                f"model.{key}={path!r} is no folder here; put a diffusers model there, or name one of the hub"
+            )
+        hub.connect()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own, on every hub name
             yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if local:
-            raise ModelError(
-                f"model.{key}={path!r} cannot be loaded: {one_line(error)}; "
-                "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
-            ) from None
+        if hub.is_name(path):
+            raise ModelError(f"model.{key}={path!r} {hub.not_had(path, f'model.{key}', error)}") from None
         raise ModelError(
-            f"model.{key}={path!r} is no folder here and cannot be fetched from the hub: {one_line(error)}; without "
-            f"a network, run `hf download {path} --local-dir models/{path.split('/')[1]}` elsewhere, bring the "
-            f"folder here and name it in model.{key}"
+            f"model.{key}={path!r} cannot be loaded: {one_line(error)}; "
+            "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
         ) from None

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spo import hub
 from spo.config import LoraConfig
-from spo.errors import ModelError
+from spo.errors import ModelError, one_line
 from spo.files import atomic_path
 from spo.models.base import LatentDiffusion, has_adapter
-from spo.models.load import HUB_NAME, one_line
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 
@@ -136,14 +136,14 @@ def _read(
 @contextmanager
 def _explained(source: str | Path) -> Iterator[None]:
     """Turn what the libraries raise while loading a LoRA into a ModelError of one line."""
+    if hub.is_name(source):
+        hub.connect()
     try:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
-        mend = f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
-        name = str(source)
-        if not Path(source).exists() and HUB_NAME.fullmatch(name):
-            mend = (
-                f"it is no folder here; without a network, run `hf download {name} --local-dir "
-                f"models/{name.split('/')[1]}` elsewhere, bring the folder here and name it instead"
-            )
-        raise ModelError(f"LoRA {source} cannot be loaded: {one_line(error)}; {mend}") from None
+        if hub.is_name(source):
+            raise ModelError(f"LoRA {source} {hub.not_had(source, 'its place', error)}") from None
+        raise ModelError(
+            f"LoRA {source} cannot be loaded: {one_line(error)}; "
+            f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
+        ) from None

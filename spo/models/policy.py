@@ -7,10 +7,9 @@ from typing import Literal
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
-from spo.errors import ModelError
+from spo.errors import ModelError, one_line
 from spo.files import atomic_path
 from spo.models.base import LatentDiffusion, has_adapter
-from spo.models.load import one_line
 from spo.models.lora import load_lora, save_kohya, save_lora
 
 UNET = "unet"  # the folder of a whole UNet within a checkpoint

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from spo.errors import ModelError
+from spo.errors import ModelError, one_line
 from spo.files import atomic_path, write_json
 from spo.preference.clip import StepAwareCLIP
 from spo.preference.preprocess import Mode, Preprocessing
-from spo.preference.repository import one_line, read_clip, read_config, read_preprocessing, read_tokenizer
+from spo.preference.repository import read_clip, read_config, read_preprocessing, read_tokenizer
 
 FORMAT = "spo step-aware preference model"
 VERSION = 1

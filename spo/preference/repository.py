@@ -4,7 +4,6 @@ No code of a repository is run. Pickled weights, where a repository has no safet
 """
 
 import json
-import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,10 +15,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
 
-from spo.errors import ModelError
+from spo import hub
+from spo.errors import ModelError, one_line
 from spo.preference.preprocess import Mode, Preprocessing
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SMALL_FILES = ["*.json", "merges.txt"]
 SAFETENSORS = ["model*.safetensors"]
 PICKLED = ["pytorch_model*.bin"]
@@ -33,16 +32,13 @@ def fetch(repository: str | Path, patterns: list[str], *, revision: str | None =
     folder, name = Path(repository), str(repository)
     if folder.is_dir():
         return folder
-    if not HUB_NAME.fullmatch(name):
+    if not hub.is_name(name):
         raise ModelError(f"CLIP model {name!r} is no folder here; put one there, or name one of the hub as OWNER/NAME")
+    hub.connect()
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"CLIP model {name!r} is no folder here and cannot be fetched from the hub: {one_line(error)}; where there "
-            f"is no network, run `hf download {name} --local-dir models/{name.split('/')[1]}` elsewhere, bring the "
-            "folder here and name it instead"
-        ) from None
+        raise ModelError(f"CLIP model {name!r} {hub.not_had(name, 'its place', error)}") from None
 
 
 def read_clip(repository: str | Path, *, revision: str | None = None) -> CLIPModel:
@@ -113,12 +109,6 @@ def read_preprocessing(
     mean = tuple(values.get("image_mean", OPENAI_CLIP_MEAN))
     std = tuple(values.get("image_std", OPENAI_CLIP_STD))
     return Preprocessing(size=vision.image_size, mean=mean, std=std, mode=mode)
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An error's message without line breaks, cut at `limit` characters."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= limit else message[: limit - 3] + "..."
 
 
 def _read_json(path: Path, repository: str | Path) -> dict[str, Any] | None:
