@@ -94,6 +94,7 @@ class TrainPreferenceConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     preprocessing: Literal["antialias", "published"] = "antialias"
+    blind: bool = False  # to t, which it is then told is 0 in training and in use: the paper's ablation
     labels: LabelsConfig = LabelsConfig()
     evaluate_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)  # as published
     evaluate_pairs: Positive = 512  # validation pairs that accuracy is measured on, at most

@@ -5,11 +5,14 @@ from pathlib import Path
 import torch
 
 from spo.config import Config
+from spo.core.types import Scorer
+from spo.methods.spo import BlindScorer
 from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
 
 
-def load_scorer(config: Config, root: Path, device: torch.device) -> PreferenceScorer:
-    """ModelError where it is missing."""
+def load_scorer(config: Config, root: Path, device: torch.device) -> Scorer:
+    """One that was trained blind to t stays so. ModelError where it is missing."""
     preference = load_preference_model(root / config.folder("train_preference") / "model")
-    return PreferenceScorer(preference, device=device, dtype=getattr(torch, config.train_preference.dtype))
+    scorer = PreferenceScorer(preference, device=device, dtype=getattr(torch, config.train_preference.dtype))
+    return BlindScorer(scorer, 0) if config.train_preference.blind else scorer

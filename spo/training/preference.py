@@ -90,8 +90,9 @@ class StepAwareTraining:
             return_tensors="pt",
         ).input_ids.to(self.base.device)
         text = self.model.text_features(tokens).repeat_interleave(2, dim=0)
+        told = torch.zeros_like(t) if self.config.blind else t
         features = self.model.image_features(
-            self.preference.preprocess(images), t.repeat_interleave(2).to(self.base.device)
+            self.preference.preprocess(images), told.repeat_interleave(2).to(self.base.device)
         )
         return self.model.score(features, text).unflatten(0, (-1, 2))
 

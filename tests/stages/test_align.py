@@ -66,6 +66,23 @@ def test_a_method_leaves_checkpoints_with_their_cost_and_its_history(project: Pa
 
 
 @pytest.mark.slow
+def test_a_preference_model_that_was_trained_blind_to_t_judges_blindly(project: Path, config: Config) -> None:
+    with contextlib.chdir(project):
+        preference = config.train_preference.model_copy(update={"blind": True})
+        seeing = align.load_scorer(config, Path(), torch.device("cpu"))
+        blind = align.load_scorer(config.model_copy(update={"train_preference": preference}), Path(), seeing.device)
+    with torch.no_grad():  # what three steps of training left is too little to tell
+        for parameter in seeing.model.final_modulation.parameters():
+            parameter.add_(0.1)
+        blind.scorer.model.load_state_dict(seeing.model.state_dict())
+    images, text = torch.rand(2, 3, 16, 16), seeing.encode(["a cat", "a dog"])
+    early, late = torch.full((2,), 900), torch.zeros(2, dtype=torch.long)
+    assert torch.equal(blind(images, text, early), blind(images, text, late))
+    assert torch.equal(blind(images, text, early), seeing(images, text, late))
+    assert not torch.equal(seeing(images, text, early), seeing(images, text, late))
+
+
+@pytest.mark.slow
 def test_training_seeds_differ_and_lie_side_by_side(project: Path, config: Config) -> None:
     one, other = (
         load_file(sorted((project / config.aligned("dpo", seed) / "checkpoints").iterdir())[-1] / WEIGHTS)
@@ -83,10 +100,12 @@ def test_diffusion_dpo_trains_without_guidance_and_the_others_with_it(config: Co
 
 @pytest.mark.slow
 def test_the_comparison_has_a_column_for_every_method(project: Path, config: Config) -> None:
+    one_seed = config.model_copy(update={"training_seeds": SEEDS[:1]})
     with contextlib.chdir(project):
-        evaluate.run(config, tracker=NullTracker())
+        evaluate.run(one_seed, tracker=NullTracker())
     metrics = json.loads((project / config.folder("evaluate") / "metrics.json").read_text())
-    assert {"base", "spo", "d3po", "dpo"} <= set(metrics["eta_0"])
+    assert {"base", *config.methods} <= set(metrics)
+    assert all((project / config.folder("evaluate") / "lora" / name).is_dir() for name in config.methods)
 
 
 @pytest.mark.slow

@@ -58,6 +58,19 @@ def test_both_images_and_both_halves_of_the_guidance_take_one_unet_call(training
     assert len(calls) == 1
 
 
+def test_a_model_that_is_to_be_blind_is_told_that_t_is_0(training, monkeypatch):
+    told = []
+    look = training.model.image_features
+    monkeypatch.setattr(
+        training.model, "image_features", lambda pixels, t: told.append(t.unique().tolist()) or look(pixels, t)
+    )
+    pairs, t = make_pairs(training, 4), torch.full((4,), 501)
+    for blind in (False, True):
+        training.config = training.config.model_copy(update={"blind": blind})
+        training.scores(pairs, torch.arange(4), t, Generator().manual_seed(0))
+    assert told == [[501], [0]]
+
+
 def test_at_a_small_t_the_model_sees_the_clean_images(training):
     pairs = make_pairs(training, 4)
     noise = torch.randn(pairs.latents.shape, generator=Generator().manual_seed(0))
