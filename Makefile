@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: repro test bench lint ui format clean
+.PHONY: repro test bench soak lint ui format clean
 
 repro: $(STAMP)
 	@$(BIN)/python -m spo repro
@@ -29,6 +29,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+SOAK_MINUTES ?= 60
+soak: $(STAMP)  # hours: five times the kills, twenty times the hostile input, an hour of alignment
+	SPO_SOAK=1 SPO_KILLS=100 SPO_EXAMPLES=20 $(BIN)/python -m pytest tests/stages/test_resume.py tests/hostile tests/soak
+	PYTHONPATH=. $(BIN)/python tests/soak/memory.py $(SOAK_MINUTES)
 
 ui: $(STAMP)
 	@$(BIN)/python -m spo mlflow-ui

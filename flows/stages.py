@@ -22,7 +22,7 @@ from prefect.states import Completed, State
 Stage = Literal["prepare", "train_preference", "align", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
-GRACE_SECONDS = 10.0  # between asking a stage to end and ending it
+GRACE_SECONDS = 60.0  # for a stage to save what it has done, before it is ended
 TAIL_LINES = 20  # of a failed stage's output, in its error
 
 

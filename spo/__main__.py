@@ -1,22 +1,26 @@
 """The commands: `python -m spo STAGE` runs one stage, `python -m spo repro` whatever of the pipeline has changed.
 
-A mistake of the user's ends with one line and exit code 1, wrong arguments with 2, Ctrl-C with 130.
+A mistake of the user's ends with one line and exit code 1, wrong arguments with 2, Ctrl-C with 130, SIGTERM with 143.
 """
 
 import argparse
 import importlib
 import os
-import subprocess
+import shutil
 import sys
 import time
 import uuid
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from spo.config import Config, load_config
 from spo.errors import SpoError
+from spo.locking import locked
+from spo.preflight import Finding, require
+from spo.stopping import Stopped, run_group, stoppable
 
 STAGES = {  # in the pipeline's order; the last is not part of it
     "prepare": "check prompts and preferences and split them",
@@ -26,6 +30,8 @@ STAGES = {  # in the pipeline's order; the last is not part of it
     "report": "write the report",
     "pretrain": "make the embedded default's models and data anew",
 }
+STAGES_CHECKED = ("prepare", "train_preference", "align", "evaluate")  # at their start, for what later ones lack
+RESUMED = ("train_preference", "align")  # go on from where they were stopped
 SECTIONS = {  # of the configuration, that a stage reads: what its run is tracked with
     "prepare": ("seed", "prepare"),
     "train_preference": ("seed", "model", "sampling", "train_preference"),
@@ -38,10 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        with stoppable():
+            return options.run(options) or 0
     except SpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"ended by {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -58,17 +68,34 @@ def run_stage(options: argparse.Namespace) -> None:
         raise SpoError(f"align {method}: profile {config.profile} has no such method; it has {sorted(config.align)}")
     if method is not None and seed is None:
         seed = config.training_seeds[0]
+    if stage in STAGES_CHECKED:
+        require(config, stage, root)
     label = stage if method is None else f"{stage} {method} --seed {seed}"
     _settle()
     from spo import tracking
 
     run = importlib.import_module(f"spo.stages.{stage}").run
     start = time.monotonic()
-    with tracking.start(config, stage, root, method=method, seed=seed) as tracker:
-        tracker.log_params(settings(config, stage, method, seed))
-        run(config, *(() if method is None else (method, seed)), root=root, tracker=tracker)
+    job = (stage, *(() if method is None else (method, f"seed-{seed}")))
+    with only_one(config, job, root):
+        if getattr(options, "restart", False):
+            shutil.rmtree(root / config.state_folder(*job), ignore_errors=True)
+        with tracking.start(config, stage, root, method=method, seed=seed) as tracker:
+            tracker.log_params(settings(config, stage, method, seed))
+            run(config, *(() if method is None else (method, seed)), root=root, tracker=tracker)
     if os.environ.get("RANK", "0") == "0":
         print(f"{label}: done in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def only_one(config: Config, job: Sequence[str], root: Path) -> AbstractContextManager[None]:
+    """Held while a job (stage, method, seed) runs; LockedError where another process holds it.
+
+    Of the processes of one run the first has it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    lock = root / ".cache" / "locks" / config.profile / f"{'-'.join(job)}.lock"
+    return locked(lock, f"{' '.join(job)} of profile {config.profile}")
 
 
 def settings(config: Config, stage: str, method: str | None = None, seed: int | None = None) -> dict[str, Any]:
@@ -93,7 +120,7 @@ def repro(options: argparse.Namespace) -> int:
     }
     start = time.monotonic()
     command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if options.force else [])]
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = run_group(command, environment)
     if code:
         raise SpoError(f"the pipeline stopped (dvc's exit code {code}); the lines above tell which stage and why")
     summary = (config.folder("report") / "summary.txt").read_text(encoding="utf-8").strip()
@@ -109,6 +136,22 @@ def repro(options: argparse.Namespace) -> int:
     return 0
 
 
+def check(options: argparse.Namespace) -> int:
+    """Say what would end a run, before it is started; 1 where something would."""
+    config = load_config(Path(), options.profile)
+    _print_finding(Finding("configuration", True, f"configs/{config.profile}.yaml and params.yaml", ()))
+    _settle()
+    from spo.stages.check import check
+
+    good = check(config, Path(), _print_finding, quick=options.quick)
+    print(f"profile {config.profile} {'can run' if good else 'cannot run yet: mend the lines marked FAIL'}")
+    return 0 if good else 1
+
+
+def _print_finding(finding: Finding) -> None:
+    print(f"{'ok  ' if finding.good else 'FAIL'}  {finding.what:<31}{finding.detail}", flush=True)
+
+
 def mlflow_ui(options: argparse.Namespace) -> None:
     """Serve the tracked runs to this machine; this process becomes the server."""
     from spo import tracking
@@ -117,7 +160,7 @@ def mlflow_ui(options: argparse.Namespace) -> None:
     if left := tracking.send_unsent():
         print(f"warning: {left} runs still wait in mlflow/unsent: {uri} is away", file=sys.stderr)
     if uri.startswith("http"):
-        print(f"the runs are at {uri}")
+        print(f"the runs are at {tracking.masked(uri)}")
         return
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise SpoError(f"there are no runs at {uri} yet; run `python -m spo repro` first")
@@ -227,12 +270,20 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("name", metavar="NAME", help="of the method: a key of the profile's align section")
             command.add_argument("--seed", type=int, help="of the training (default: the first of training_seeds)")
         command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
+        if stage in RESUMED:
+            command.add_argument("--restart", action="store_true", help="forget what a stopped run had saved")
         command.set_defaults(run=run_stage, stage=stage)
 
     purpose = "run the stages that have changed, in order"
     command = commands.add_parser("repro", help=purpose, description=purpose)
     command.add_argument("--force", action="store_true", help="run all stages, changed or not")
     command.set_defaults(run=repro)
+
+    purpose = "find out in a minute what would end a run after hours"
+    command = commands.add_parser("check", help=purpose, description=purpose)
+    command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
+    command.add_argument("--quick", action="store_true", help="look at settings, files and disk alone; run nothing")
+    command.set_defaults(run=check)
 
     of_model = "an evaluated method, a run's folder, a LoRA's file or folder, OWNER/NAME, models:/NAME@ALIAS or base"
     purpose = "make pictures of a prompt"

@@ -304,6 +304,14 @@ class EvaluateConfig(Section):
         return self
 
 
+class SafetyConfig(Section):
+    """What keeps a run from being lost; none of it changes a result, so no stage runs anew for it."""
+
+    save_every_seconds: Annotated[float, Field(ge=0)] = 60.0  # of a run's state; less often where saving is slow
+    max_skipped_in_a_row: Positive = 10  # updates with a loss or gradient that is not finite, before the run ends
+    stuck_after: Positive = 20  # updates or rollouts in a row without a sign of learning, before a warning
+
+
 class Config(Section):
     profile: str
     seed: int = 0
@@ -315,6 +323,7 @@ class Config(Section):
     train_preference: TrainPreferenceConfig
     align: dict[Name, MethodConfig]
     evaluate: EvaluateConfig
+    safety: SafetyConfig = SafetyConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -355,6 +364,10 @@ class Config(Section):
     def aligned(self, method: str, seed: int) -> Path:
         """Where `align` writes what a method comes to from a training seed, relative to the project."""
         return self.folder("align") / method / f"seed-{seed}"
+
+    def state_folder(self, *job: str) -> Path:
+        """Where a job (stage, method, seed) keeps what it goes on from when stopped; nothing that DVC looks at."""
+        return Path(".cache") / "state" / Path(self.profile, *job)
 
 
 def load_config(root: Path = Path(), profile: str | None = None) -> Config:

@@ -4,7 +4,8 @@
     |-- ConfigError   a configuration value or key
     |-- DataError     a prompt file, preference file or image
     |-- ModelError    a model, checkpoint or LoRA that is missing or does not fit
-    `-- TrainingError a training run that cannot go on
+    |-- TrainingError a training run that cannot go on
+    `-- LockedError   a stage that another process is running
 
 A message says what, got, allowed, and how to mend it.
 """
@@ -28,6 +29,10 @@ class ModelError(SpoError):
 
 class TrainingError(SpoError):
     """A training run cannot go on."""
+
+
+class LockedError(SpoError):
+    """Another process is running the stage."""
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

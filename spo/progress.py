@@ -19,15 +19,18 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def progress(iterable: Iterable[T] = (), *, total: int | None = None, label: str) -> "Progress[T]":
-    """Progress over `iterable`, or over `total` calls of `update`; an iterable with a length needs no total."""
-    return Progress(iterable, total=total, label=label)
+def progress(iterable: Iterable[T] = (), *, total: int | None = None, done: int = 0, label: str) -> "Progress[T]":
+    """Progress over `iterable`, or over `total` calls of `update`; an iterable with a length needs no total.
+
+    done: how many of the total an earlier process has done.
+    """
+    return Progress(iterable, total=total, done=done, label=label)
 
 
 class Progress(Generic[T]):
     """Counts while it is iterated; one that is not iterated counts its updates. It writes to stderr."""
 
-    def __init__(self, iterable: Iterable[T] = (), *, total: int | None = None, label: str):
+    def __init__(self, iterable: Iterable[T] = (), *, total: int | None = None, done: int = 0, label: str):
         if total is None and isinstance(iterable, Sized) and len(iterable):
             total = len(iterable)
         self._iterable = iterable
@@ -35,11 +38,13 @@ class Progress(Generic[T]):
         self._total = total
         self._label = label
         self._shown = ""
-        self._count = 0
+        self._done = self._count = done
         self._start = self._last_line = time.monotonic()
         self._closed = False
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=label, dynamic_ncols=True, file=sys.stderr) if terminal else None
+        self._bar = (
+            tqdm(total=total, initial=done, desc=label, dynamic_ncols=True, file=sys.stderr) if terminal else None
+        )
 
     def __iter__(self) -> Iterator[T]:
         self._iterated = True
@@ -91,8 +96,8 @@ class Progress(Generic[T]):
         elapsed = self._last_line - self._start
         count = f"{self._count}" if self._total is None else f"{self._count}/{self._total}"
         parts = [f"{self._label}: {count}" + (f" in {_duration(elapsed)}" if last else "")]
-        if self._count and elapsed > 0:
-            rate = self._count / elapsed
+        if self._count > self._done and elapsed > 0:
+            rate = (self._count - self._done) / elapsed
             parts.append(f"{rate:.2f}/s" if rate >= 1 else f"{1 / rate:.2f} s each")
             if self._total is not None and not last:
                 parts.append(f"{_duration(max(self._total - self._count, 0) / rate)} left")

@@ -12,7 +12,21 @@ from spo.__main__ import SECTIONS, STAGES
 
 ROOT = Path(__file__).parents[1]
 # What serves every stage: a change of it changes no result.
-SERVICES = {"config", "device", "environment", "errors", "files", "hub", "progress", "tables", "tracking"}
+SERVICES = {
+    "checkpoint",
+    "config",
+    "device",
+    "environment",
+    "errors",
+    "files",
+    "hub",
+    "locking",
+    "preflight",
+    "progress",
+    "stopping",
+    "tables",
+    "tracking",
+}
 
 
 def test_import_contracts_are_kept() -> None:

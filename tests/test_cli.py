@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spo import tracking
-from spo.__main__ import STAGES, main, settings
+from spo.__main__ import STAGES, main, only_one, settings
 from spo.config import load_config
 from spo.errors import DataError
 from spo.tracking import NullTracker
@@ -47,6 +47,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
     monkeypatch.setattr(tracking, "start", start)
     monkeypatch.setattr("spo.__main__._settle", lambda: None)
+    monkeypatch.setattr("spo.__main__.require", lambda *_: None)
     return recorder
 
 
@@ -92,6 +93,30 @@ def test_a_seed_is_trained_as_asked_and_else_the_first_of_the_training_seeds(pro
     (project / "params.yaml").write_text(text.replace("training_seeds: [0]", "training_seeds: [3, 4]"))
     assert main(["align", "spo"]) == main(["align", "spo", "--seed", "7"]) == 0
     assert [call[-1] for _, call in stage] == [3, 7]
+
+
+def test_a_second_run_of_a_stage_is_refused_and_another_profile_runs_beside_it(
+    project: Path, stage: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "configs" / "mine.yaml").write_text((project / "configs" / "tiny.yaml").read_text())
+    with only_one(load_config(project), ("prepare",), project):
+        assert main(["prepare"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: prepare of profile tiny is running already: process {os.getpid()} on ")
+        assert main(["prepare", "--profile", "mine"]) == 0
+    assert main(["prepare"]) == 0
+    assert stage == [("spo.stages.prepare", ("mine",)), ("spo.stages.prepare", ("tiny",))]
+
+
+@pytest.mark.usefixtures("stage")
+def test_restart_forgets_what_a_stopped_run_had_saved(project: Path) -> None:
+    state = project / ".cache" / "state" / "tiny" / "train_preference" / "00000001" / "values.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    assert main(["train_preference"]) == 0
+    assert state.exists()
+    assert main(["train_preference", "--restart"]) == 0
+    assert not state.exists()
 
 
 def test_a_name_with_a_hyphen_is_the_same_stage(project: Path, stage: list[Any]) -> None:
@@ -183,11 +208,11 @@ def test_a_stages_settings_are_its_own_sections() -> None:
 def repro_with(code: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
-    def run(command: list[str], *, env: dict[str, str], check: bool) -> SimpleNamespace:
-        calls.append({"command": command, "env": env})
-        return SimpleNamespace(returncode=code)
+    def run_group(command: list[str], environment: dict[str, str]) -> int:
+        calls.append({"command": command, "env": environment})
+        return code
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("spo.__main__.run_group", run_group)
     return calls
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from spo import files
 from spo.files import atomic_path, write_json, write_text
 
 
@@ -60,3 +61,33 @@ def test_json_keeps_order_and_letters_and_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert (tmp_path / "a.json").read_text(encoding="utf-8").startswith('{\n  "b"')
+
+
+def killed_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has left counts from now on as that of one that was killed."""
+    monkeypatch.setattr(files, "_lives", lambda pid: False)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(files._beside(tmp_path / "a.txt", "tmp", ".txt"), "half")
+    write_text(files._beside(tmp_path / "other.txt", "tmp", ".txt"), "another's")
+    killed_process(monkeypatch)
+    write_text(tmp_path / "a.txt", "new")
+    assert len(names(tmp_path)) == 2
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_a_folder_caught_between_its_two_renames_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(files._beside(tmp_path / "a", "old", "") / "x", "old")
+    killed_process(monkeypatch)
+    with pytest.raises(RuntimeError, match="halfway"), files.atomic_path(tmp_path / "a"):
+        raise RuntimeError("halfway")
+    assert (tmp_path / "a" / "x").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(files._beside(tmp_path / "a", "tmp", ""), "half")
+    monkeypatch.setattr(files, "_lives", lambda pid: True)
+    write_text(tmp_path / "b", "")
+    assert len(names(tmp_path)) == 2

@@ -6,6 +6,7 @@ model.safetensors and the tokenizer. The published code has one pickled state di
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +99,9 @@ def read_published(file: str | Path, config: CLIPConfig) -> StepAwareCLIP:
     or if a weight is missing, unknown or of another shape.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error follows where it matters
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist; give the path of a published preference model (.bin)") from None
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
@@ -153,6 +156,10 @@ def _preprocessing(*, size: int, mean: Sequence[float], std: Sequence[float], mo
     return Preprocessing(size=size, mean=tuple(mean), std=tuple(std), mode=mode)
 
 
+def _usable(weight: Tensor) -> bool:
+    return weight.layout == torch.strided and weight.is_floating_point() and bool(weight.isfinite().all())
+
+
 def _filled(
     config: CLIPConfig, weights: Mapping[str, Tensor], source: str, *, name_in_file: Callable[[str], str] = str
 ) -> StepAwareCLIP:
@@ -163,6 +170,7 @@ def _filled(
         "lacks": [name for name in shapes if name not in weights],
         "has the unknown": [name for name in weights if name not in shapes],
         "has another shape of": [name for name in shapes if name in weights and weights[name].shape != shapes[name]],
+        "has no usable numbers in": [name for name in shapes if name in weights and not _usable(weights[name])],
     }
     found = [f"{what} {names[0]} (one of {len(names)})" for what, names in problems.items() if names]
     if found:

@@ -1,8 +1,10 @@
 """Align the diffusion model by one method of the profile: a LoRA, saved several times along the way."""
 
+import shutil
 import time
 from pathlib import Path
 
+from spo.checkpoint import StateStore, fingerprint
 from spo.config import Config, D3poConfig, DiffusionDpoConfig, SpoConfig
 from spo.device import best_device
 from spo.errors import DataError
@@ -25,6 +27,7 @@ from spo.training.history import Cost
 def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: Tracker) -> None:
     """Write checkpoints/, metrics.json and the history's tables to runs/<profile>/align/<name>/seed-<seed>."""
     settings = config.align[name]
+    store = state_store(config, name, seed, root)
     policy = build_policy(config, name)
     if settings.full_fine_tuning:
         policy.unfreeze()
@@ -34,10 +37,30 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     method = build_method(config, name, policy, seed=seed, root=root)
     cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, root=root)
+    made = store.folder / "output"  # grows there, since DVC removes the outputs of a stage that it runs again
+    if not store.has_any():
+        shutil.rmtree(made, ignore_errors=True)
+    kept = {"safety": config.safety, "store": store}
+    metrics = align(method, policy, settings, made, tracker, seed=seed, cost=cost, watch=watch, **kept)
     with atomic_path(root / config.aligned(name, seed)) as folder:
-        folder.mkdir()
-        metrics = align(method, policy, settings, folder, tracker, seed=seed, cost=cost, watch=watch)
+        shutil.copytree(made, folder)
         write_json(folder / "metrics.json", metrics)
+    store.clear()
+    shutil.rmtree(made)
+
+
+def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
+    """Where the states of the run are, and what they depend on."""
+    settings = config.model_dump(mode="json", include={"model", "sampling"})
+    settings |= {"align": {name: config.align[name].model_dump(mode="json")}, "training_seed": seed}
+    prepared = root / config.folder("prepare")
+    if isinstance(config.align[name], DiffusionDpoConfig):
+        inputs = {"pairs": prepared / "preferences" / "train.parquet"}
+    else:
+        model = root / config.folder("train_preference") / "model"
+        inputs = {"prompts": prepared / "prompts" / "train.txt", "preference_model": model}
+    prints = {what: fingerprint(path) for what, path in inputs.items() if path.exists()}
+    return StateStore(root / config.state_folder("align", name, f"seed-{seed}"), {**settings, "inputs": prints})
 
 
 def build_policy(config: Config, name: str) -> LatentDiffusion:

@@ -26,6 +26,7 @@ from spo.evaluation.tables import Column, Row, compact, comparison_rows, mean_ro
 from spo.files import atomic_path, write_json
 from spo.tables import write_csv
 from spo.tracking import Tracker
+from spo.training.guards import memory_advice
 
 SAMPLE_COLUMNS = 10
 TABLES = ("means.csv", "comparisons.csv", "validation.csv", "scores.csv")
@@ -38,7 +39,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     """
     start = time.perf_counter()
     evaluation = Evaluation(config, root)
-    with atomic_path(root / config.folder("evaluate")) as folder:
+    advice = f"lower evaluate.batch_size, now {config.evaluate.batch_size}"
+    with memory_advice(advice), atomic_path(root / config.folder("evaluate")) as folder:
         folder.mkdir()
         validation, chosen = evaluation.choose()
         columns, factor = evaluation.compare(chosen, folder / "images")

@@ -1,6 +1,8 @@
 """Train the step-aware preference model on the prepared pairs, or take over one that is named."""
 
+import sys
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from spo.checkpoint import Saver, State, StateStore, fingerprint
 from spo.config import Config, LabelsConfig
 from spo.data.images import decode_image
 from spo.data.preferences import PreferencePair, PreferencePairs
@@ -23,6 +26,7 @@ from spo.preference.score import PreferenceScorer
 from spo.progress import progress
 from spo.tables import write_csv
 from spo.tracking import Tracker
+from spo.training.guards import memory_advice
 from spo.training.preference import LabelledPairs, StepAwareTraining
 
 PAIRS_AT_A_TIME = 32
@@ -45,34 +49,96 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
             preprocessing=settings.preprocessing,
             generator=torch.Generator().manual_seed(config.seed),
         )
-    training = StepAwareTraining(base, preference, settings)
-    accuracy = _accuracies(training, validation, "start", config)
-    history: list[dict[str, float]] = []
-    if settings.checkpoint is None:
-        pairs = load_pairs(prepared / "train.parquet", base, config)
-        history = _train(training, pairs, config, tracker)
-        accuracy += _accuracies(training, validation, "trained", config)
+    training = StepAwareTraining(base, preference, settings, config.safety)
+    if settings.checkpoint is not None:
+        done = Done(accuracy=_accuracies(training, validation, "start", config))
+    else:
+        store = state_store(config, root)
+        done = _restored(training, store) or Done(accuracy=_accuracies(training, validation, "start", config))
+        _train(training, load_pairs(prepared / "train.parquet", base, config), config, store, done, tracker)
+        done.accuracy += _accuracies(training, validation, "trained", config)
     with atomic_path(root / config.folder("train_preference")) as folder:
         save_preference_model(preference.model.cpu(), preference.tokenizer, preference.preprocess, folder / "model")
-        write_csv(folder / "accuracy.csv", accuracy)
-        write_csv(folder / "history.csv", history)
-        write_json(folder / "metrics.json", _metrics(accuracy, history, time.perf_counter() - start))
-    for row in accuracy:
+        write_csv(folder / "accuracy.csv", done.accuracy)
+        write_csv(folder / "history.csv", done.history)
+        metrics = {**_metrics(done.accuracy, done.history), "skipped": training.guard.skipped}
+        write_json(folder / "metrics.json", {**metrics, "seconds": round(done.seconds_since(start), 1)})
+    for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
+    if settings.checkpoint is None:
+        store.clear()
+
+
+@dataclass
+class Done:
+    """How far training has come, beside its weights."""
+
+    accuracy: list[dict[str, Any]]  # of the model at the start, later also of the trained one
+    history: list[dict[str, float]] = field(default_factory=list)
+    step: int = 0
+    seconds: float = 0.0  # of the processes before this one
+
+    def seconds_since(self, start: float) -> float:
+        return self.seconds + time.perf_counter() - start
+
+
+def state_store(config: Config, root: Path) -> StateStore:
+    """Where the stage's states are, and what they depend on."""
+    settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "train_preference"})
+    pairs = fingerprint(root / config.folder("prepare") / "preferences" / "train.parquet")
+    return StateStore(root / config.state_folder("train_preference"), {**settings, "pairs": pairs})
+
+
+def _restored(training: StepAwareTraining, store: StateStore) -> Done | None:
+    """Put the training back to where the newest state has it; None where there is none."""
+    state = store.load()
+    if state is None:
+        return None
+    training.restore(state.tensors, state.values["training"])
+    print(f"train_preference: goes on from step {state.number}", file=sys.stderr, flush=True)
+    return Done(**state.values["done"])
 
 
 def _train(
-    training: StepAwareTraining, pairs: LabelledPairs, config: Config, tracker: Tracker
-) -> list[dict[str, float]]:
-    history = []
-    steps = training.train(pairs, seed=config.seed)
-    with progress(total=config.train_preference.steps, label="train_preference") as bar:
-        for step, row in enumerate(steps, start=1):
-            history.append({"step": step, **row})
-            bar.update(loss=row["loss"], accuracy=row["accuracy"])
-            if step % config.train_preference.log_every == 0:
-                tracker.log_metrics(row, step=step)
-    return history
+    training: StepAwareTraining,
+    pairs: LabelledPairs,
+    config: Config,
+    store: StateStore,
+    done: Done,
+    tracker: Tracker,
+) -> None:
+    """Train to the end; `done` grows with it."""
+    start, before = time.perf_counter(), done.seconds
+
+    def snapshot() -> State:
+        tensors, values = training.state()
+        done.seconds = before + time.perf_counter() - start
+        return State(done.step, tensors, {"training": values, "done": asdict(done)})
+
+    settings = config.train_preference
+    for row in done.history:
+        _log(row, settings.log_every, tracker)
+    saver = Saver(store, config.safety.save_every_seconds, snapshot)
+    advice = f"lower train_preference.batch_size, now {settings.batch_size}, or train in bfloat16"
+    with (
+        progress(total=settings.steps, done=done.step, label="train_preference") as bar,
+        memory_advice(advice),
+        saver.saving_when_stopped(),
+    ):
+        for step in range(done.step, settings.steps):
+            with saver.whole():
+                row = training.step(pairs, step, seed=config.seed)
+                done.step += 1
+                done.history += [{"step": done.step, **row}] if row else []
+            if row:
+                bar.update(loss=row["loss"], accuracy=row["accuracy"])
+                _log(done.history[-1], settings.log_every, tracker)
+            saver.save_if_due()
+
+
+def _log(row: dict[str, float], every: int, tracker: Tracker) -> None:
+    if row["step"] % every == 0:
+        tracker.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
 
 def _accuracies(training: StepAwareTraining, pairs: LabelledPairs, name: str, config: Config) -> list[dict[str, Any]]:
@@ -84,19 +150,13 @@ def _accuracies(training: StepAwareTraining, pairs: LabelledPairs, name: str, co
     return rows
 
 
-def _metrics(accuracy: list[dict[str, Any]], history: list[dict[str, float]], seconds: float) -> dict[str, Any]:
+def _metrics(accuracy: list[dict[str, Any]], history: list[dict[str, float]]) -> dict[str, Any]:
     by_model: dict[str, dict[str, float]] = {}
     for row in accuracy:
         by_model.setdefault(row["model"], {})[f"t_{row['timestep']}"] = round(row["accuracy"], 4)
     tail = history[-50:]
     loss = {"loss": round(sum(row["loss"] for row in tail) / len(tail), 4)} if tail else {}
-    return {
-        "accuracy": by_model,
-        "pairs": accuracy[0]["n"],
-        "steps": len(history),
-        **loss,
-        "seconds": round(seconds, 1),
-    }
+    return {"accuracy": by_model, "pairs": accuracy[0]["n"], "steps": len(history), **loss}
 
 
 def load_pairs(path: Path, base: LatentDiffusion, config: Config, *, limit: int | None = None) -> LabelledPairs:

@@ -14,7 +14,7 @@ run; the stages of one pipeline run hang under one parent run, known by the tag 
 
 from spo.tracking.run import start
 from spo.tracking.sender import send_unsent
-from spo.tracking.store import PIPELINE_RUN, fetch_model, pipeline_id, store
+from spo.tracking.store import PIPELINE_RUN, fetch_model, masked, pipeline_id, store
 from spo.tracking.tracker import NullTracker, Tracker, flatten
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Tracker",
     "fetch_model",
     "flatten",
+    "masked",
     "pipeline_id",
     "send_unsent",
     "start",

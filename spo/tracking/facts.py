@@ -45,11 +45,11 @@ def provenance(root: Path) -> dict[str, str]:
 
 def inputs(config: Config, stage: str, root: Path) -> list[dict[str, Any]]:
     """The data sets that a stage reads, each with the hash of what it holds; a hub's data set by its name."""
-    prepared = config.folder("prepare")
+    prepared, preferences = config.folder("prepare"), config.prepare.preferences
     named = {
         "prepare": {
             "prompts": (config.prepare.prompts.source, "source"),
-            "preferences": (config.prepare.preferences.source, "source"),
+            **({"preferences": (preferences.source, "source")} if preferences else {}),
         },
         "train_preference": {
             "preferences train": (prepared / "preferences" / "train.parquet", "training"),

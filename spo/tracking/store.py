@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,14 +83,14 @@ def fetch_model(uri: str, root: Path = Path()) -> Path:
         return Path(download_artifacts(artifact_uri=uri, tracking_uri=store(root), registry_uri=store(root)))
     except (MlflowException, OSError) as error:
         raise ModelError(
-            f"{uri} cannot be had from {store(root)}: {one_line(error)}; it should be models:/NAME@ALIAS or "
+            f"{uri} cannot be had from {masked(store(root))}: {one_line(error)}; it should be models:/NAME@ALIAS or "
             "models:/NAME/VERSION of a registered model (`make ui` shows them)"
         ) from None
 
 
 def run_url(root: Path, experiment: str, run_id: str) -> str:
     """Where a browser shows a run; of a local store, where `make ui` will show it."""
-    uri = store(root)
+    uri = masked(store(root))
     server = uri.rstrip("/") if uri.startswith("http") else UI
     return f"{server}/#/experiments/{experiment}/runs/{run_id}"
 
@@ -106,7 +107,7 @@ def away(root: Path, error: Exception) -> bool:
 
 
 def unusable(root: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"cannot track at {store(root)}: {one_line(error)}; mend or unset MLFLOW_TRACKING_URI")
+    return ConfigError(f"cannot track at {masked(store(root))}: {one_line(error)}; mend or unset MLFLOW_TRACKING_URI")
 
 
 def pipeline_id() -> str:
@@ -119,7 +120,12 @@ def pipeline_id() -> str:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return masked(" ".join(str(error).split()))[:300]
+
+
+def masked(text: str) -> str:
+    """The text with the user and password of every address in it struck out."""
+    return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
 
 
 def _alone(root: Path) -> FileLock:

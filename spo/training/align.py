@@ -4,16 +4,18 @@ Differs from the published loop in that a last, partial batch counts by its size
 rounds, and that clipping is done when it is asked for.
 """
 
+import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from spo.config import AlignConfig, OptimizerConfig, SampledConfig
+from spo.checkpoint import Saver, StateStore
+from spo.config import AlignConfig, OptimizerConfig, SafetyConfig, SampledConfig
 from spo.errors import ConfigError, TrainingError
 from spo.evaluation.pictures import plain_sheet, to_picture
 from spo.files import write_json
@@ -22,18 +24,10 @@ from spo.models.base import LatentDiffusion
 from spo.models.policy import save_policy
 from spo.progress import Progress
 from spo.tracking import Tracker
+from spo.training.guards import FiniteGuard, StuckWatch, memory_advice
 from spo.training.history import Cost, History
+from spo.training.state import State
 from spo.training.watch import Watch
-
-
-@dataclass
-class State:
-    """All that the loop changes beside the policy's weights; `cost.rounds` says where the run stands."""
-
-    optimizer: torch.optim.Optimizer
-    cost: Cost = field(default_factory=Cost)
-    history: History = field(default_factory=History)
-    pairs_in_epoch: int = 0
 
 
 def align(
@@ -46,35 +40,82 @@ def align(
     seed: int = 0,
     cost: Cost | None = None,
     watch: Watch | None = None,
+    safety: SafetyConfig | None = None,
+    store: StateStore | None = None,
 ) -> dict[str, Any]:
     """Train the policy; leaves checkpoints/ and the history's tables in `folder` and returns the metrics.
 
     cost: what preparing the method took; watch: looks on, and may end the run early, which the metrics then tell.
-    Raises TrainingError after an epoch in which no pair was kept.
+    With a store the run goes on from its newest state; `folder` must then have what that run had left there.
+    Raises TrainingError after an epoch in which no pair was kept, where updates are not finite, where memory is short,
+    and where a state cannot be saved or is another run's.
     """
-    state = State(build_optimizer(policy.parameters(), config.optimizer), cost or Cost())
+    safety = safety or SafetyConfig()
+    optimizer = build_optimizer(policy.parameters(), config.optimizer)
+    state = State(optimizer, FiniteGuard(safety.max_skipped_in_a_row), cost or Cost())
+    if store and (saved := store.load()):
+        state.restore(policy, saved)
+        print(f"align: goes on after round {saved.number}", file=sys.stderr, flush=True)
+    for row in state.history.updates:
+        tracker.log_metrics(row, step=int(row["update"]))
+    for row in state.history.looks:
+        _log_look(row, tracker)
+    saver = Saver(store, safety.save_every_seconds, lambda: state.snapshot(policy))
+    stuck = StuckWatch(safety.stuck_after)
+    with memory_advice(_less_memory(config)), saver.saving_when_stopped():
+        stopped_early = _rounds(method, policy, config, state, folder, tracker, saver, stuck, seed=seed, watch=watch)
+    return _finish(state, folder, stopped_early=stopped_early)
+
+
+def _rounds(
+    method: Method,
+    policy: LatentDiffusion,
+    config: AlignConfig,
+    state: State,
+    folder: Path,
+    tracker: Tracker,
+    saver: Saver,
+    stuck: StuckWatch,
+    *,
+    seed: int,
+    watch: Watch | None,
+) -> bool:
+    """All rounds that are left; whether the watch ended them early.
+
+    A signal ends a round anywhere, unless it is of one update; what is saved is the end of the round before.
+    """
     per_epoch = method.rounds_per_epoch
     num_rounds = config.epochs * per_epoch
     save_at = {-(-num_rounds * i // config.checkpoints) for i in range(1, config.checkpoints + 1)}
-    _look(watch, state, tracker)
-    with Progress(total=num_rounds, label="align") as bar:
+    if _is_over(watch, state, policy, folder, tracker):
+        return True
+    with Progress(total=num_rounds, done=state.cost.rounds, label="align") as bar:
         for epoch in range(state.cost.rounds // per_epoch, config.epochs):
             start = time.perf_counter()
             for round_ in method.collect(epoch, skip=state.cost.rounds % per_epoch):
-                rows = _train(method, policy, config, state, round_, seed=seed)
-                state.cost.seconds += time.perf_counter() - start
-                _record(state, rows, round_, epoch, policy, tracker)
+                several = round_.pairs is not None and len(round_.pairs) > config.batch_size
+                with saver.holding() if several else saver.whole():
+                    rows = _train(method, policy, config, state, round_, seed=seed)
+                    if state.cost.rounds % per_epoch == 0:
+                        _end_epoch(state, config)
+                    state.cost.seconds += time.perf_counter() - start
+                    _record(state, rows, round_, epoch, policy, tracker)
+                    if state.cost.rounds in save_at:
+                        save_checkpoint(policy, state.cost, folder / "checkpoints")
                 bar.update(**{name: rows[-1][name] for name in ("loss", "kept", "score") if rows and name in rows[-1]})
-                over = _look(watch, state, tracker)
-                if state.cost.rounds in save_at or over:
-                    save_checkpoint(policy, state.cost, folder / "checkpoints")
-                if over:
-                    return _finish(state, folder, stopped_early=True)
+                margin = max((tally.margin for tally in round_.tallies), default=1.0)
+                stuck.see(kept=round_.pairs is not None, margin=margin, rows=rows)
+                if _is_over(watch, state, policy, folder, tracker):
+                    return True
+                saver.save_if_due()
                 start = time.perf_counter()
-            if not state.pairs_in_epoch:
-                raise TrainingError(_no_pairs(config, state.history))
-            state.pairs_in_epoch = 0
-    return _finish(state, folder, stopped_early=False)
+    return False
+
+
+def _end_epoch(state: State, config: AlignConfig) -> None:
+    if not state.pairs_in_epoch:
+        raise TrainingError(_no_pairs(config, state.history))
+    state.pairs_in_epoch = 0
 
 
 def _finish(state: State, folder: Path, *, stopped_early: bool) -> dict[str, Any]:
@@ -84,15 +125,25 @@ def _finish(state: State, folder: Path, *, stopped_early: bool) -> dict[str, Any
     return {**asdict(state.cost), "kept_share": state.cost.num_pairs / branched, "stopped_early": stopped_early}
 
 
-def _look(watch: Watch | None, state: State, tracker: Tracker) -> bool:
-    """Let the watch look if it is time; whether it ends the run. What it takes is not counted as training."""
+def _is_over(watch: Watch | None, state: State, policy: LatentDiffusion, folder: Path, tracker: Tracker) -> bool:
+    """Let the watch look if it is time; whether it ends the run, which then leaves a checkpoint.
+
+    What it takes is not counted as training. A look that a stopped run still owed is taken by the one that goes on.
+    """
     if watch is None or not watch.is_due(state.cost, state.history.looks):
         return False
     row, pictures = watch.look(state.cost, state.history.looks)
     state.history.looks.append(row)
-    tracker.log_metrics({f"watch_{name}": value for name, value in row.items()}, step=state.cost.updates)
+    _log_look(row, tracker)
     tracker.log_image(f"watch/round-{state.cost.rounds:06d}", plain_sheet([[to_picture(each) for each in pictures]]))
-    return watch.ends(state.history.looks)
+    over = watch.ends(state.history.looks)
+    if over:
+        save_checkpoint(policy, state.cost, folder / "checkpoints")
+    return over
+
+
+def _log_look(row: dict[str, float], tracker: Tracker) -> None:
+    tracker.log_metrics({f"watch_{name}": value for name, value in row.items()}, step=int(row["update"]))
 
 
 def save_checkpoint(policy: LatentDiffusion, cost: Cost, folder: Path) -> None:
@@ -124,8 +175,10 @@ def _train(
     cost.rounds += 1
     if pairs is not None:
         order = torch.randperm(len(pairs), generator=Generator().manual_seed(seed + 7919 * cost.rounds))
-        for index in order.to(pairs.t.device).split(config.batch_size):
-            rows.append(_update(method, policy, config, state, pairs[index]))
+        with memory_advice(_smaller_updates(config)):
+            for index in order.to(pairs.t.device).split(config.batch_size):
+                row = _update(method, policy, config, state, pairs[index])
+                rows += [row] if row else []
         cost.num_pairs += len(pairs)
         state.pairs_in_epoch += len(pairs)
     cost.unet_forwards += policy.forwards
@@ -136,11 +189,14 @@ def _train(
 
 def _update(
     method: Method, policy: LatentDiffusion, config: AlignConfig, state: State, pairs: TrainingPairs
-) -> dict[str, float]:
-    """One step of the optimizer; the pairs go through the networks `micro_batch_size` at a time."""
+) -> dict[str, float] | None:
+    """One step of the optimizer; the pairs go through the networks `micro_batch_size` at a time.
+
+    None, and nothing is changed, where loss or gradient is not finite.
+    """
     parameters, optimizer, cost = policy.parameters(), state.optimizer, state.cost
     done = (cost.rounds - 1) / (config.epochs * method.rounds_per_epoch)
-    grid = policy.timesteps.tolist()
+    ratios: list[tuple[list[int], list[list[float]]]] = []
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
     for index in torch.arange(len(pairs), device=pairs.t.device).split(config.micro_batch_size or len(pairs)):
         part = pairs[index]
@@ -149,15 +205,22 @@ def _update(
         for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
             total[name] += value * (len(part) / len(pairs))
         if loss.log_ratio is not None:
-            state.history.count_ratios(grid, part.t.tolist(), loss.log_ratio.tolist())
+            ratios.append((part.t.tolist(), loss.log_ratio.tolist()))
     total["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm or float("inf"))
+    row = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))  # one transfer
+    mend = "lower optimizer.learning_rate, set optimizer.max_grad_norm, or compute in bfloat16 or float32"
+    if not state.guard.allows(row["loss"], row["grad_norm"], mend=mend):
+        optimizer.zero_grad()
+        cost.skipped = state.guard.skipped
+        return None
     for group in optimizer.param_groups:
         group["lr"] = config.optimizer.learning_rate * rate_share(cost.updates, done, config.optimizer)
     optimizer.step()
     optimizer.zero_grad()
     cost.updates += 1
-    values = torch.stack(list(total.values())).tolist()  # one transfer
-    return {"update": cost.updates, **dict(zip(total, values, strict=True))}
+    for t, log_ratio in ratios:
+        state.history.count_ratios(policy.timesteps.tolist(), t, log_ratio)
+    return {"update": cost.updates, **row}
 
 
 def rate_share(update: int, done: float, config: OptimizerConfig) -> float:
@@ -192,3 +255,14 @@ def _no_pairs(config: AlignConfig, history: History) -> str:
         f"no pair was kept in a whole epoch: threshold={threshold}, but the mean margin is {margin:.3g}; "
         "lower the method's threshold, or train the preference model for longer"
     )
+
+
+def _less_memory(config: AlignConfig) -> str:
+    if isinstance(config, SampledConfig):
+        return f"lower the method's prompts_per_rollout, now {config.prompts_per_rollout}"
+    return "set model.dtype to bfloat16, or use a smaller model.resolution"
+
+
+def _smaller_updates(config: AlignConfig) -> str:
+    now = config.micro_batch_size or config.batch_size
+    return f"set the method's micro_batch_size below {now}, or model.gradient_checkpointing to true"

@@ -2,8 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 from spo.methods.method import Tally
 from spo.tables import write_csv
@@ -19,6 +20,7 @@ class Cost:
     unet_forwards: int = 0  # samples, each half of the guidance counted
     vae_decodes: int = 0  # images
     seconds: float = 0.0
+    skipped: int = 0  # updates that were left out, their loss or gradient being not finite
 
 
 @dataclass
@@ -60,6 +62,17 @@ class History:
     def _at(self, grid: Sequence[int], t: int) -> TimestepSums:
         ascending = sorted(grid)
         return self.timesteps.setdefault(ascending[max(0, bisect_right(ascending, t) - 1)], TimestepSums())
+
+    def to_json(self) -> dict[str, Any]:
+        """A copy of plain numbers, for `from_json`."""
+        sums = {str(t): asdict(of_t) for t, of_t in self.timesteps.items()}
+        rows = {"updates": [dict(row) for row in self.updates], "looks": [dict(row) for row in self.looks]}
+        return {**rows, "timesteps": sums}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        sums = {int(t): TimestepSums(**of_t) for t, of_t in values["timesteps"].items()}
+        return cls(values["updates"], sums, values["looks"])
 
     def write(self, folder: Path) -> None:
         """history.csv, watch.csv and timesteps.csv; a mean of nothing is nan."""

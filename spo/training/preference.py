@@ -6,18 +6,23 @@ sampling, which of two paths will end in the better image.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from spo.config import TrainPreferenceConfig
+from spo.checkpoint import pack_optimizer, unpack_optimizer
+from spo.config import SafetyConfig, TrainPreferenceConfig
 from spo.core.losses import preference_loss
 from spo.core.types import Conditioning
 from spo.models.base import LatentDiffusion
 from spo.preference.accuracy import pairwise_accuracy
 from spo.preference.checkpoint import PreferenceModel
+from spo.training.guards import FiniteGuard, Streak
+
+Row = dict[str, float] | None  # a step's measurements, where it was made
 
 
 @dataclass(frozen=True)
@@ -36,39 +41,79 @@ class LabelledPairs:
 class StepAwareTraining:
     """The base, which shows what a pair looks like from timestep t, and the model that is to judge it."""
 
-    def __init__(self, base: LatentDiffusion, preference: PreferenceModel, config: TrainPreferenceConfig):
+    def __init__(
+        self,
+        base: LatentDiffusion,
+        preference: PreferenceModel,
+        config: TrainPreferenceConfig,
+        safety: SafetyConfig | None = None,
+    ):
+        safety = safety or SafetyConfig()
         self.base = base
         self.preference = preference
         self.model = preference.model.to(base.device)
         self.config = config
-
-    def train(self, pairs: LabelledPairs, *, seed: int) -> Iterator[dict[str, float]]:
-        """Train in place; yields each step's measurements. The k-th step's draws are keyed to (seed, k)."""
-        config = self.config
-        optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.model.train()
-        for step in range(config.steps):
-            generator = Generator().manual_seed(seed * 1_000_003 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * self._schedule(step)
-            index = torch.randint(len(pairs), (config.batch_size,), generator=generator)
-            t = torch.randint(len(self.base.alpha_bar), (len(index),), generator=generator)
-            scores = self.scores(pairs, index, t, generator)
-            device = scores.device
-            loss = preference_loss(scores, pairs.label[index].to(device), pairs.weight[index].to(device))
-            optimizer.zero_grad()
-            loss.value.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or float("inf"))
-            optimizer.step()
-            yield {
-                "loss": loss.value.item(),
-                "accuracy": loss.metrics["accuracy"].item(),
-                "grad_norm": norm.item(),
-                "logit_scale": self.model.clip.logit_scale.exp().item(),
-            }
+        self.guard = FiniteGuard(safety.max_skipped_in_a_row)
+        self._blind = Streak(
+            safety.stuck_after,
+            "for {n} steps the preference model has had no gradient; its scores do not differ between the images of a "
+            "pair: look at the pairs' images, and at train_preference.start_from",
+        )
+
+    def train(self, pairs: LabelledPairs, *, seed: int) -> Iterator[Row]:
+        """Train in place, all steps; yields each one's measurements."""
+        for step in range(self.config.steps):
+            yield self.step(pairs, step, seed=seed)
         self.model.eval()
+
+    def step(self, pairs: LabelledPairs, step: int, *, seed: int) -> Row:
+        """The step-th step (from 0), whose draws are keyed to (seed, step); its measurements.
+
+        One whose loss or gradient is not finite changes nothing and has none; TrainingError after too many of them.
+        """
+        self.model.train()
+        config, optimizer = self.config, self.optimizer
+        generator = Generator().manual_seed(seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * self._schedule(step)
+        index = torch.randint(len(pairs), (config.batch_size,), generator=generator)
+        t = torch.randint(len(self.base.alpha_bar), (len(index),), generator=generator)
+        scores = self.scores(pairs, index, t, generator)
+        device = scores.device
+        loss = preference_loss(scores, pairs.label[index].to(device), pairs.weight[index].to(device))
+        optimizer.zero_grad()
+        loss.value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or float("inf"))
+        row = {
+            "loss": loss.value.item(),
+            "accuracy": loss.metrics["accuracy"].item(),
+            "grad_norm": norm.item(),
+        }
+        self._blind.see(row["grad_norm"] == 0)
+        if not self.guard.allows(
+            row["loss"],
+            row["grad_norm"],
+            mend="lower train_preference.learning_rate, set max_grad_norm, or train in float32 or bfloat16",
+        ):
+            return None
+        optimizer.step()
+        return {**row, "logit_scale": self.model.clip.logit_scale.exp().item()}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What training has changed: tensors, and what is none."""
+        tensors, numbers = pack_optimizer(self.optimizer)
+        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return {**model, **tensors}, {"optimizer": numbers, "skipped": self.guard.skipped}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
+        model = {name: tensors[f"model.{name}"] for name in self.model.state_dict()}
+        self.model.load_state_dict(model)
+        unpack_optimizer(self.optimizer, tensors, values["optimizer"])
+        self.guard.skipped = values["skipped"]
 
     def _schedule(self, step: int) -> float:
         warm = min(1.0, (step + 1) / max(1, self.config.warmup_steps))

@@ -2,17 +2,26 @@
 
 import csv
 import json
+import math
+import os
+import signal
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.config import LoraConfig, OptimizerConfig, OracleConfig, WatchConfig
+from spo.checkpoint import StateStore
+from spo.config import AlignConfig, LoraConfig, OptimizerConfig, OracleConfig, SafetyConfig, WatchConfig
+from spo.core.types import Loss
 from spo.errors import ConfigError, TrainingError
 from spo.evaluation.generate import generate
+from spo.methods.method import Method, TrainingPairs
 from spo.models.base import LatentDiffusion
 from spo.models.lora import WEIGHTS, add_lora
+from spo.stopping import Stopped, stoppable
 from spo.tracking import NullTracker
 from spo.training.align import align, build_optimizer, rate_share
 from spo.training.watch import Watch
@@ -182,3 +191,90 @@ def test_a_watch_that_sees_it_get_worse_ends_the_run_with_a_checkpoint(pipeline,
     assert metrics["rounds"] == 3
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
     assert [float(row["independent"]) for row in rows(tmp_path / "run" / "watch.csv")] == [0.5, 0.6, 0.55, 0.5]
+
+
+def poisoned(pipeline: Path, bad: tuple[int, ...]) -> tuple[Method, AlignConfig]:
+    """SPO whose loss is nan at the updates of these numbers."""
+    policy = make_tiny_denoiser("sd15", pipeline)
+    settings = {"epochs": 1, "prompts_per_rollout": 5, "candidates": 2, "first_step": 3, "batch_size": 3}
+    method = make_method("spo", policy, checkpoints=1, **settings)
+    add_lora(policy.unet, method.config.lora, seed=0)
+    calls, loss = count(1), method.loss
+
+    def poisoned_loss(pairs: TrainingPairs) -> Loss:
+        value = loss(pairs)
+        return replace(value, value=value.value * float("nan")) if next(calls) in bad else value
+
+    method.loss = poisoned_loss
+    return method, method.config
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(pipeline, tmp_path, capsys):
+    method, config = poisoned(pipeline, bad=(2,))
+    metrics = align(method, method.policy, config, tmp_path, NullTracker())
+    assert metrics["skipped"] == 1
+    history = rows(tmp_path / "history.csv")
+    assert [int(row["update"]) for row in history] == [1, 2, 3]  # of 10 pairs, 3 at a time
+    assert all(math.isfinite(float(value)) for row in history for value in row.values())
+    weights = load_file(tmp_path / "checkpoints" / "step-000001" / WEIGHTS)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert all(math.isfinite(float(row["log_ratio_win"])) for row in rows(tmp_path / "timesteps.csv"))
+    assert "an update is left out: its loss is nan" in capsys.readouterr().err
+
+
+def test_a_run_of_bad_updates_ends_before_any_is_made(pipeline, tmp_path):
+    method, config = poisoned(pipeline, bad=(1, 2, 3, 4))
+    before = [parameter.detach().clone() for parameter in method.policy.parameters()]
+    safety = SafetyConfig(max_skipped_in_a_row=2)
+    with pytest.raises(TrainingError, match=r"2 updates in a row.*lower optimizer\.learning_rate"):
+        align(method, method.policy, config, tmp_path, NullTracker(), safety=safety)
+    assert all(torch.equal(one, other) for one, other in zip(before, method.policy.parameters(), strict=True))
+
+
+def test_running_out_of_memory_while_updating_names_the_micro_batch(pipeline, tmp_path, monkeypatch):
+    method, config = poisoned(pipeline, bad=())
+    monkeypatch.setattr(method, "loss", lambda pairs: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(TrainingError, match="out of memory: set the method's micro_batch_size below 3"):
+        align(method, method.policy, config, tmp_path, NullTracker())
+
+
+def test_running_out_of_memory_while_sampling_names_the_prompts(pipeline, tmp_path, monkeypatch):
+    method, config = poisoned(pipeline, bad=())
+    monkeypatch.setattr(method.policy, "decode", lambda latents: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(TrainingError, match="out of memory: lower the method's prompts_per_rollout, now 5"):
+        align(method, method.policy, config, tmp_path, NullTracker())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_that_a_signal_ends_in_an_update_goes_on_to_the_same_weights_and_history(pipeline, tmp_path, name):
+    settings = {**SETTINGS[name], "epochs": 2, "checkpoints": 2, "lora": LoraConfig(rank=2)}
+
+    def run(folder: Path, *, cut_at: int | None = None) -> dict:
+        policy = make_tiny_denoiser("sd15", pipeline)
+        add_lora(policy.unet, settings["lora"], seed=0)
+        method = make_method(name, policy, **settings)
+        calls, loss = count(1), method.loss
+
+        def cutting(pairs: TrainingPairs) -> Loss:
+            value = loss(pairs)
+            if next(calls) == cut_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return value
+
+        method.loss = cutting
+        store = StateStore(folder / "states", {"method": name})
+        return align(method, policy, method.config, folder / "output", NullTracker(), store=store)
+
+    whole = run(tmp_path / "whole")
+    for cut_at in (2, 1):
+        with pytest.raises(Stopped), stoppable():
+            run(tmp_path / "cut", cut_at=cut_at)
+    resumed = run(tmp_path / "cut")
+    one, other = weights(tmp_path / "whole/output"), weights(tmp_path / "cut/output")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    del whole["seconds"], resumed["seconds"]
+    assert whole == resumed
+    before, after = (rows(tmp_path / run_ / "output/history.csv") for run_ in ("whole", "cut"))
+    for row in [*before, *after]:
+        del row["seconds"]
+    assert before == after

@@ -8,6 +8,7 @@ import torch
 from torch import Generator
 
 from spo.config import SamplingConfig, TrainPreferenceConfig
+from spo.errors import TrainingError
 from spo.preference.checkpoint import load_clip
 from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
 from spo.training.preference import LabelledPairs, StepAwareTraining
@@ -120,3 +121,16 @@ def test_the_same_seed_trains_the_same_model(folders):
         return torch.cat([parameter.flatten() for parameter in training.model.parameters()])
 
     assert torch.equal(train(), train())
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(training):
+    pairs = make_pairs(training)
+    broken = replace(pairs, weight=pairs.weight * float("nan"))
+    training.guard.most_in_a_row = 2
+    before = [parameter.clone() for parameter in training.model.parameters()]
+    assert training.step(broken, 0, seed=0) is None
+    with pytest.raises(TrainingError, match=r"2 updates in a row.*train_preference\.learning_rate"):
+        training.step(broken, 1, seed=0)
+    assert all(torch.equal(one, other) for one, other in zip(before, training.model.parameters(), strict=True))
+    assert training.step(pairs, 2, seed=0) is not None
+    assert training.guard.skipped == 2

@@ -1,0 +1,42 @@
+"""One run of a stage at a time: the second is refused, and told who has the first."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from spo.errors import LockedError
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path` for the block; LockedError where another process does. It is freed when we die."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = path.with_name(f"{path.name}.json")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LockedError(
+            f"{what} is running already: {_read(holder)}; wait for its end or stop it, then run this again"
+        ) from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        holder.write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}), encoding="utf-8")
+        yield
+        holder.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _read(holder: Path) -> str:
+    try:
+        values = json.loads(holder.read_text(encoding="utf-8"))
+        return f"process {values['pid']} on {values['host']} since {values['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it is about to write who it is, or to end
+        return "a process that has not said who it is"

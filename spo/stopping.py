@@ -1,0 +1,104 @@
+"""SIGTERM, SIGHUP and Ctrl-C end a run at a place where what has been done can be saved.
+
+with stoppable():              # around a command: the signals raise Stopped
+    for step in ...:
+        with uninterrupted():  # around a step or a save: a signal waits for its end
+            ...
+"""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks this process to end; like Ctrl-C, it is no Exception that a library would swallow."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.number
+
+
+class _State:
+    depth = 0  # of nested `uninterrupted` blocks
+    pending: int | None = None
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it the signals raise Stopped; one that is ignored, as SIGHUP is under nohup, stays so.
+
+    Outside of the main thread, where Python allows no handlers, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    _State.depth, _State.pending = 0, None
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, _handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A signal that comes in the block raises Stopped at its end, unless the block itself raises."""
+    _State.depth += 1
+    try:
+        yield
+    finally:
+        _State.depth -= 1
+    if _State.depth == 0 and _State.pending is not None:
+        number, _State.pending = _State.pending, None
+        raise Stopped(number)
+
+
+def run_group(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command in a process group of its own; its exit code.
+
+    A signal that ends us is passed on as SIGTERM to the whole group, and then waited for: DVC itself would leave its
+    stage running, and a stage saves what it has done.
+    """
+    with subprocess.Popen(command, env=environment, process_group=0) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            with uninterrupted():
+                os.killpg(process.pid, signal.SIGTERM)
+                while _group_lives(process):
+                    time.sleep(0.1)
+            raise
+
+
+def _group_lives(leader: subprocess.Popen[bytes]) -> bool:
+    leader.poll()  # one that has ended but was not waited for counts as living
+    try:
+        os.killpg(leader.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _handle(number: int, _: FrameType | None) -> None:
+    if _State.depth:
+        _State.pending = number
+    else:
+        raise Stopped(number)

@@ -1,0 +1,105 @@
+"""What watches over a training run: updates that must not be made, and signs that nothing is being learned."""
+
+import errno
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from spo.errors import TrainingError
+
+AT_THE_CLIP = 0.9  # share of ratios at the clamp from which on an update teaches next to nothing
+NO_MARGIN = 1e-6  # below which scores count as all alike
+
+
+@dataclass
+class FiniteGuard:
+    """Lets through the updates whose loss and gradient are finite, and ends the run after too many others in a row."""
+
+    most_in_a_row: int
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def allows(self, loss: float, grad_norm: float, *, mend: str) -> bool:
+        """Whether to make the update; if not, it is counted. TrainingError, which says `mend`, where it is too much."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.skipped == 1:
+            warn(f"an update is left out: its loss is {loss:.4g}, its gradient's norm {grad_norm:.4g}")
+        if self.in_a_row >= self.most_in_a_row:
+            raise TrainingError(
+                f"{self.in_a_row} updates in a row had a loss or gradient that is not finite (the last: {loss:.4g} and "
+                f"{grad_norm:.4g}), and none of them was made; {mend}"
+            )
+        return False
+
+
+class Streak:
+    """Warns once each time that a sign has held for `length` observations in a row."""
+
+    def __init__(self, length: int, message: str):
+        self._length = length
+        self._message = message
+        self._count = 0
+
+    def see(self, sign: bool) -> None:
+        self._count = self._count + 1 if sign else 0
+        if self._count == self._length:
+            warn(self._message.format(n=self._length))
+
+
+class StuckWatch:
+    """Looks at the rounds of alignment for signs that nothing is being learned."""
+
+    def __init__(self, length: int):
+        self._no_pairs = Streak(
+            length,
+            "for {n} rounds no pair was kept: the method's threshold is above the margins, or the preference model "
+            "cannot tell the candidates apart; lower the threshold, or train the preference model for longer",
+        )
+        self._alike = Streak(
+            length,
+            "for {n} rounds the preference model has scored all candidates alike: with sampling.eta=0 they are one "
+            "picture, and a broken preference model judges any two the same; look at train_preference's accuracy",
+        )
+        self._clipped = Streak(
+            length,
+            "for {n} updates nine ratios of ten lay at the clip, which gives no gradient: the policy is as far from "
+            "the reference as clip_range lets it go; lower optimizer.learning_rate, or raise clip_range",
+        )
+
+    def see(self, *, kept: bool, margin: float, rows: Sequence[Mapping[str, float]]) -> None:
+        """A round: whether it kept a pair, its largest margin, and the measurements of its updates."""
+        self._no_pairs.see(not kept)
+        self._alike.see(margin < NO_MARGIN)
+        for row in rows:
+            self._clipped.see(row.get("clipped", 0.0) >= AT_THE_CLIP)
+
+
+def warn(message: str) -> None:
+    """One line on stderr, clear of a progress bar."""
+    print(f"\nwarning: {message}" if sys.stderr.isatty() else f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or not, into a TrainingError that gives the setting to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TrainingError(f"out of memory: {advice} ({' '.join(str(error).split())[:160]})") from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = ("DefaultCPUAllocator", "CUDA out of memory", f"Error code {errno.ENOMEM}")
+    return any(sign in str(error) for sign in signs)

@@ -1,0 +1,72 @@
+"""A stage that is stopped under DVC goes on under DVC."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock, Timeout
+
+from tests.test_pipeline import make_project, spo
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not os.environ.get("SPO_SOAK"), reason="takes minutes; `make soak` runs it")
+
+DVC = {
+    "stages": {
+        "train_preference": {
+            "cmd": f"{sys.executable} -m spo train_preference",
+            "deps": ["runs/own/prepare/preferences"],
+            "outs": ["runs/own/train_preference/model"],
+            "metrics": [{"runs/own/train_preference/metrics.json": {"cache": False}}],
+        }
+    }
+}
+
+
+def repro(root: Path, output: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "true"}
+    command = [sys.executable, "-m", "dvc", "repro"]
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            command, cwd=root, env=environment, stdout=file, stderr=subprocess.STDOUT, process_group=0
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_stopped_under_dvc_goes_on_under_dvc(tmp_path: Path, number: signal.Signals) -> None:
+    root = make_project(tmp_path / "project", "sd15")
+    path = root / "configs" / "own.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["safety"] = {"save_every_seconds": 0}
+    config["train_preference"]["steps"] = 200
+    path.write_text(yaml.safe_dump(config))
+    (root / "dvc.yaml").write_text(yaml.safe_dump(DVC))
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=root, check=True)
+    assert spo(root, "prepare").returncode == 0
+    states = root / ".cache" / "state" / "own" / "train_preference"
+    with repro(root, tmp_path / "first.txt") as first:
+        while len(list(states.glob("0*"))) < 2:
+            assert first.poll() is None, (tmp_path / "first.txt").read_text()
+            time.sleep(0.1)
+        os.killpg(first.pid, number)
+    while _locked(root):
+        time.sleep(0.1)
+    with repro(root, tmp_path / "second.txt") as second:
+        assert second.wait() == 0, (tmp_path / "second.txt").read_text()
+    assert "train_preference: goes on from step" in (tmp_path / "second.txt").read_text()
+    assert (root / "runs/own/train_preference/model/model.safetensors").is_file()
+    assert not list(states.glob("0*"))
+
+
+def _locked(root: Path) -> bool:
+    """Whether the stage that was told to end still holds its lock."""
+    try:
+        with FileLock(root / ".cache/locks/own/train_preference.lock", timeout=0):
+            return False
+    except Timeout:
+        return True

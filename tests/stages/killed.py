@@ -1,0 +1,150 @@
+"""Runs the stages that train in two copies of a project: in one left alone, in the other killed at random moments.
+
+    python tests/stages/killed.py PROJECT KILLS SEED
+
+In PROJECT/alone a stage runs once; in PROJECT/killed again and again, until it has been killed KILLS times. Each run is
+a process of its own, forked from this one so that the libraries are imported once, and goes through the command's own
+`main`; only MLflow is left out. A kill is SIGKILL or SIGTERM, at a random one of the file operations and optimiser
+steps or a few milliseconds after it. What became of each run is printed as JSON.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from spo import tracking
+from spo.__main__ import _settle, main
+from spo.checkpoint import StateStore
+from spo.stages import align, prepare, train_preference  # noqa: F401, imported before the forks
+
+MOMENTS = 25  # of a run at most, before it is killed
+
+
+class Killer:
+    """Kills its own process at the `moment`-th of the watched calls, and notes where that was."""
+
+    def __init__(self, moment: int, number: int, delay: float, note: Path):
+        self._left = moment
+        self._number = number
+        self._delay = delay
+        self._note = note
+        self._saving = 0
+
+    def watch(self, owner: Any, name: str) -> None:
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._left -= 1
+            if self._left == 0:
+                self._kill()
+            return original(*arguments, **options)
+
+        setattr(owner, name, call)
+
+    def watch_saving(self) -> None:
+        original = StateStore.save
+
+        def save(store: StateStore, state: Any) -> None:
+            self._saving += 1
+            try:
+                original(store, state)
+            finally:
+                self._saving -= 1
+
+        StateStore.save = save  # type: ignore[method-assign]
+
+    def _kill(self) -> None:
+        self._note.write_text("saving" if self._saving else "training")
+        if self._delay:
+            threading.Thread(target=self._later, daemon=True).start()
+        else:
+            os.kill(os.getpid(), self._number)
+
+    def _later(self) -> None:
+        time.sleep(self._delay)
+        os.kill(os.getpid(), self._number)
+
+
+@contextlib.contextmanager
+def untracked(*_: Any, **__: Any) -> Any:
+    yield tracking.NullTracker()
+
+
+def child(arguments: list[str], killer: Killer | None, output: int) -> NoReturn:
+    """The stage, in a process that ends with its exit code."""
+    code = 99
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if killer is not None:
+            killer.watch(torch.optim.AdamW, "step")
+            for name in ("fsync", "rename", "replace"):
+                killer.watch(os, name)
+            killer.watch(Path, "rename")
+            killer.watch_saving()
+        code = main(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(arguments: list[str], killer: Killer | None = None) -> int:
+    """The exit code of the stage in the current folder; minus the signal's number, where one ended it."""
+    with open("output.txt", "ab") as output:
+        pid = os.fork()
+        if pid == 0:
+            child(arguments, killer, output.fileno())
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_until(kills: int, seed: int, arguments: list[str]) -> list[dict[str, Any]]:
+    """Kill `kills` runs, then let one come to its end."""
+    chance, note, outcomes = random.Random(seed), Path("where.txt").absolute(), []
+    while sum(outcome["code"] != 0 for outcome in outcomes) < kills:
+        number = chance.choice((signal.SIGKILL, signal.SIGTERM))
+        delay = chance.choice((0.0, chance.uniform(0, 0.05)))
+        note.write_text("")
+        code = run(arguments, Killer(chance.randint(1, MOMENTS), number, delay, note))
+        outcomes.append({"code": code, "signal": number.name, "where": note.read_text()})
+        if code == 0:
+            break
+    outcomes.append({"code": run(arguments), "signal": "", "where": ""})
+    return outcomes
+
+
+def both(kills: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """What became of the runs of each stage in `killed`."""
+    assert run(["prepare"]) == 0
+    shutil.copytree(".", "alone", ignore=shutil.ignore_patterns("alone"))
+    shutil.copytree("alone", "killed")
+    outcomes = {}
+    for stage in (["train_preference"], ["align", "spo"]):
+        with contextlib.chdir("alone"):
+            assert run(stage) == 0
+        with contextlib.chdir("killed"):
+            outcomes[stage[0]] = kill_until(kills, seed, stage)
+    return outcomes
+
+
+if __name__ == "__main__":
+    project, kills, seed = sys.argv[1:]
+    os.chdir(project)
+    _settle()
+    torch.set_num_threads(1)
+    tracking.start = untracked
+    print(json.dumps(both(int(kills), int(seed))))

@@ -1,0 +1,80 @@
+"""`python -m spo check` over projects of one's own: what it finds, and that it leaves nothing behind."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spo.__main__ import main
+from spo.config import SampledConfig, load_config
+from spo.stages.check import miniature
+from tests.test_pipeline import make_project
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("check") / "project", "sd15")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_a_sound_project_goes_through_every_stage_in_miniature_and_is_left_as_it_was(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    before = names(project)
+    assert main(["check"]) == 0
+    assert names(project) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok  ") for line in lines[:-1])
+    found = [line[6:37].strip() for line in lines[:-1]]
+    stages = ["prepare", "train_preference", "align spo", "evaluate", "report"]
+    assert [name for name in found if name.endswith("in miniature")] == [f"{stage} in miniature" for stage in stages]
+    assert found[-2:] == ["time", "memory"]
+    assert lines[-1] == "profile own can run"
+
+
+def with_setting(project: Path, section: str, **values: object) -> str:
+    """The name of a profile that differs in a section's values."""
+    config = yaml.safe_load((project / "configs" / "own.yaml").read_text())
+    config[section] |= values
+    (project / "configs" / "changed.yaml").write_text(yaml.safe_dump(config))
+    return "changed"
+
+
+def test_a_missing_file_is_found_before_anything_is_loaded(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    profile = with_setting(project, "prepare", prompts={"source": "no.txt"})
+    assert main(["check", "--profile", profile]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  prepare.prompts.source         no.txt does not exist" in out
+    assert "in miniature" not in out
+    assert out.splitlines()[-1] == "profile changed cannot run yet: mend the lines marked FAIL"
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_a_run_shows_is_found_by_the_miniature(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    profile = with_setting(project, "model", resolution=17)
+    assert main(["check", "--profile", profile]) == 1
+    assert "FAIL  train_preference in miniature  model.resolution=17 must be a multiple of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("profile", [path.stem for path in sorted((ROOT / "configs").glob("*.yaml"))])
+def test_every_profile_has_a_miniature_with_the_same_models_and_samplers(profile: str) -> None:
+    config = load_config(ROOT, profile)
+    small = miniature(config, ROOT)
+    assert (small.model, small.sampling, small.methods) == (config.model, config.sampling, config.methods)
+    assert small.train_preference.steps == 1
+    for method in small.align.values():
+        assert method.epochs == 1
+        assert not isinstance(method, SampledConfig) or method.rollouts_per_epoch == 1

@@ -1,0 +1,93 @@
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spo import preflight
+from spo.config import Config, load_config
+from spo.errors import ConfigError
+from spo.preflight import findings, require
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config(ROOT, "tiny")
+
+
+def changed(config: Config, key: str, value: Any) -> Config:
+    values = inner = config.model_dump()
+    *path, last = key.split(".")
+    for name in path:
+        inner = inner[name]
+    inner[last] = value
+    return Config.model_validate(values)
+
+
+def test_the_shipped_default_lacks_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert [finding for finding in findings(config, ROOT) if not finding.good] == []
+    require(config, "prepare", ROOT)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said", "stage"),
+    [
+        ("prepare.prompts.source", "no.txt", "no.txt does not exist", "prepare"),
+        ("prepare.prompts.source", "data/README.md", "of an unknown kind", "prepare"),
+        ("prepare.preferences.source", "data/prompts", "is a folder of 0 files", "prepare"),
+        ("prepare.preferences.source", "hub:nobody/pairs", "HF_HUB_OFFLINE forbids", "prepare"),
+        ("model.path", "data/nowhere/model", "is no folder here", "align"),
+        ("model.path", "data/prompts", "has no model_index.json", "align"),
+        ("model.path", "nobody/no-such-model", "not in the hub's cache", "evaluate"),
+        ("model.vae", "./no-vae", "is no folder here", "train_preference"),
+        ("train_preference.start_from", "nowhere", "is no folder here", "train_preference"),
+        ("train_preference.checkpoint", "data/prompts", "has no config.json", "train_preference"),
+    ],
+)
+def test_what_is_missing_ends_its_stage_and_is_a_warning_to_the_others(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    value: str,
+    said: str,
+    stage: str,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = changed(config, key, value)
+    with pytest.raises(ConfigError, match=rf"^{key}: .*{said}") as raised:
+        require(config, stage, ROOT)
+    assert "\n" not in str(raised.value)
+    require(config, "report", ROOT)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert f"will fail: {key}: " in line
+    assert stage in line
+
+
+def test_a_needed_metrics_model_is_looked_for_and_another_one_is_not(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    clip = {"kind": "clip", "model": "nowhere"}
+    config = changed(config, "evaluate.metrics", [{"kind": "oracle"}, {**clip, "name": "a"}, {**clip, "name": "b"}])
+    config = changed(config, "evaluate.guarded", ["a"])
+    assert [finding.what for finding in findings(config, ROOT) if not finding.good] == ["evaluate.metrics.a"]
+
+
+def test_a_disk_too_small_for_the_states_is_said_with_both_sizes(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(100, 99, 1_000_000))
+    [finding] = [finding for finding in findings(config, ROOT) if not finding.good]
+    assert finding.what == "disk"
+    assert "977 KiB are free, about " in finding.detail
