@@ -24,7 +24,7 @@ from tests.delivery.test_retrain import FILES
 DOCKER = ROOT / "docker"
 COMPOSE = (DOCKER / "compose.yaml").read_text()
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-START_SECONDS = 300.0  # about 10 on an idle machine
+START_SECONDS = 900.0  # about 10 on an idle machine
 
 
 def services() -> dict[str, Any]:

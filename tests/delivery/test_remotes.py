@@ -9,7 +9,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from tests.delivery.conftest import environment, shell
+from tests.delivery.conftest import ROOT, environment, shell
 
 MODEL = "runs/tiny/evaluate/lora"
 pytestmark = pytest.mark.slow  # all use `ran`
@@ -54,12 +54,10 @@ def test_a_folder_carries_what_was_made_to_another_clone(ran: Path, tmp_path: Pa
 
 
 def test_an_s3_server_carries_what_was_made_to_another_clone(ran: Path, tmp_path: Path, s3: str) -> None:
-    variables = environment(tmp_path / "other", AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret")
-    python = "import boto3, sys; boto3.client('s3', endpoint_url=sys.argv[1], region_name='us-east-1')"
-    shell(f"python -c \"{python}.create_bucket(Bucket='dvc')\" {s3}", tmp_path, variables)
-    other = clone(
-        ran, tmp_path, f"dvc remote add --default store s3://dvc/spo; dvc remote modify store endpointurl {s3}"
-    )
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": s3}
+    variables = environment(tmp_path / "other", **keys)
+    shell(f"python {ROOT / 'docker' / 'buckets.py'} dvc", tmp_path, variables)
+    other = clone(ran, tmp_path, "dvc remote add --default store s3://dvc/spo")
     shell("dvc push", with_cache_of(ran, other), variables)
     assert_pulls(ran, other, variables)
 
