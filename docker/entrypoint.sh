@@ -15,7 +15,7 @@ prefect-server)
     exec prefect server start --host "${PREFECT_SERVER_API_HOST:-0.0.0.0}" --port "${PREFECT_SERVER_API_PORT:-4200}"
     ;;
 mlflow-server) # the rest of its settings are MLFLOW_* variables
-    : "${MLFLOW_BACKEND_STORE_URI:?is not set, such as postgresql://USER:PASSWORD@postgres/mlflow}"
+    : "${MLFLOW_BACKEND_STORE_URI:?is not set, such as postgresql+psycopg2://USER:PASSWORD@postgres/mlflow}"
     : "${MLFLOW_ARTIFACTS_DESTINATION:?is not set, such as s3://mlflow}"
     : "${MLFLOW_SERVER_ALLOWED_HOSTS:?is not set, such as mlflow:5000,127.0.0.1:5000}"
     exec mlflow server --host "${MLFLOW_HOST:-0.0.0.0}" --port "${MLFLOW_PORT:-5000}" --workers 1 --serve-artifacts
