@@ -1,72 +1,94 @@
-"""The pipeline as the flow `spo`: its stages in order, then the report as artifacts of the run.
+"""The pipeline as the flow `spo`: its stages in order, then what came of them as artifacts of the run.
 
-    python -m flows.full [--profile P] [--stage S ...] [--force]
+    python -m flows.full [--profile P] [--stage S ...] [--set KEY=VALUE ...] [--force] [--promote]
 
 runs it from the project's folder without a server; `prefect.yaml` deploys it. The project is the current folder.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
+from flows.artifacts import publish_promotion, publish_report, publish_stages
+from flows.overrides import override, parse
 from flows.profile import use_profile
-from flows.stages import STAGES, Stage, run_stage
+from flows.stages import STAGES, Stage, promote_released, run_stage
 from spo.errors import SpoError
 
 
 @flow(name="spo", retries=0)
-def full(profile: str | None = None, stages: list[Stage] | None = None, force: bool = False) -> dict[str, str]:
+def full(
+    profile: str | None = None,
+    stages: list[Stage] | None = None,
+    overrides: dict[str, Any] | None = None,
+    force: bool = False,
+    promote: bool = False,
+) -> dict[str, str]:
     """Run the pipeline's stages, all of them or those named, always in the pipeline's order.
 
     profile: one of configs/*.yaml, written to params.yaml; None runs the one that stands there.
+    overrides: settings to change first, such as {"align.spo.beta": 5}; they are written to the profile's file.
     force: run stages although nothing has changed.
+    promote: at the end, let the evaluated LoRA be champion if it has earned it.
     Returns what became of each stage: Completed, Restored or UpToDate.
     """
+    for change in override(profile, overrides or {}):
+        get_run_logger().info(change)
     name = use_profile(profile)
-    chosen = [stage for stage in STAGES if stages is None or stage in stages]
-    outcomes = {str(stage): str(run_stage(stage, force=force).name) for stage in chosen}
+    tag_run(f"profile:{name}")
+    rows, outcomes = [], {}
+    for stage in (stage for stage in STAGES if stages is None or stage in stages):
+        start = time.monotonic()
+        state = run_stage(stage, force=force)
+        outcomes[str(stage)] = str(state.name)
+        rows.append((stage, str(state.name), state.message or "", time.monotonic() - start))
+    publish_stages(rows)
     if "report" in outcomes:
-        publish_report(name, Path("runs") / name / "report")
+        publish_report(name, Path("runs") / name)
+    if promote:
+        publish_promotion(decision := promote_released())
+        tag_run("kept" if "not promoted" in decision else "promoted")
     return outcomes
 
 
-def publish_report(profile: str, folder: Path) -> None:
-    """Show the report's summary and headline figures with the run, and where its page lies."""
-    summary = (folder / "summary.txt").read_text(encoding="utf-8").strip()
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _flat(metrics))
-    create_markdown_artifact(
-        key="report",
-        markdown=f"# Profile {profile}\n\n```\n{summary}\n```\n\n| metric | value |\n|---|---|\n{rows}\n",
-        description=f"Headline figures of profile {profile}",
-    )
-    page = (folder / "report.html").resolve()
-    create_link_artifact(key="report-page", link=page.as_uri(), link_text=str(page), description="The whole report")
-
-
-def _flat(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested metrics as (dotted name, value) rows; numbers to four significant figures."""
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)
+def tag_run(*tags: str) -> None:
+    """Add tags to the present flow run."""
+    with get_client(sync_client=True) as client:
+        there = client.read_flow_run(flow_run.id).tags
+        client.update_flow_run(flow_run.id, tags=[*there, *(tag for tag in tags if tag not in there)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.full", description="Run the pipeline as a Prefect flow.")
     parser.add_argument("--profile", help="one of configs/*.yaml, written to params.yaml (default: the one there)")
     parser.add_argument("--stage", dest="stages", nargs="+", action="extend", choices=STAGES, help="(default: all)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting to write down first",
+    )
     parser.add_argument("--force", action="store_true", help="run stages although nothing has changed")
+    parser.add_argument("--promote", action="store_true", help="let the LoRA be champion if it has earned it")
     options = parser.parse_args(arguments)
     try:
-        full(profile=options.profile, stages=options.stages, force=options.force)
+        full(
+            profile=options.profile,
+            stages=options.stages,
+            overrides=parse(options.overrides),
+            force=options.force,
+            promote=options.promote,
+        )
     except (SpoError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

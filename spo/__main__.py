@@ -83,6 +83,10 @@ def run_stage(options: argparse.Namespace) -> None:
         with tracking.start(config, stage, root, method=method, seed=seed) as tracker:
             tracker.log_params(settings(config, stage, method, seed))
             run(config, *(() if method is None else (method, seed)), root=root, tracker=tracker)
+    if stage == "report":
+        from spo.stages.promote import register_released
+
+        register_released(config, root)
     if os.environ.get("RANK", "0") == "0":
         print(f"{label}: done in {time.monotonic() - start:.1f} s", flush=True)
 
@@ -169,6 +173,17 @@ def mlflow_ui(options: argparse.Namespace) -> None:
     print(f"http://127.0.0.1:{options.port} (stop with Ctrl-C)", flush=True)
     server = ["server", "--host", "127.0.0.1", "--port", str(options.port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server, "--backend-store-uri", uri])
+
+
+def promote(options: argparse.Namespace) -> None:
+    """Register the evaluated LoRA, and let it be champion if it has earned it; either decision ends well."""
+    config = load_config(Path(), options.profile)
+    _settle()
+    from spo import tracking
+    from spo.stages import promote
+
+    with tracking.spoken():
+        promote.run(config, method=options.method, against_base=options.against_base)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -299,6 +314,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sampling(command, num=4)
     command.set_defaults(run=compare)
+
+    purpose = "register the evaluated LoRA; make it champion if it beats the present one"
+    command = commands.add_parser("promote", help=purpose, description=purpose)
+    command.add_argument("--method", metavar="NAME", help="whose LoRA (default: promote.method, else the first)")
+    command.add_argument("--against-base", action="store_true", help="leave the present champion out of account")
+    command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
+    command.set_defaults(run=promote)
 
     purpose = "browse the tracked runs"
     command = commands.add_parser("mlflow-ui", help=purpose, description=purpose)

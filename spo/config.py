@@ -312,6 +312,15 @@ class SafetyConfig(Section):
     stuck_after: Positive = 20  # updates or rollouts in a row without a sign of learning, before a warning
 
 
+class PromoteConfig(Section):
+    """When a new LoRA becomes champion: see spo/evaluation/promotion.py; primary and guarded are evaluate's."""
+
+    method: str | None = None  # whose released LoRA is the candidate; None: the first of `methods`
+    tolerance: dict[str, Annotated[float, Field(ge=0)]] = {}
+    # of a guarded score: how far the 95% interval of its change may reach below zero, in that score's units;
+    # of one that is not named here: evaluate.guard_tolerance
+
+
 class Config(Section):
     profile: str
     seed: int = 0
@@ -324,6 +333,7 @@ class Config(Section):
     align: dict[Name, MethodConfig]
     evaluate: EvaluateConfig
     safety: SafetyConfig = SafetyConfig()
+    promote: PromoteConfig = PromoteConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -349,6 +359,9 @@ class Config(Section):
         taken = [name for name in self.evaluate.loras if name in ("base", "contrast", *self.align)]
         if taken:
             raise ValueError(f"evaluate.loras: {taken} are names of other columns; name the LoRAs differently")
+        strangers = sorted(set(self.promote.tolerance) - set(self.evaluate.guarded))
+        if strangers:
+            raise ValueError(f"promote.tolerance names {strangers}, but guarded are {list(self.evaluate.guarded)}")
         missing = [name for name in self.methods if name not in self.align]
         if missing:
             raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")

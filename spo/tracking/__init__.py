@@ -10,11 +10,12 @@ run; the stages of one pipeline run hang under one parent run, known by the tag 
     store.py     the store itself: client, experiment, parent run
     facts.py     what a run was made with: commit, versions, data sets and their hashes
     run.py       `start`: one stage's run from beginning to end
+    registry.py  aligned LoRAs as versions of a registered model, one of them the champion
 """
 
 from spo.tracking.run import start
 from spo.tracking.sender import send_unsent
-from spo.tracking.store import PIPELINE_RUN, fetch_model, masked, pipeline_id, store
+from spo.tracking.store import PIPELINE_RUN, fetch_model, masked, pipeline_id, spoken, store
 from spo.tracking.tracker import NullTracker, Tracker, flatten
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "masked",
     "pipeline_id",
     "send_unsent",
+    "spoken",
     "start",
     "store",
 ]

@@ -5,6 +5,8 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,11 +45,13 @@ def connect(root: Path) -> "MlflowClient":
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
         with _alone(root):
+            mlflow.set_tracking_uri(store(root))  # where some of mlflow's own code looks, whatever the client says
             return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
     except (MlflowException, OSError) as error:
         raise unusable(root, error) from error
@@ -71,14 +75,19 @@ def find_run(client: "MlflowClient", experiment: str, tag: str, value: str) -> s
     return found[0].info.run_id if found else None
 
 
+def find_latest(client: "MlflowClient", experiment: str, stage: str) -> str | None:
+    """Id of the stage's latest run that went well."""
+    wanted = f"tags.stage = '{stage}' AND attributes.status = 'FINISHED'"
+    found = client.search_runs([experiment], wanted, max_results=1, order_by=["attributes.start_time DESC"])
+    return found[0].info.run_id if found else None
+
+
 def fetch_model(uri: str, root: Path = Path()) -> Path:
     """The local folder of a registered model, models:/NAME@ALIAS or models:/NAME/VERSION; or a ModelError."""
     connect(root)
-    import mlflow
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    mlflow.set_tracking_uri(store(root))  # else mlflow makes an empty store in the current folder
     try:
         return Path(download_artifacts(artifact_uri=uri, tracking_uri=store(root), registry_uri=store(root)))
     except (MlflowException, OSError) as error:
@@ -108,6 +117,17 @@ def away(root: Path, error: Exception) -> bool:
 
 def unusable(root: Path, error: Exception) -> ConfigError:
     return ConfigError(f"cannot track at {masked(store(root))}: {one_line(error)}; mend or unset MLFLOW_TRACKING_URI")
+
+
+@contextmanager
+def spoken(root: Path = Path()) -> Iterator[None]:
+    """What the store raises within is told as a ConfigError of one line."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise unusable(root, error) from error
 
 
 def pipeline_id() -> str:

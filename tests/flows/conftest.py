@@ -45,7 +45,7 @@ FILES = {
     "configs/tiny.yaml": "seed: 0\n",
     "configs/sd15.yaml": "seed: 0\n",
     "prepare.sh": 'echo "prompts are ready"; mkdir -p runs/tiny; echo ready > runs/tiny/prepare.txt\n'
-    "echo $SPO_PIPELINE_RUN > pipeline_run\n",
+    "echo tracked at http://127.0.0.1:5000/#/experiments/1/runs/abc; echo $SPO_PIPELINE_RUN > pipeline_run\n",
     "train_preference.sh": "cat runs/$1/prepare.txt > runs/$1/preference.txt\n",
     "align.sh": "echo $2 > runs/$1/align-$2.txt\n",
     "evaluate.sh": "cat runs/$1/align-spo.txt > runs/$1/evaluate.txt\n",

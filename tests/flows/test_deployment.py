@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 300.0  # about 20 on an idle machine
@@ -37,7 +40,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_deployed_flow_ends_0_and_a_failing_stage_makes_it_end_otherwise(
+def test_the_deployed_flow_ends_truthfully_is_cancelled_with_its_children_and_runs_one_at_a_time(
     project: Path, environment: dict[str, str]
 ) -> None:
     shutil.copy(ROOT / "prefect.yaml", project)
@@ -67,6 +70,40 @@ def test_the_deployed_flow_ends_0_and_a_failing_stage_makes_it_end_otherwise(
         done = prefect("deployment", "run", "spo/evaluate", "--watch")
         assert done.returncode != 0, done.stdout + done.stderr
         assert "stage evaluate failed" in (project / "worker.log").read_text()
+
+        pids = project / "pids"
+        (project / "align.sh").write_text("sleep 3600 & echo $$ $! > pids; wait\n")
+        with _client(environment) as client:
+            first = _start(client, "spo/full")
+            _wait(lambda: pids.is_file() and len(pids.read_text().split()) == 2, project / "worker.log")
+            second = _start(client, "spo/evaluate", stages=["prepare"])
+            done = prefect("flow-run", "cancel", str(first))
+            assert done.returncode == 0, done.stdout + done.stderr
+            _wait(lambda: client.read_flow_run(first).state.is_final(), project / "worker.log")
+            assert client.read_flow_run(first).state.is_cancelled()
+            _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split()), pids)
+            _wait(lambda: client.read_flow_run(second).state.is_final(), project / "worker.log")
+            assert client.read_flow_run(second).state.is_completed()
+            assert client.read_flow_run(second).start_time >= client.read_flow_run(first).end_time
+
+
+@contextmanager
+def _client(environment: dict[str, str]) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
+        with get_client(sync_client=True) as client:
+            yield client
+
+
+def _start(client: SyncPrefectClient, deployment: str, **parameters: object) -> UUID:
+    found = client.read_deployment_by_name(deployment)
+    return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
+
+
+def _wait(condition: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,14 @@ def test_the_flow_runs_all_stages_in_order_under_one_run_and_shows_the_report(pr
     assert (project / "runs/tiny/align-spo.txt").exists()
     assert (project / "runs/tiny/align-other.txt").exists()
     assert (project / "pipeline_run").read_text().strip() == str(_flow_run_id(state))
-    table, page = _artifacts(state)
-    assert "SPO wins." in table
-    assert "| spo.win_rate | 0.7123 |\n| spo.prompts | 128 |\n" in table
-    assert (project / "runs/tiny/report/report.html").as_uri() in page
+    shown = _artifacts(state)
+    assert "SPO wins." in shown["report"]
+    assert "| spo.win_rate | 0.7123 |\n| spo.prompts | 128 |\n" in shown["report"]
+    assert (project / "runs/tiny/report/report.html").as_uri() in shown["report-page"]
+    assert "http://127.0.0.1:5000/#/experiments/1/runs/abc" in shown["mlflow-run"]
+    rows = {row["stage"]: row for row in json.loads(shown["stages"])}
+    assert rows["align"]["items"] == "align@spo: Completed, align@other: Completed"
+    assert _tags(state) == ["profile:tiny"]
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -57,11 +62,24 @@ def _flow_run_id(state: State) -> str:
     return str(state.state_details.flow_run_id)
 
 
-def _artifacts(state: State) -> tuple[str, str]:
-    """What the run shows under `report` and `report-page`."""
+@pytest.mark.usefixtures("prefect_server")
+def test_a_retrain_decides_on_promotion_and_shows_why(project: Path) -> None:
+    (project / "spo.py").write_text("print('version 1 (spo) not promoted: aesthetic'); print('  aesthetic: +0.0')\n")
+    state = full(stages=["prepare"], promote=True, return_state=True)
+    assert state.is_completed()
+    assert "version 1 (spo) not promoted: aesthetic\n  aesthetic: +0.0" in _artifacts(state)["promotion"]
+    assert _tags(state) == ["kept", "profile:tiny"]
+
+
+def _tags(state: State) -> list[str]:
+    with get_client(sync_client=True) as client:
+        return sorted(client.read_flow_run(state.state_details.flow_run_id).tags)
+
+
+def _artifacts(state: State) -> dict[str, str]:
+    """What the run shows, by key."""
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
     only = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
     with get_client(sync_client=True) as client:
-        found = {artifact.key: artifact.data for artifact in client.read_artifacts(artifact_filter=only)}
-    return found["report"], found["report-page"]
+        return {artifact.key: artifact.data for artifact in client.read_artifacts(artifact_filter=only)}

@@ -9,7 +9,7 @@ from prefect import flow
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import TerminationSignal
 
-from flows import stages
+from flows import process
 from flows.full import full
 from flows.stages import STAGES, run_stage
 from spo.config import Config
@@ -33,6 +33,20 @@ def test_a_stage_runs_once_then_is_up_to_date_and_is_restored_when_lost(project:
     assert (project / "runs/tiny/prepare.txt").exists()
 
 
+@flow
+def run_align() -> tuple[str | None, str | None]:
+    state = run_stage("align", return_state=True)
+    return state.name, state.message
+
+
+def test_each_item_of_a_matrix_stage_is_told(project: Path) -> None:
+    (project / "runs/tiny").mkdir(parents=True)
+    (project / "runs/tiny/preference.txt").write_text("ready\n")
+    assert run_align() == ("Completed", "align@spo: Completed, align@other: Completed")
+    (project / "params.yaml").write_text("profile: tiny\nmethods: [spo, third]\n")
+    assert run_align() == ("Completed", "align@spo: UpToDate, align@third: Completed")
+
+
 def test_force_runs_a_stage_that_has_not_changed(project: Path) -> None:
     run_prepare()
     assert run_prepare(force=True) == (StateType.COMPLETED, "Completed")
@@ -54,7 +68,7 @@ def test_a_stage_s_lines_are_logged_without_what_a_progress_bar_overwrote(
 def test_terminating_a_flow_run_ends_its_stage_even_one_that_ignores_sigterm(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(process, "GRACE_SECONDS", 1.0)
     (project / "prepare.sh").write_text("trap '' TERM; sleep 60 & echo $$ $! > pids; while :; do sleep 0.1; done\n")
     pids = project / "pids"
 

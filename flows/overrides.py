@@ -1,0 +1,105 @@
+"""Settings of a run that differ from those written down: they are written down first, where DVC reads them.
+
+`dvc repro` takes no settings, and `dvc exp run --set-param` makes an experiment of each stage, which wants a commit and
+no other changes. So an override is an edit: of the profile's file or of params.yaml, comments kept, all of them
+validated before the first is written. It stays: what the checkout says is what has been run, and `git diff` shows it.
+"""
+
+import io
+import tempfile
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from spo.config import load_config
+from spo.errors import ConfigError
+from spo.files import write_text
+
+
+def override(profile: str | None, overrides: Mapping[str, Any], root: Path = Path()) -> list[str]:
+    """Write `overrides` into the files that they name, and give back what has changed, a line each.
+
+    A key is FILE:SECTION.KEY, such as configs/tiny.yaml:align.spo.beta or params.yaml:methods; without FILE: it is one
+    of the profile's file. ConfigError, with nothing written, where the settings would not be valid.
+    """
+    if not overrides:
+        return []
+    name = profile or load_config(root).profile
+    documents: dict[Path, Any] = {}
+    changes = []
+    for key, value in overrides.items():
+        file, _, path = key.rpartition(":")
+        place = Path(file or f"configs/{name}.yaml")
+        if place not in documents:
+            documents[place] = _read(place, root)
+        before = _put(documents[place], path.split("."), value, key)
+        changes.append(f"{place}: {path} is {value!r}, was {before!r}")
+    texts = {place: _text(document) for place, document in documents.items()}
+    _validate(name, texts, root)
+    for place, text in texts.items():
+        write_text(root / place, text)
+    return changes
+
+
+def _read(place: Path, root: Path) -> Any:
+    allowed = [Path("params.yaml"), *(path.relative_to(root) for path in sorted((root / "configs").glob("*.yaml")))]
+    if place not in allowed:
+        raise ConfigError(f"overrides name {place}; use one of {[str(path) for path in allowed]}")
+    return _yaml().load((root / place).read_text(encoding="utf-8"))
+
+
+def _put(document: Any, path: list[str], value: Any, key: str) -> Any:
+    """Set a nested value; what stood there."""
+    *sections, last = path
+    for section in sections:
+        document = document.setdefault(section, {}) if isinstance(document, MutableMapping) else None
+    if not isinstance(document, MutableMapping):
+        raise ConfigError(f"overrides name {key}, but {'.'.join(sections)} is no section")
+    before = document.get(last)
+    document[last] = value
+    return before
+
+
+def _validate(profile: str, texts: Mapping[Path, str], root: Path) -> None:
+    """Load the configuration as it would be, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in (root / "params.yaml", *(root / "configs").glob("*.yaml")):
+            place = path.relative_to(root)
+            copy = Path(temporary) / place
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_text(texts.get(place) or path.read_text(encoding="utf-8"), encoding="utf-8")
+        try:
+            load_config(Path(temporary), profile)
+        except ConfigError as error:
+            raise ConfigError(f"overrides: {str(error).replace(temporary + '/', '')}") from None
+
+
+def parse(texts: list[str]) -> dict[str, Any]:
+    """KEY=VALUE as written on a command line; the value is YAML."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no value; write KEY=VALUE, e.g. align.spo.beta=5")
+        try:
+            found[key] = YAML(typ="safe").load(value)
+        except YAMLError:
+            raise ConfigError(f"--set {text!r}: the value is no YAML") from None
+    return found
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def _text(document: Any) -> str:
+    buffer = io.StringIO()
+    _yaml().dump(document, buffer)
+    return buffer.getvalue()
