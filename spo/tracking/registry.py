@@ -109,15 +109,15 @@ def register(
 
 def _save(config: Config, lora: Path, folder: Path, root: Path) -> None:
     """As MLflow's diffusers flavour; a base in the project is named relative to it, so that both can move."""
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of type hints in mlflow itself
-        from mlflow.diffusers import save_model
-
     base = config.model.path
     if (root / base).is_dir() and not Path(base).is_absolute():
         base = f"./{base.removeprefix('./')}"
     weights = lora / "pytorch_lora_weights.safetensors"
     requirements = [f"{package}=={installed(package).partition('+')[0]}" for package in REQUIREMENTS]
-    save_model(str(weights), str(folder), base, signature=_signature(config), pip_requirements=requirements)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of type hints in mlflow itself
+        from mlflow.diffusers import save_model
+
+        save_model(str(weights), str(folder), base, signature=_signature(config), pip_requirements=requirements)
 
 
 def _signature(config: Config) -> "ModelSignature":

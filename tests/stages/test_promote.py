@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 import pytest
 
 from spo.config import Config, LoraConfig, ModelConfig, load_config
@@ -142,7 +143,7 @@ def test_mlflow_loads_what_was_registered_and_paints_with_it(config: Config, roo
     assert pipeline.get_active_adapters()
     files = {path.name for path in Path(mlflow.artifacts.download_artifacts(uri)).joinpath("evaluation").iterdir()}
     assert {"scores.csv", "metrics.json", "report.html", "summary.txt"} <= files
-    picture = mlflow.pyfunc.load_model(uri).predict(["a small red cross"])[0]
+    picture = mlflow.pyfunc.load_model(uri).predict(pd.DataFrame({"prompt": ["a small red cross"]}))[0]
     assert picture.startswith(b"\x89PNG")
 
 
