@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter
 
 LIGHT = ("#005f99", "#b34700", "#00704f", "#a3387c", "#7a5a00", "#4a4fc4")
@@ -123,8 +124,8 @@ def running_mean(y: Sequence[float]) -> np.ndarray:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(3.5, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12)  # the page's font may be wider than the one that is laid out with
+    layout = ConstrainedLayoutEngine(w_pad=0.12)  # inches; the page's font may be wider than the one laid out with
+    figure = Figure(figsize=(3.5, height), layout=layout)
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)

@@ -1,7 +1,7 @@
 """Images and scores of subjects, a batch at a time, of which finished ones are kept (see shelf.py)."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,7 +123,7 @@ class Studio:
         if subject.checkpoint != self._loaded:
             load_policy(self.model, subject.checkpoint)
             self._loaded = subject.checkpoint
-        return nullcontext()
+        return self.model.merged()
 
 
 def digest_of_subject(subject: Subject) -> list[str | None]:

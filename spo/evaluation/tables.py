@@ -92,26 +92,27 @@ def compared(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def compact(
-    means: Sequence[Row], comparisons: Sequence[Row], *, eta: float, metrics: Sequence[str]
+    means: Sequence[Row], comparisons: Sequence[Row], *, eta: float, primary: str, guarded: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """The figures that experiments are told apart by: of the deciding sampler and the metrics of the verdict."""
+    """The few figures that experiments are told apart by, under the deciding sampler; the tables have all.
+
+    Of each column the means, the gains over the base and the win rate of the primary score; of each pair of methods
+    the same, as differences.
+    """
     table: dict[str, dict[str, float]] = {}
     for row in means:
-        if row["eta"] == eta and row["metric"] in metrics:
+        if row["eta"] == eta and row["metric"] in (primary, *guarded):
             table.setdefault(row["column"], {})[row["metric"]] = round(row["mean"], 5)
     for row in comparisons:
-        if row["eta"] != eta or row["metric"] not in metrics:
+        metric, against = row["metric"], row["against"]
+        if row["eta"] != eta or metric not in (primary, *guarded) or against == CONTROL:
             continue
-        name = row["column"] if row["against"] == BASE else f"{row['column']}_vs_{row['against']}"
-        metric, difference = row["metric"], "gain" if row["against"] == BASE else "difference"
-        table.setdefault(name, {}).update(
-            {
-                f"{metric}_{difference}": round(row["difference"], 5),
-                f"{metric}_{difference}_low": round(row["low"], 5),
-                f"{metric}_{difference}_high": round(row["high"], 5),
-                f"{metric}_win_rate": round(row["win_rate"], 5),
-                f"{metric}_win_rate_low": round(row["win_rate_low"], 5),
-                f"{metric}_win_rate_high": round(row["win_rate_high"], 5),
-            }
+        name, difference = (
+            (row["column"], "gain") if against == BASE else (f"{row['column']}_vs_{against}", "difference")
         )
+        figures = {f"{metric}_{difference}": row["difference"]}
+        figures |= {f"{metric}_{difference}_{end}": row[end] for end in ("low", "high")}
+        if metric == primary:
+            figures |= {f"{metric}_{key}": row[key] for key in ("win_rate", "win_rate_low", "win_rate_high")}
+        table.setdefault(name, {}).update({key: round(value, 5) for key, value in figures.items()})
     return table

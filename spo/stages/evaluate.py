@@ -122,10 +122,10 @@ class Evaluation:
         comparisons = comparison_rows(columns, prompts, samples=samples)
         for name, rows in zip(TABLES, (means, comparisons, validation, score_rows(columns, self.test)), strict=True):
             write_csv(folder / name, rows)
-        main = (self.settings.primary, *self.settings.guarded)
+        decided = {"primary": self.settings.primary, "guarded": self.settings.guarded, "eta": self.settings.etas[0]}
         seeds = len({seed for _, seed in chosen})
         counts = {"prompts": len(set(prompts)), "images": len(prompts), "training_seeds": seeds}
-        return {**counts, **compact(means, comparisons, eta=self.settings.etas[0], metrics=main)}
+        return {**counts, **compact(means, comparisons, **decided)}
 
     def _untrained(self, eta: float, folder: Path | None, factors: list[float]) -> list[Column]:
         base = Subject(BASE)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from spo.config import Config
+from spo.config import Config, SampledConfig
 from spo.environment import environment
 from spo.files import write_json, write_text
 from spo.stages.report_charts import Chart, all_charts
@@ -32,7 +32,9 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
     evaluate, shown = config.evaluate, [column for column in results.columns if column != CONTRAST]
     cards = gallery(inputs.images, inputs.scores, shown, eta=evaluate.etas[0], metric=evaluate.primary)
     charts = all_charts(results, inputs)
-    costs = duels(results, inputs.validation, tolerance=evaluate.guard_tolerance)
+    costs = duels(
+        results, inputs.validation, tolerance=evaluate.guard_tolerance, judge_seconds=_judge_seconds(config, inputs)
+    )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
     folder = root / config.folder("report")
     html = page(config, inputs, results, charts, cards, costs, facts=environment(root))
@@ -127,6 +129,12 @@ def _training(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
         for name, runs in inputs.training.items()
         for seed, metrics in zip(config.training_seeds, runs, strict=True)
     ]
+
+
+def _judge_seconds(config: Config, inputs: Inputs) -> dict[str, float]:
+    """What the preference model's training took, of each method that has its own samples judged."""
+    seconds = inputs.seconds.get("train_preference", 0.0)
+    return {name: seconds for name in config.methods if isinstance(config.align[name], SampledConfig)}
 
 
 def _chosen(inputs: Inputs) -> list[str]:

@@ -1,6 +1,6 @@
 """Score against compute: what each method's checkpoints cost, and how much less one needs than another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -10,7 +10,9 @@ from spo.evaluation.cost import Point, Saving, saving
 from spo.stages.report_results import BASE, Results
 
 Row = dict[str, Any]
-CURRENCIES = {"unet_forwards": "UNet forwards", "seconds": "seconds of training"}
+CURRENCIES = {"unet_forwards": "UNet forwards", "seconds": "seconds of alignment"}  # as checkpoints tell them
+WITH_JUDGE = "seconds_with_judge"
+UNITS = {**CURRENCIES, WITH_JUDGE: "seconds, the preference model's training included"}
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,23 @@ class Duel:
     sentence: str
 
 
-def duels(results: Results, validation: Sequence[Row], *, tolerance: float) -> list[Duel]:
-    """Each pair of methods in both currencies, read off the means of their training seeds."""
+def duels(
+    results: Results, validation: Sequence[Row], *, tolerance: float, judge_seconds: Mapping[str, float]
+) -> list[Duel]:
+    """Each pair of methods in each currency, read off the means of their training seeds.
+
+    judge_seconds: what training the preference model took, for each method that needs one.
+    """
     base = next((row for row in validation if row["column"] == BASE), None)
     if base is None or results.primary not in base:
         return []
     found = []
     for name, other in combinations(results.methods, 2):
-        for currency in CURRENCIES:
-            curves = [curve(results, validation, method, currency, base, tolerance) for method in (name, other)]
+        for currency in UNITS if any(judge_seconds.values()) else CURRENCIES:
+            curves = [
+                curve(results, validation, method, currency, base, tolerance, judge_seconds.get(method, 0.0))
+                for method in (name, other)
+            ]
             if not all(curves):
                 continue
             found.append(_duel(results, name, other, currency, saving(*curves, base=base[results.primary])))
@@ -42,13 +52,22 @@ def duels(results: Results, validation: Sequence[Row], *, tolerance: float) -> l
 
 
 def curve(
-    results: Results, validation: Sequence[Row], method: str, currency: str, base: Row, tolerance: float
+    results: Results,
+    validation: Sequence[Row],
+    method: str,
+    currency: str,
+    base: Row,
+    tolerance: float,
+    judge_seconds: float,
 ) -> list[Point]:
     """The method's checkpoints, each the mean of its training seeds; a score is kept if no guarded one fell."""
     points = []
     for rows in by_checkpoint(validation, method):
         falls = [base[metric] - fmean(row[metric] for row in rows) for metric in results.guarded]
-        compute = fmean(row[currency] for row in rows)
+        if currency == WITH_JUDGE:
+            compute = fmean(row["seconds"] for row in rows) + judge_seconds
+        else:
+            compute = fmean(row[currency] for row in rows)
         score = fmean(row[results.primary] for row in rows)
         points.append(Point(compute, score, kept=max(falls, default=0.0) <= tolerance))
     return [point for point in points if point.compute > 0]
@@ -78,7 +97,7 @@ def numbers(found: Sequence[Duel]) -> dict[str, dict[str, float]]:
 
 
 def _duel(results: Results, name: str, other: str, currency: str, found: Saving | None) -> Duel:
-    return Duel(name, other, currency, found, _sentence(results.primary, name, other, CURRENCIES[currency], found))
+    return Duel(name, other, currency, found, _sentence(results.primary, name, other, UNITS[currency], found))
 
 
 def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None) -> str:
