@@ -29,9 +29,9 @@ QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200
 
 def curve(config: Config, *, seed: int, against: Sequence[str], root: Path) -> list[dict[str, Any]]:
     """One row a checkpoint of the longer run, and of what the pipeline left of the methods `against`."""
-    work = place("dpo_curve", config, {"seed": seed}, root=root)
-    for stage in ("prepare", "train_preference"):
-        adopt(stage, config, source=root, target=work)
+    own = config.model_copy(update={"align": {METHOD: config.align[METHOD]}})
+    work = place("dpo_curve", own, {"seed": seed}, root=root)
+    adopt("prepare", config, source=root, target=work)
     runs = {METHOD: work / config.aligned(METHOD, seed)}
     if not runs[METHOD].exists():
         align.run(config, METHOD, seed, root=work, tracker=NullTracker())

@@ -25,21 +25,28 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Pictures:
-    """All different pictures of the prepared pairs, and what the opinion is made of."""
+    """Different pictures, and what the opinion of them is made of."""
 
-    images: list[bytes]  # n, as they are stored
+    pixels: Tensor  # (n, 3, side, side) of 8 bits
     prompts: list[str]  # n
-    pixels: Tensor  # (n, 3, side, side) in [0, 1]
     finish: Tensor  # (n,)
     alignment: Tensor  # (n,)
     layout: Tensor  # (n,)
+    images: list[bytes]  # n, as they are stored; none where they come from no file
 
     def utility(self, share: float) -> Tensor:
         return combine(self.finish, self.alignment, self.layout, share=share)
 
 
+def judged(pixels: Tensor, prompts: Sequence[str], images: Sequence[bytes] = ()) -> Pictures:
+    """8-bit pictures (n, 3, side, side) of n prompts, with the oracle's judgement of them."""
+    seen = score([judge], pixels / 255, prompts)
+    finish = seen["vivid"] + seen["crisp"] + seen["clean"]
+    return Pictures(pixels, list(prompts), finish, seen["alignment"], seen["centred"], list(images))
+
+
 def read_pictures(prepared: Path) -> Pictures:
-    """The pictures of the prepared training and validation pairs, judged once."""
+    """The pictures of the prepared training and validation pairs; of one size, being the drawn world's."""
     known: dict[tuple[str, bytes], None] = {}
     for split in SPLITS:
         stored = PreferencePairs(prepared / "preferences" / f"{split}.parquet")
@@ -47,11 +54,8 @@ def read_pictures(prepared: Path) -> Pictures:
             pair = stored[i]
             known |= {(pair.caption, pair.image_0): None, (pair.caption, pair.image_1): None}
     prompts, images = [prompt for prompt, _ in known], [image for _, image in known]
-    pictures = [np.array(decode_image(image)) for image in images]  # of one size, being the drawn world's
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    seen = score([judge], pixels, prompts)
-    finish = seen["vivid"] + seen["crisp"] + seen["clean"]
-    return Pictures(images, prompts, pixels, finish, seen["alignment"], seen["centred"])
+    pixels = torch.from_numpy(np.stack([np.array(decode_image(image)) for image in images])).permute(0, 3, 1, 2)
+    return judged(pixels, prompts, images)
 
 
 def relabel(prepared: Path, target: Path, pictures: Pictures, opinion: Opinion, *, seed: int) -> dict[str, float]:

@@ -4,9 +4,9 @@
 
 The claim that it tests: generic labels are dominated by what a picture shows, so the signal of finish in a pair of
 different pictures drowns, while candidates of one x_t differ in little else. For each cell the prepared pairs are
-labelled anew by an opinion with that share and noise; the clean-image preference model is taught that opinion from one
-that knows no preference; then come the pipeline's own train_preference and align stages. Gains are of the test
-prompts, at the checkpoint that the pipeline's rule takes on the validation prompts.
+labelled anew by an opinion with that share and noise; a clean-image preference model that can see but prefers nothing
+is taught that opinion; then come the pipeline's own train_preference and align stages. Gains are of the test prompts,
+at the checkpoint that the pipeline's rule takes on the validation prompts.
 
 A cell's finished parts are kept under .cache/bench, so that a killed sweep goes on; the table is written anew after
 every cell.
@@ -15,30 +15,25 @@ every cell.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Generator, Tensor
-from transformers import CLIPModel, CLIPTokenizer
-
-from bench.relabel import Pictures, read_pictures, relabel
-from bench.workbench import Ruler, adopt, place
+from bench.relabel import read_pictures, relabel
+from bench.taste import Effort, Teacher, read_lessons
+from bench.workbench import Ruler, adopt, digest, place
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.files import atomic_path, read_json, write_json
-from spo.pretrain.clip import save_clip
-from spo.pretrain.preference import GROUP, Group, Opinion, train_preference
+from spo.pretrain.preference import Opinion
 from spo.pretrain.recipe import RECIPE
-from spo.progress import progress
 from spo.stages import align
 from spo.stages import train_preference as preference_stage
 from spo.tables import write_csv
 from spo.tracking import NullTracker
 
-BLANK = Path(".cache/pretrain/sight")  # left by `python -m spo pretrain`
+LESSONS = Path(".cache/pretrain/lessons")  # left by `python -m spo pretrain`
 METHODS = ("spo", "diffusion_dpo")
 
 
@@ -58,24 +53,25 @@ class Cell:
 
 
 class Sweep:
-    """The cells' common ground: the pictures, the CLIP that knows no preference yet, the measure."""
+    """The cells' common ground: the pictures, the teacher of preference models, the measure."""
 
-    def __init__(self, config: Config, methods: Sequence[str], blank: Path, *, start_steps: int, root: Path):
+    def __init__(self, config: Config, methods: Sequence[str], lessons: Path, *, effort: Effort, root: Path):
         missing = [name for name in methods if name not in config.align]
         if missing:
             raise SpoError(f"profile {config.profile} has no method {missing}; it has {sorted(config.align)}")
-        if not blank.is_dir():
-            raise SpoError(
-                f"{blank} is missing: a CLIP without preferences; run `python -m spo pretrain` or name one by --blank"
-            )
-        self.config = config
+        vae = Path(config.model.path) / "vae"
+        if not vae.is_dir():
+            raise SpoError(f"{vae} is missing; the sweep is of the drawn world, whose model lies in a folder here")
+        self.config = config.model_copy(update={"align": {name: config.align[name] for name in methods}})
         self.methods = methods
-        self.blank = blank
-        self.start_steps = start_steps
-        self.work = place("share_sweep", config, {"blank": str(blank), "start_steps": start_steps}, root=root)
+        more = {"lessons": digest(lessons), "effort": asdict(effort)}
+        self.work = place("share_sweep", self.config, more, root=root)
         adopt("prepare", config, source=root, target=self.work)
         self.prepared = self.work / config.folder("prepare")
-        self.pictures: Pictures = read_pictures(self.prepared)
+        self.pictures = read_pictures(self.prepared)
+        prompts = (self.prepared / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
+        further = [read_lessons(lessons, prompts)] if lessons.is_dir() else []
+        self.teacher = Teacher(vae, prompts, [self.pictures, *further], self.work / "sight", effort)
         self.ruler = Ruler(config, self.prepared, self.work / "scores")
 
     def rows(self, cell: Cell) -> list[dict[str, Any]]:
@@ -95,7 +91,7 @@ class Sweep:
             )
             adopt_prompts(self.prepared, folder / self.config.folder("prepare"))
         if not (folder / "start").exists():
-            self._teach(cell, folder / "start")
+            self.teacher.teach(cell.opinion, folder / "start", seed=cell.seed)
         preference = self.config.train_preference.model_copy(
             update={"start_from": str(folder / "start"), "checkpoint": None}
         )
@@ -106,24 +102,6 @@ class Sweep:
             if not (folder / config.aligned(name, cell.seed)).exists():
                 align.run(config, name, cell.seed, root=folder, tracker=NullTracker())
         return config
-
-    def _teach(self, cell: Cell, target: Path) -> None:
-        """The clean-image preference model: the blank CLIP, taught the cell's opinion on the training prompts."""
-        clip, tokenizer = CLIPModel.from_pretrained(self.blank).train(), CLIPTokenizer.from_pretrained(self.blank)
-        known = (self.prepared / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
-        steps = train_preference(
-            clip,
-            tokenizer,
-            [groups_of(self.pictures, set(known), self.pictures.utility(cell.share), RECIPE.preference_prompts)],
-            cell.opinion,
-            steps=self.start_steps,
-            learning_rate=RECIPE.preference_rate,
-            generator=Generator().manual_seed(cell.seed),
-        )
-        with progress(total=self.start_steps, label=f"start of {cell.name}") as bar:
-            for measured in steps:
-                bar.update(**measured)
-        save_clip(clip.eval(), tokenizer, target)
 
     def _measure(self, cell: Cell, folder: Path, config: Config) -> list[dict[str, Any]]:
         labels = read_json(folder / "labels.json")
@@ -154,24 +132,6 @@ class Sweep:
                         }
                     )
         return rows
-
-
-def groups_of(pictures: Pictures, prompts: set[str], utility: Tensor, num: int) -> Callable[[Generator], Group]:
-    """Draws `num` of these prompts, GROUP pictures each; SpoError where none has as many."""
-    members: dict[str, list[int]] = {}
-    for i, prompt in enumerate(pictures.prompts):
-        if prompt in prompts:
-            members.setdefault(prompt, []).append(i)
-    groups = [(prompt, torch.tensor(rows)) for prompt, rows in sorted(members.items()) if len(rows) >= GROUP]
-    if not groups:
-        raise SpoError(f"no training prompt has the {GROUP} pictures in the prepared pairs that a lesson takes")
-
-    def draw(generator: Generator) -> Group:
-        chosen = [groups[i] for i in torch.randint(len(groups), (num,), generator=generator).tolist()]
-        rows = torch.cat([rows[torch.randperm(len(rows), generator=generator)[:GROUP]] for _, rows in chosen])
-        return Group(pictures.pixels[rows], [prompt for prompt, _ in chosen], utility[rows])
-
-    return draw
 
 
 def adopt_prompts(prepared: Path, target: Path) -> None:
@@ -206,14 +166,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), help="the first is also compared with the others"
     )
-    parser.add_argument("--blank", type=Path, default=BLANK, help=f"a CLIP that knows no preference ({BLANK})")
+    parser.add_argument(
+        "--lessons", type=Path, default=LESSONS, help=f"more pictures to teach by, if there ({LESSONS})"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/share_sweep.csv"))
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, four prompts: does it run?")
     options = parser.parse_args(arguments)
-    steps = 4 if options.quick else RECIPE.preference_steps
+    effort = Effort(sight_pictures=96, sight_steps=4, preference_steps=4) if options.quick else Effort()
     try:
         config = quickened(load_config()) if options.quick else load_config()
-        sweep = Sweep(config, options.methods, options.blank, start_steps=steps, root=Path())
+        sweep = Sweep(config, options.methods, options.lessons, effort=effort, root=Path())
         rows: list[dict[str, Any]] = []
         for share, temperature, seed in itertools.product(options.shares, options.temperatures, options.seeds):
             rows += sweep.rows(Cell(share, temperature, seed))

@@ -30,9 +30,9 @@ SPLITS = ("validation", "test")
 
 
 def place(name: str, config: Config, more: Mapping[str, Any], *, root: Path) -> Path:
-    """The experiment's folder: another one wherever the settings, the base or what earlier stages left is another."""
+    """The experiment's folder: another one wherever the settings, the base or the prepared data are others."""
     settings = {**config.model_dump(mode="json", exclude={"methods", "training_seeds"}), **more}
-    inputs = [Path(config.model.path), *(root / config.folder(stage) for stage in ("prepare", "train_preference"))]
+    inputs = [Path(config.model.path), root / config.folder("prepare")]
     text = json.dumps([settings, [digest(path) for path in inputs]], sort_keys=True)
     return root / ".cache" / "bench" / name / f"{config.profile}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 

@@ -170,43 +170,63 @@ def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, c
     """The preference model that the step-aware one starts from; it never sees the prompts that `prepare` holds out."""
     random = generator(4)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
-    tokenizer = new_tokenizer()
-    width, layers = RECIPE.tower
-    clip = new_clip(tokenizer, width=width, layers=layers)
     prompts = training_prompts(config)
-    scenes = [Scene.parse(prompt) for prompt in prompts]
-    sight = train_sight(
-        clip,
-        tokenizer,
-        draw_stock(vae, scenes, RECIPE.sight_pictures, random),
-        scenes,
-        steps=RECIPE.sight_steps,
-        batch_size=RECIPE.sight_batch,
-        learning_rate=RECIPE.sight_rate,
-        generator=random,
-    )
-    _watch(sight, RECIPE.sight_steps, "sight")
+    clip, tokenizer = see(vae, prompts, random)
     taught = load_file(lessons / "lessons.safetensors")
     own = torch.tensor([prompt in prompts for prompt in pool.prompts]).nonzero().flatten()
     shown = [pool.prompts[i] for i in own.tolist()]
     sources = [
         _groups(taught["pictures"], [prompts[i] for i in taught["prompt"].tolist()], prompts),
         _groups((pool.pictures[own] * 255).round().byte(), shown, prompts),
-        drawn_groups(vae, scenes, RECIPE.preference_prompts, RECIPE.share),
+        drawn_groups(vae, [Scene.parse(prompt) for prompt in prompts], RECIPE.preference_prompts, RECIPE.share),
     ]
-    torch.nn.init.constant_(clip.logit_scale, math.log(PREFERENCE_SCALE))
-    steps = train_preference(
-        clip,
-        tokenizer,
-        sources,
-        Opinion(RECIPE.share, RECIPE.temperature, RECIPE.tie),
-        steps=RECIPE.preference_steps,
-        learning_rate=RECIPE.preference_rate,
-        generator=random,
-    )
-    _watch(steps, RECIPE.preference_steps, "preference")
+    prefer(clip, tokenizer, sources, Opinion(RECIPE.share, RECIPE.temperature, RECIPE.tie), random)
     save_clip(clip.eval(), tokenizer, folder)
     write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, set(prompts)))
+
+
+def see(
+    vae: AutoencoderKL,
+    prompts: Sequence[str],
+    random: Generator,
+    *,
+    num_pictures: int = RECIPE.sight_pictures,
+    steps: int = RECIPE.sight_steps,
+) -> tuple[CLIPModel, CLIPTokenizer]:
+    """A new CLIP that knows prompts and finish when it sees them, and prefers nothing."""
+    tokenizer = new_tokenizer()
+    width, layers = RECIPE.tower
+    clip = new_clip(tokenizer, width=width, layers=layers)
+    scenes = [Scene.parse(prompt) for prompt in prompts]
+    sight = train_sight(
+        clip,
+        tokenizer,
+        draw_stock(vae, scenes, num_pictures, random),
+        scenes,
+        steps=steps,
+        batch_size=RECIPE.sight_batch,
+        learning_rate=RECIPE.sight_rate,
+        generator=random,
+    )
+    _watch(sight, steps, "sight")
+    return clip, tokenizer
+
+
+def prefer(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    sources: Sequence[Callable[[Generator], Group]],
+    opinion: Opinion,
+    random: Generator,
+    *,
+    steps: int = RECIPE.preference_steps,
+) -> None:
+    """Teach a CLIP that can see an opinion, in place."""
+    torch.nn.init.constant_(clip.logit_scale, math.log(PREFERENCE_SCALE))
+    lessons = train_preference(
+        clip, tokenizer, sources, opinion, steps=steps, learning_rate=RECIPE.preference_rate, generator=random
+    )
+    _watch(lessons, steps, "preference")
 
 
 def _groups(pictures: Tensor, names: list[str], prompts: Sequence[str]) -> Callable[[Generator], Group]:

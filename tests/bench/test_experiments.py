@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 from torch import Generator
 
@@ -138,7 +137,7 @@ def test_labels_follow_the_share_and_noise_blurs_them(project: Path, tmp_path) -
 
 def test_the_sweep_has_a_row_for_every_comparison_and_goes_on_where_it_stopped(project: Path, monkeypatch) -> None:
     monkeypatch.chdir(project)
-    command = ["--quick", "--blank", "clip", "--out", "sweep.csv", "--temperatures", "0.3", "--shares"]
+    command = ["--quick", "--out", "sweep.csv", "--temperatures", "0.3", "--shares"]
     assert share_sweep.main([*command, "0.1"]) == 0
     first = rows(project / "sweep.csv")
     assert Counter((row["method"], row["against"], row["score"]) for row in first) == Counter(
@@ -148,8 +147,9 @@ def test_the_sweep_has_a_row_for_every_comparison_and_goes_on_where_it_stopped(p
     )
     for row in first:
         assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
-    starts = list((project / ".cache" / "bench" / "share_sweep").glob("*/share-0.1*/start/model.safetensors"))
-    assert len(starts) == 1 and starts[0].read_bytes() != (project / "clip" / "model.safetensors").read_bytes()
+    [work] = (project / ".cache" / "bench" / "share_sweep").iterdir()
+    [start] = work.glob("share-0.1*/start/model.safetensors")
+    assert start.read_bytes() != (work / "sight" / "model.safetensors").read_bytes()
 
     monkeypatch.setattr(align, "run", no_training)
     assert share_sweep.main([*command, "0.1"]) == 0
@@ -163,6 +163,3 @@ def test_the_sweep_says_what_it_lacks(project: Path, monkeypatch, capsys) -> Non
     monkeypatch.chdir(project)
     assert share_sweep.main(["--quick", "--methods", "spo", "ddpo"]) == 1
     assert "has no method ['ddpo']" in capsys.readouterr().err
-    assert share_sweep.main(["--quick"]) == 1
-    assert "a CLIP without preferences" in capsys.readouterr().err
-    assert torch.is_grad_enabled()
