@@ -1,0 +1,78 @@
+"""docs/operations.md: every command in it is one that the installed tools and this project's files take."""
+
+import itertools
+import re
+import shlex
+import uuid
+
+import pytest
+import yaml
+from dvc.cli import parse_args as dvc_parse
+from prefect.cli._app import _app as prefect_app
+
+from spo.__main__ import _parser as spo_parser
+from tests.delivery.conftest import ROOT, shell
+
+TEXT = (ROOT / "docs/operations.md").read_text()
+PROGRAMS = ("dvc", "docker", "make", "prefect", "python")
+
+
+def commands() -> list[str]:
+    """The commands of the code blocks, and those in running text, each on one line and without its comment."""
+    blocks = re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```\n.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+    found = [part.strip() for line in lines for part in re.split(r"&&|\s#", line)]
+    return sorted({command for command in found if command.split(" ")[0] in PROGRAMS and " " in command})
+
+
+def test_the_commands_are_found() -> None:
+    assert len(commands()) > 30
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_is_one(command: str) -> None:
+    program, *arguments = shlex.split(re.split(r" [<>]+ ", command)[0])
+    match program:
+        case "make":
+            shell(f"make --dry-run {arguments[0]}", ROOT)
+        case "prefect":
+            given = [str(uuid.uuid4()) if argument == "ID" else argument for argument in arguments]
+            prefect_app.parse_args(
+                [argument for argument in given if argument != "--no-prompt"], exit_on_error=False, print_error=False
+            )
+        case "dvc":
+            dvc_parse(arguments)
+        case "python":
+            assert arguments[:2] == ["-m", "spo"]
+            spo_parser().parse_args(arguments[2:])
+        case "docker":
+            check_docker(arguments)
+
+
+def check_docker(arguments: list[str]) -> None:
+    """Files, profiles and services of the deployment, targets of the images."""
+    options = {name: value for name, value in itertools.pairwise(arguments) if name.startswith("--")}
+    if arguments[0] == "compose":
+        services = yaml.safe_load((ROOT / options["--file"]).read_text())["services"]
+        profiles = {profile for service in services.values() for profile in service.get("profiles", [])}
+        assert options.get("--profile", "gpu") in profiles
+        if "exec" in arguments or "run" in arguments:
+            assert services.keys() & set(arguments)
+    elif arguments[0] == "build":
+        assert f" AS {options['--target']}\n" in (ROOT / options["--file"]).read_text()
+
+
+def test_named_files_and_extras_are_there() -> None:
+    for path in re.findall(r"`((?:docker|\.github|configs|data|docs)/[\w./-]+)`", TEXT):
+        assert (ROOT / path.replace("docker/.env`", "")).exists() or path == "docker/.env", path
+    project = (ROOT / "pyproject.toml").read_text()
+    for extra in re.findall(r"'\.\[(\w+)\]'", TEXT):
+        assert f"\n{extra} = [" in project
+
+
+def test_the_promoting_deployments_and_the_others_are_declared() -> None:
+    declared = {deployment["name"] for deployment in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+    named = set(re.findall(r"deployment run spo/(\w[\w-]*)", TEXT)) - {"full-2"}  # the text says how to make that one
+    assert named <= declared
