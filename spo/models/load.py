@@ -73,6 +73,8 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     pipeline.scheduler = DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
+    for convolutional in (pipeline.unet, pipeline.vae):
+        convolutional.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs as on GPUs
     return pipeline
 
 
