@@ -252,7 +252,7 @@ class DiffusionDpoConfig(AlignConfig):
 
     method: Literal["diffusion_dpo"] = "diffusion_dpo"
     updates_per_epoch: Positive | None = None  # None: every decided pair once an epoch
-    beta: Rate = 5000.0
+    beta: Rate = 5000.0  # of half the mean squared error over (c, h, w), as in the published code
     batch_size: Positive = 2048
     empty_captions: Fraction = 0.2  # share of captions that are dropped
     optimizer: OptimizerConfig = OptimizerConfig(

@@ -87,7 +87,7 @@ class DiffusionDpo:
         whole = -(-len(self.decided) // self.config.batch_size)
         return min(self.config.updates_per_epoch or whole, whole)
 
-    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round]:
+    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[NoisedPairs]]:
         """Each update's pairs; an epoch sees every decided pair once, in an order of its own."""
         generator = Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.decided), generator=generator)

@@ -6,7 +6,7 @@ keyed by (seed, epoch, what it is for), so that any round can be collected witho
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class TrainingPairs(Protocol):
     def __getitem__(self, index: Tensor | slice) -> Self: ...
 
 
+P = TypeVar("P", bound=TrainingPairs)  # the pairs of one method
+
+
 @dataclass(frozen=True)
 class Tally:
     """What became of a round's candidates at one timestep."""
@@ -37,24 +40,24 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Round:
+class Round(Generic[P]):
     """The pairs to train on next, None where none was kept, and what there is to record."""
 
-    pairs: TrainingPairs | None
+    pairs: P | None
     tallies: Sequence[Tally]
     measured: Mapping[str, float] = field(default_factory=dict)  # more columns of the history, the same every round
 
 
-class Method(Protocol):
+class Method(Protocol[P]):
     """What a method collects and what it minimises."""
 
     @property
     def rounds_per_epoch(self) -> int: ...
 
-    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round]:
+    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[P]]:
         """The epoch's rounds but the first `skip`; each is to be trained on before the next is asked for."""
         ...
 
-    def loss(self, pairs: TrainingPairs) -> Loss:
+    def loss(self, pairs: P) -> Loss:
         """The mean loss of the pairs; the policy as it stands, the reference with the adapter off."""
         ...

@@ -36,7 +36,7 @@ def sampled_rounds(
     seed: int,
     epoch: int,
     skip: int,
-) -> Iterator[Round]:
+) -> Iterator[Round[Pairs]]:
     """The pairs of each batch of prompts, which `roll` samples; a prompt is known by its index in `prompts`."""
     order = torch.randperm(len(prompts), generator=Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
     size = config.prompts_per_rollout
@@ -50,7 +50,7 @@ def sampled_rounds(
         yield to_round(segments, policy.timesteps.tolist())
 
 
-def to_round(segments: Sequence[Segment], grid: Sequence[int]) -> Round:
+def to_round(segments: Sequence[Segment], grid: Sequence[int]) -> Round[Pairs]:
     """The kept pairs of one batch of prompts; a segment's tally counts for each of its steps."""
     kept = [pairs for segment in segments for pairs in segment.pairs if len(pairs)]
     branched = sum(segment.num_branched for segment in segments)

@@ -30,7 +30,7 @@ class Spo:
     def rounds_per_epoch(self) -> int:
         return rounds_per_epoch(self.config, self.prompts)
 
-    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round]:
+    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[Pairs]]:
         """The pairs of each batch of prompts; to be trained on before the next is asked for."""
         return sampled_rounds(
             self.config, self.policy, self.scorer, self.prompts, self._roll, seed=self.seed, epoch=epoch, skip=skip

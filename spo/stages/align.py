@@ -3,6 +3,7 @@
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from spo.checkpoint import StateStore, fingerprint
 from spo.config import Config, D3poConfig, DiffusionDpoConfig, SpoConfig
@@ -40,8 +41,18 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     made = store.folder / "output"  # grows there, since DVC removes the outputs of a stage that it runs again
     if not store.has_any():
         shutil.rmtree(made, ignore_errors=True)
-    kept = {"safety": config.safety, "store": store}
-    metrics = align(method, policy, settings, made, tracker, seed=seed, cost=cost, watch=watch, **kept)
+    metrics = align(
+        method,
+        policy,
+        settings,
+        made,
+        tracker,
+        seed=seed,
+        cost=cost,
+        watch=watch,
+        safety=config.safety,
+        store=store,
+    )
     with atomic_path(root / config.aligned(name, seed)) as folder:
         shutil.copytree(made, folder)
         write_json(folder / "metrics.json", metrics)
@@ -71,7 +82,7 @@ def build_policy(config: Config, name: str) -> LatentDiffusion:
     return build(config.model, sampling, best_device())
 
 
-def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: int, root: Path) -> Method:
+def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: int, root: Path) -> Method[Any]:
     """The method called `name` in the profile, with the data that it learns from."""
     prepared = root / config.folder("prepare")
     prompts = training_prompts(prepared / "prompts" / "train.txt")

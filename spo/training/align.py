@@ -19,7 +19,7 @@ from spo.config import AlignConfig, OptimizerConfig, SafetyConfig, SampledConfig
 from spo.errors import ConfigError, TrainingError
 from spo.evaluation.pictures import plain_sheet, to_picture
 from spo.files import write_json
-from spo.methods.method import Method, Round, TrainingPairs
+from spo.methods.method import Method, P, Round
 from spo.models.base import LatentDiffusion
 from spo.models.policy import save_policy
 from spo.progress import Progress
@@ -31,7 +31,7 @@ from spo.training.watch import Watch
 
 
 def align(
-    method: Method,
+    method: Method[P],
     policy: LatentDiffusion,
     config: AlignConfig,
     folder: Path,
@@ -68,7 +68,7 @@ def align(
 
 
 def _rounds(
-    method: Method,
+    method: Method[P],
     policy: LatentDiffusion,
     config: AlignConfig,
     state: State,
@@ -89,7 +89,7 @@ def _rounds(
     save_at = {-(-num_rounds * i // config.checkpoints) for i in range(1, config.checkpoints + 1)}
     if _is_over(watch, state, policy, folder, tracker):
         return True
-    with Progress(total=num_rounds, done=state.cost.rounds, label="align") as bar:
+    with Progress[Any](total=num_rounds, done=state.cost.rounds, label="align") as bar:
         for epoch in range(state.cost.rounds // per_epoch, config.epochs):
             start = time.perf_counter()
             for round_ in method.collect(epoch, skip=state.cost.rounds % per_epoch):
@@ -155,7 +155,7 @@ def save_checkpoint(policy: LatentDiffusion, cost: Cost, folder: Path) -> None:
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, of 8 bits where that is asked for and bitsandbytes is there (ConfigError where it is not)."""
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if not config.eight_bit:
         return torch.optim.AdamW(parameters, **options)
     try:
@@ -168,7 +168,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
 
 
 def _train(
-    method: Method, policy: LatentDiffusion, config: AlignConfig, state: State, round_: Round, *, seed: int
+    method: Method[P], policy: LatentDiffusion, config: AlignConfig, state: State, round_: Round[P], *, seed: int
 ) -> list[dict[str, float]]:
     """Train once on a round's pairs, shuffled; one row of measurements an update."""
     cost, pairs, rows = state.cost, round_.pairs, []
@@ -188,7 +188,7 @@ def _train(
 
 
 def _update(
-    method: Method, policy: LatentDiffusion, config: AlignConfig, state: State, pairs: TrainingPairs
+    method: Method[P], policy: LatentDiffusion, config: AlignConfig, state: State, pairs: P
 ) -> dict[str, float] | None:
     """One step of the optimizer; the pairs go through the networks `micro_batch_size` at a time.
 
@@ -232,7 +232,7 @@ def rate_share(update: int, done: float, config: OptimizerConfig) -> float:
 def _record(
     state: State,
     rows: list[dict[str, float]],
-    round_: Round,
+    round_: Round[P],
     epoch: int,
     policy: LatentDiffusion,
     tracker: Tracker,
