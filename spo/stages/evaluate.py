@@ -29,11 +29,11 @@ from spo.tracking import Tracker
 from spo.training.guards import memory_advice
 
 SAMPLE_COLUMNS = 10
-TABLES = ("means.csv", "comparisons.csv", "validation.csv", "scores.csv")
+TABLES = ("means.csv", "comparisons.csv", "validation.csv", "validation_scores.csv", "scores.csv")
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
-    """Write images/, lora/, samples.png, metrics.json and four tables to runs/<profile>/evaluate.
+    """Write images/, lora/, samples.png, metrics.json and five tables to runs/<profile>/evaluate.
 
     lora/<method> is, of the method's training seeds, the one that the rule prefers on the validation prompts.
     """
@@ -71,6 +71,7 @@ class Evaluation:
             for name in config.methods
             for training_seed in config.training_seeds
         }
+        self.validation_scores: list[Row] = []  # an image each, in the metrics that choose
         self.others = [Subject(name, borrowed=lora) for name, lora in self.settings.loras.items()]
         self.studio = Studio(config, root)
 
@@ -116,11 +117,12 @@ class Evaluation:
     def write_tables(
         self, folder: Path, columns: Sequence[Column], validation: Sequence[Row], chosen: dict[Any, Subject]
     ) -> dict[str, Any]:
-        """Write the four tables; the figures of the verdict."""
+        """Write the tables; the figures of the verdict."""
         prompts, samples = [task.prompt for task in self.test], self.settings.bootstrap_samples
         means = mean_rows(columns, prompts, samples=samples)
         comparisons = comparison_rows(columns, prompts, samples=samples)
-        for name, rows in zip(TABLES, (means, comparisons, validation, score_rows(columns, self.test)), strict=True):
+        tables = (means, comparisons, validation, self.validation_scores, score_rows(columns, self.test))
+        for name, rows in zip(TABLES, tables, strict=True):
             write_csv(folder / name, rows)
         decided = {"primary": self.settings.primary, "guarded": self.settings.guarded, "eta": self.settings.etas[0]}
         seeds = len({seed for _, seed in chosen})
@@ -151,10 +153,18 @@ class Evaluation:
     def _validation_row(self, subject: Subject) -> Row:
         eta = self.settings.etas[0]
         scores = self.studio.scores(subject, self.validation, eta, split="validation")
-        return {
+        names = {
             "column": subject.column,
             "training_seed": "" if subject.training_seed is None else subject.training_seed,
             "checkpoint": BASE if subject.checkpoint is None else subject.checkpoint.name,
+        }
+        self.validation_scores += [
+            {**names, "prompt_index": task.prompt_index}
+            | {name: scores[name][i].item() for name in (self.settings.primary, *self.settings.guarded)}
+            for i, task in enumerate(self.validation)
+        ]
+        return {
+            **names,
             **subject.cost(),
             "chosen": 0,
             "primary": scores[self.settings.primary].mean().item(),  # under one name in every profile, for dvc's plot

@@ -33,7 +33,11 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
     cards = gallery(inputs.images, inputs.scores, shown, eta=evaluate.etas[0], metric=evaluate.primary)
     charts = all_charts(results, inputs)
     costs = duels(
-        results, inputs.validation, tolerance=evaluate.guard_tolerance, judge_seconds=_judge_seconds(config, inputs)
+        results,
+        inputs.validation,
+        inputs.validation_scores,
+        tolerance=evaluate.guard_tolerance,
+        judge_seconds=_judge_seconds(config, inputs),
     )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
     folder = root / config.folder("report")

@@ -6,7 +6,9 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from spo.evaluation.cost import Point, Saving, saving
+import numpy as np
+
+from spo.evaluation.cost import Saving, Scores, Spread, points, saving, spread
 from spo.stages.report_results import BASE, Results
 
 Row = dict[str, Any]
@@ -23,54 +25,51 @@ class Duel:
     other: str
     currency: str
     saving: Saving | None
+    spread: Spread | None
     sentence: str
 
 
 def duels(
-    results: Results, validation: Sequence[Row], *, tolerance: float, judge_seconds: Mapping[str, float]
+    results: Results,
+    validation: Sequence[Row],
+    scores: Sequence[Row],
+    *,
+    tolerance: float,
+    judge_seconds: Mapping[str, float],
 ) -> list[Duel]:
     """Each pair of methods in each currency, read off the means of their training seeds.
 
+    validation: a checkpoint a row, with its cost; scores: a checkpoint and prompt a row.
     judge_seconds: what training the preference model took, for each method that needs one.
     """
-    base = next((row for row in validation if row["column"] == BASE), None)
-    if base is None or results.primary not in base:
-        return []
+    base = curve(scores, BASE, results.main)
+    curves = {name: curve(scores, name, results.main) for name in results.methods}
     found = []
     for name, other in combinations(results.methods, 2):
         for currency in UNITS if any(judge_seconds.values()) else CURRENCIES:
-            curves = [
-                curve(results, validation, method, currency, base, tolerance, judge_seconds.get(method, 0.0))
-                for method in (name, other)
-            ]
-            if not all(curves):
+            both = [(_compute(validation, each, currency, judge_seconds), curves[each]) for each in (name, other)]
+            if not base or not all(scores and compute[0] > 0 for compute, scores in both):
                 continue
-            found.append(_duel(results, name, other, currency, saving(*curves, base=base[results.primary])))
+            found.append(_duel(results.primary, name, other, currency, both, base, tolerance))
             if found[-1].saving is None:  # nothing to reach, whatever one counts in
                 break
     return found
 
 
-def curve(
-    results: Results,
-    validation: Sequence[Row],
-    method: str,
-    currency: str,
-    base: Row,
-    tolerance: float,
-    judge_seconds: float,
-) -> list[Point]:
-    """The method's checkpoints, each the mean of its training seeds; a score is kept if no guarded one fell."""
-    points = []
-    for rows in by_checkpoint(validation, method):
-        falls = [base[metric] - fmean(row[metric] for row in rows) for metric in results.guarded]
-        if currency == WITH_JUDGE:
-            compute = fmean(row["seconds"] for row in rows) + judge_seconds
-        else:
-            compute = fmean(row[currency] for row in rows)
-        score = fmean(row[results.primary] for row in rows)
-        points.append(Point(compute, score, kept=max(falls, default=0.0) <= tolerance))
-    return [point for point in points if point.compute > 0]
+def curve(rows: Sequence[Row], column: str, metrics: Sequence[str]) -> Scores:
+    """Of each metric (checkpoints, prompts), means over the training seeds; empty where there is none."""
+    seeds: dict[Any, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["column"] == column:
+            seed = None if np.isnan(row["training_seed"]) else row["training_seed"]
+            seeds.setdefault(seed, {}).setdefault(row["checkpoint"], []).append(row)
+    together = list(zip(*(checkpoints.values() for checkpoints in seeds.values()), strict=False))
+    if not together:
+        return {}
+    return {
+        metric: np.array([np.mean([[row[metric] for row in own] for own in at], axis=0) for at in together])
+        for metric in metrics
+    }
 
 
 def by_checkpoint(validation: Sequence[Row], method: str) -> list[list[Row]]:
@@ -87,32 +86,51 @@ def sentences(found: Sequence[Duel]) -> list[str]:
 
 
 def numbers(found: Sequence[Duel]) -> dict[str, dict[str, float]]:
-    """times_less_<currency> of each pair; a level that was not reached has no number."""
+    """times_less_<currency> of each pair with its interval; a level that was not reached has no number."""
     table: dict[str, dict[str, float]] = {}
     for duel in found:
         if duel.saving is not None and duel.saving.times is not None:
             pair = table.setdefault(f"{duel.method}_vs_{duel.other}", {})
             pair[f"times_less_{duel.currency}"] = round(duel.saving.times, 3)
+            if duel.spread is not None:
+                pair[f"times_less_{duel.currency}_low"] = round(duel.spread.low, 3)
+                pair[f"times_less_{duel.currency}_high"] = round(duel.spread.high, 3)
     return table
 
 
-def _duel(results: Results, name: str, other: str, currency: str, found: Saving | None) -> Duel:
-    return Duel(name, other, currency, found, _sentence(results.primary, name, other, UNITS[currency], found))
+def _compute(validation: Sequence[Row], method: str, currency: str, judge_seconds: Mapping[str, float]) -> list[float]:
+    """What each of a method's checkpoints had taken, the mean of its training seeds."""
+    key, more = ("seconds", judge_seconds.get(method, 0.0)) if currency == WITH_JUDGE else (currency, 0.0)
+    return [fmean(row[key] for row in rows) + more for rows in by_checkpoint(validation, method)] or [0.0]
 
 
-def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None) -> str:
+def _duel(metric: str, name: str, other: str, currency: str, both: list[Any], base: Scores, tolerance: float) -> Duel:
+    primary = base[metric][0]
+    curves = [points(*each, base, np.ones(len(primary)), tolerance=tolerance) for each in both]
+    found = saving(*curves, base=float(primary.mean()))
+    sure = None if found is None else spread(*both, base, tolerance=tolerance)
+    return Duel(name, other, currency, found, sure, _sentence(metric, name, other, UNITS[currency], found, sure))
+
+
+def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None, sure: Spread | None) -> str:
     if found is None:
         return f"{other} has no checkpoint that is better than the base on validation prompts, so nothing to reach."
     goal = f"{other}'s best validation {metric}, {found.level:.3f} at {found.compute:,.0f} {unit}"
     if found.times is None or found.reached is None:
-        return f"{name} does not reach {goal}."
+        return f"{name} does not reach {goal}{_sureness(sure)}."
     ratio = f"{found.times:.1f} times less" if found.times >= 1 else f"{1 / found.times:.1f} times more"
-    words = f"{name} reaches {goal}, with {ratio} ({found.reached:,.0f}"
-    if found.times < 1:
-        return f"{words})."
     bound = (
-        "its first checkpoint"
-        if found.at_most is None
-        else f"{found.at_most:.1f} times at the most: checkpoints lie apart"
+        ""
+        if found.at_most is None or found.times < 1
+        else f"; {found.at_most:.1f} times at the most, as checkpoints lie apart"
     )
-    return f"{words}; {bound})."
+    return f"{name} reaches {goal}, with {ratio} ({found.reached:,.0f}{bound}){_sureness(sure)}."
+
+
+def _sureness(sure: Spread | None) -> str:
+    if sure is None:
+        return "; other prompts might leave nothing to reach"
+    low = f"{sure.low:.1f}" if sure.low else "not reached"
+    return (
+        f" [95% interval over prompts: {low} to {sure.high:.1f} times; not reached in {sure.missed:.0%} of resamples]"
+    )

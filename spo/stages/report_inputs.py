@@ -22,6 +22,7 @@ class Inputs:
     comparisons: list[Row]  # a pair of columns and a metric each, under a sampler
     scores: list[Row]  # an image each
     validation: list[Row]  # a checkpoint each
+    validation_scores: list[Row]  # a checkpoint and prompt each
     history: dict[str, OfSeeds]  # of each method: an update each
     timesteps: dict[str, OfSeeds]  # of each method that has them
     watch: dict[str, OfSeeds]  # of each method that was watched: an interval of training each
@@ -53,6 +54,9 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         comparisons=read_csv(evaluate / "comparisons.csv", "evaluate", (*figures, "against", "difference", "win_rate")),
         scores=read_csv(evaluate / "scores.csv", "evaluate", images),
         validation=read_csv(evaluate / "validation.csv", "evaluate", ("column", "training_seed", "checkpoint")),
+        validation_scores=read_csv(
+            evaluate / "validation_scores.csv", "evaluate", ("column", "training_seed", "checkpoint", "prompt_index")
+        ),
         history=_of_methods(config, root, "history.csv", ("loss",)),
         timesteps=_of_methods(config, root, "timesteps.csv", ("timestep", "branched", "kept", "margin"), optional=True),
         watch=_of_methods(config, root, "watch.csv", ("unet_forwards", "gap"), optional=True),

@@ -100,10 +100,16 @@ def write_evaluation(runs: Path, methods, prompts, gains, rng, *, seeds, images:
     write_csv(folder / "comparisons.csv", comparisons)
     write_csv(folder / "scores.csv", score_rows(values, wanted))
     base = {"column": "base", "training_seed": "", "checkpoint": "base", "seconds": 0, "unet_forwards": 0, "chosen": 0}
-    write_csv(folder / "validation.csv", [base | {"aesthetic": 0.5, "alignment": 0.8}] + [
+    validation = [base | {"aesthetic": 0.5, "alignment": 0.8}] + [
         {"column": name, "training_seed": seed, "checkpoint": f"step-{10 * i:06d}", "seconds": 120 * i,
          "unet_forwards": 15000 * i, "chosen": int(i == 3), "aesthetic": 0.5 + gains[name] * i / 4, "alignment": 0.8}
-        for name in methods for seed in seeds for i in range(1, 5)])  # fmt: skip
+        for name in methods for seed in seeds for i in range(1, 5)]  # fmt: skip
+    write_csv(folder / "validation.csv", validation)
+    names = ("column", "training_seed", "checkpoint")
+    write_csv(folder / "validation_scores.csv", [
+        {name: row[name] for name in names} | {"prompt_index": i, "aesthetic": row["aesthetic"] + 0.01 * (i % 3),
+                                               "alignment": row["alignment"]}
+        for row in validation for i in range(6)])  # fmt: skip
     for place in ("base", *(f"{name}/seed-{seeds[0]}" for name in methods)):
         (folder / "images" / place).mkdir(parents=True)
         for task in wanted:
@@ -230,14 +236,15 @@ def test_a_saving_is_a_number_of_the_metrics(tmp_path):
     config = write_runs(tmp_path, ("spo", "dpo"), gains=GAINS | {"dpo": 0.05})
     report.run(config, root=tmp_path, tracker=Tracker())
     folder = tmp_path / "runs/tiny/report"
-    assert json.loads((folder / "metrics.json").read_text())["spo_vs_dpo"] == {
-        "times_less_unet_forwards": 2.0, "times_less_seconds": 2.0,
-        "times_less_seconds_with_judge": pytest.approx((480 + 212) / (240 + 212), abs=1e-3)}  # fmt: skip
-    said = (
-        "spo reaches dpo&#39;s best validation aesthetic, 0.550 at 60,000 UNet forwards, with 2.0 times less (30,000; "
-    )
-    assert said + "4.0 times at the most: checkpoints lie apart)." in (folder / "report.html").read_text(
-        encoding="utf-8"
+    found = json.loads((folder / "metrics.json").read_text())["spo_vs_dpo"]
+    expected = {"unet_forwards": 2.0, "seconds": 2.0, "seconds_with_judge": (480 + 212) / (240 + 212)}
+    for currency, times in expected.items():
+        for end in ("", "_low", "_high"):
+            assert found[f"times_less_{currency}{end}"] == pytest.approx(times, abs=1e-3)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "spo reaches dpo&#39;s best validation aesthetic, 0.560 at 60,000 UNet forwards, with 2.0 times less" in page
+    assert (
+        "(30,000; 4.0 times at the most, as checkpoints lie apart) [95% interval over prompts: 2.0 to 2.0 times" in page
     )
 
 
@@ -384,6 +391,7 @@ def test_a_score_that_was_not_measured_is_no_verdict():
         ("prepare/metrics.json", "prepare"),
         ("align/spo/seed-0/history.csv", "align spo --seed 0"),
         ("evaluate/scores.csv", "evaluate"),
+        ("evaluate/validation_scores.csv", "evaluate"),
         ("evaluate/images/spo/seed-0/0002-0.png", "evaluate"),
     ],
 )
