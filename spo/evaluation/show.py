@@ -75,7 +75,8 @@ def show_side_by_side(
 ) -> Path:
     """Write base and models with the same seeds: a PNG each, and one sheet of all, whose path is returned."""
     seeds = _seeds(prompt, seed, num)
-    sources = [find_source(BASE, config, root), *(find_source(name, config, root) for name in models or [None])]
+    wanted: Sequence[str | None] = models or [None]
+    sources = [find_source(BASE, config, root), *(find_source(name, config, root) for name in wanted)]
     sources = list({source.lora: source for source in sources}.values())
     if len(sources) < 2:
         raise ConfigError(f"there is nothing to compare: {sources[-1].told}; train one, or name one with --model")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ class Studio:
         label = f"{split}: {subject.words}, eta {eta:g}"
         both = list(zip(parts, keys, strict=True))
         for part, key in both if all(map(self.shelf.holds, keys)) else progress(both, label=label):
-            entry = self.shelf.get(key, lambda part=part: self._make(subject, part, eta, images))
+            entry = self.shelf.get(key, partial(self._make, subject, part, eta, images))
             yield Batch(part, key, entry.pop(IMAGES, torch.empty(0)), entry)
 
     def scores(self, subject: Subject, tasks: Sequence[Task], eta: float, *, split: str) -> Scores:

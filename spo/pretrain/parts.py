@@ -37,7 +37,7 @@ from spo.pretrain.preference import (
 )
 from spo.pretrain.recipe import RECIPE
 from spo.pretrain.vae import finish_vae, new_vae, train_vae
-from spo.progress import progress
+from spo.progress import Progress
 
 PREFERENCE_SCALE = 10.0  # of the cosine, where the preferences start
 
@@ -91,7 +91,7 @@ def make_denoiser(folder: Path, vae_folder: Path, clip_folder: Path) -> None:
     unet = new_unet(RECIPE.latent_channels).train()
     latents, scene_index = draw_latents(vae, RECIPE.latents, random)
     done = 0
-    with progress(total=sum(steps for steps, _ in RECIPE.unet_cycles), label="UNet") as bar:
+    with Progress[None](total=sum(steps for steps, _ in RECIPE.unet_cycles), label="UNet") as bar:
         for steps, rate in RECIPE.unet_cycles:
             training = train_denoiser(
                 unet,
@@ -108,9 +108,11 @@ def make_denoiser(folder: Path, vae_folder: Path, clip_folder: Path) -> None:
                 done += 1
                 bar.update(loss=loss)
                 if done in RECIPE.earlier:
-                    save_pipeline(vae, *average.modules, tokenizer, folder / f"step-{done}")
+                    averaged_unet, averaged_text = average.modules
+                    save_pipeline(vae, averaged_unet, averaged_text, tokenizer, folder / f"step-{done}")
             average.apply()  # the next cycle starts from the average
-    save_pipeline(vae, *average.modules, tokenizer, folder / "final")
+    averaged_unet, averaged_text = average.modules
+    save_pipeline(vae, averaged_unet, averaged_text, tokenizer, folder / "final")
 
 
 def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
@@ -279,7 +281,7 @@ def judge_base(pipeline: Path, prompts: Sequence[str]) -> dict[str, float]:
 def _watch(steps: Iterable[dict[str, float]], total: int, label: str) -> None:
     """Run a training to its end, showing running means."""
     recent: deque[dict[str, float]] = deque(maxlen=50)
-    with progress(total=total, label=label) as bar:
+    with Progress[None](total=total, label=label) as bar:
         for measured in steps:
             recent.append(measured)
             bar.update(**{name: sum(row[name] for row in recent) / len(recent) for name in measured})

@@ -44,10 +44,10 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         folder.mkdir()
         validation, chosen = evaluation.choose()
         columns, factor = evaluation.compare(chosen, folder / "images")
-        for name, subject in (released := evaluation.release(validation, chosen)).items():
-            shutil.copytree(subject.checkpoint, folder / "lora" / name)
         metrics = evaluation.write_tables(folder, columns, validation, chosen)
-        for name, subject in released.items():
+        for name, subject in evaluation.release(validation, chosen).items():
+            assert subject.checkpoint is not None  # it was chosen among a training's
+            shutil.copytree(subject.checkpoint, folder / "lora" / name)
             metrics[name]["released"] = f"seed-{subject.training_seed}/{subject.checkpoint.name}"
         metrics[CONTROL]["factor"] = factor
         metrics["seconds"] = round(time.perf_counter() - start, 1)
@@ -103,7 +103,8 @@ class Evaluation:
 
         Returns the columns, sampler by sampler, and the control's factor of contrast under the deciding one.
         """
-        columns, factors = [], []
+        columns: list[Column] = []
+        factors: list[float] = []
         for eta in self.settings.etas:
             keep = folder if eta == self.settings.etas[0] else None
             columns += self._untrained(eta, keep, factors)
@@ -173,8 +174,13 @@ class Evaluation:
 
     def _best(self, candidates: Sequence[Row], base: Row) -> int:
         settings = self.settings
-        rule = {"primary": settings.primary, "guarded": settings.guarded, "tolerance": settings.guard_tolerance}
-        return choose_checkpoint(candidates, base, **rule)
+        return choose_checkpoint(
+            candidates,
+            base,
+            primary=settings.primary,
+            guarded=settings.guarded,
+            tolerance=settings.guard_tolerance,
+        )
 
 
 def save_images(images: Tensor, wanted: Sequence[Task], folder: Path) -> None:

@@ -23,7 +23,7 @@ from spo.models.load import build
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.preference.labels import human_labels, prompt_weights, pseudo_labels
 from spo.preference.score import PreferenceScorer
-from spo.progress import progress
+from spo.progress import Progress, progress
 from spo.tables import write_csv
 from spo.tracking import Tracker
 from spo.training.guards import memory_advice
@@ -39,7 +39,9 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     prepared = root / config.folder("prepare") / "preferences"
     device = best_device()
     base = build(config.model, config.sampling, device)
-    validation = load_pairs(prepared / "validation.parquet", base, config, limit=settings.evaluate_pairs)
+    validation = None
+    if config.prepare.preferences is not None:
+        validation = load_pairs(prepared / "validation.parquet", base, config, limit=settings.evaluate_pairs)
     if settings.checkpoint is not None:
         preference = load_preference_model(settings.checkpoint)
     else:
@@ -116,12 +118,12 @@ def _train(
         return State(done.step, tensors, {"training": values, "done": asdict(done)})
 
     settings = config.train_preference
-    for row in done.history:
-        _log(row, settings.log_every, tracker)
+    for past in done.history:
+        _log(past, settings.log_every, tracker)
     saver = Saver(store, config.safety.save_every_seconds, snapshot)
     advice = f"lower train_preference.batch_size, now {settings.batch_size}, or train in bfloat16"
     with (
-        progress(total=settings.steps, done=done.step, label="train_preference") as bar,
+        Progress[None](total=settings.steps, done=done.step, label="train_preference") as bar,
         memory_advice(advice),
         saver.saving_when_stopped(),
     ):
@@ -141,9 +143,13 @@ def _log(row: dict[str, float], every: int, tracker: Tracker) -> None:
         tracker.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
 
-def _accuracies(training: StepAwareTraining, pairs: LabelledPairs, name: str, config: Config) -> list[dict[str, Any]]:
-    """One row a timestep."""
-    rows = []
+def _accuracies(
+    training: StepAwareTraining, pairs: LabelledPairs | None, name: str, config: Config
+) -> list[dict[str, Any]]:
+    """One row a timestep; none without pairs."""
+    rows: list[dict[str, Any]] = []
+    if pairs is None:
+        return rows
     for timestep in progress(config.train_preference.evaluate_timesteps, label=f"accuracy of the {name} model"):
         accuracy, count = training.accuracy(pairs, timestep, seed=config.seed)
         rows.append({"timestep": timestep, "model": name, "accuracy": accuracy, "n": count})
@@ -156,7 +162,7 @@ def _metrics(accuracy: list[dict[str, Any]], history: list[dict[str, float]]) ->
         by_model.setdefault(row["model"], {})[f"t_{row['timestep']}"] = round(row["accuracy"], 4)
     tail = history[-50:]
     loss = {"loss": round(sum(row["loss"] for row in tail) / len(tail), 4)} if tail else {}
-    return {"accuracy": by_model, "pairs": accuracy[0]["n"], "steps": len(history), **loss}
+    return {"accuracy": by_model, "pairs": accuracy[0]["n"] if accuracy else 0, "steps": len(history), **loss}
 
 
 def load_pairs(path: Path, base: LatentDiffusion, config: Config, *, limit: int | None = None) -> LabelledPairs:
@@ -182,6 +188,7 @@ def load_pairs(path: Path, base: LatentDiffusion, config: Config, *, limit: int 
 
 
 def _judge(labels: LabelsConfig, base: LatentDiffusion) -> PreferenceScorer:
+    assert labels.model is not None  # the configuration sees to it
     return PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
 
 

@@ -4,6 +4,7 @@ Differs from the published loop in that a last, partial batch counts by its size
 rounds, and that clipping is done when it is asked for.
 """
 
+import math
 import sys
 import time
 from collections import defaultdict
@@ -26,6 +27,7 @@ from spo.progress import Progress
 from spo.tracking import Tracker
 from spo.training.guards import FiniteGuard, StuckWatch, memory_advice
 from spo.training.history import Cost, History
+from spo.training.scaling import LossScale
 from spo.training.state import State
 from spo.training.watch import Watch
 
@@ -52,7 +54,8 @@ def align(
     """
     safety = safety or SafetyConfig()
     optimizer = build_optimizer(policy.parameters(), config.optimizer)
-    state = State(optimizer, FiniteGuard(safety.max_skipped_in_a_row), cost or Cost())
+    guard = FiniteGuard(safety.max_skipped_in_a_row)
+    state = State(optimizer, guard, LossScale.of(policy.dtype), cost or Cost())
     if store and (saved := store.load()):
         state.restore(policy, saved)
         print(f"align: goes on after round {saved.number}", file=sys.stderr, flush=True)
@@ -155,16 +158,16 @@ def save_checkpoint(policy: LatentDiffusion, cost: Cost, folder: Path) -> None:
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, of 8 bits where that is asked for and bitsandbytes is there (ConfigError where it is not)."""
-    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rate, decay = config.learning_rate, config.weight_decay
     if not config.eight_bit:
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ConfigError(
             "optimizer.eight_bit=true needs bitsandbytes and a GPU; `pip install -e .[gpu]`, or set it to false"
         ) from None
-    return AdamW8bit(parameters, **options)
+    return AdamW8bit(parameters, lr=rate, weight_decay=decay)
 
 
 def _train(
@@ -192,7 +195,8 @@ def _update(
 ) -> dict[str, float] | None:
     """One step of the optimizer; the pairs go through the networks `micro_batch_size` at a time.
 
-    None, and nothing is changed, where loss or gradient is not finite.
+    None, and no weight is changed, where loss or gradient is not finite; in float16 that may be the loss scale's doing,
+    which is then halved.
     """
     parameters, optimizer, cost = policy.parameters(), state.optimizer, state.cost
     done = (cost.rounds - 1) / (config.epochs * method.rounds_per_epoch)
@@ -201,13 +205,17 @@ def _update(
     for index in torch.arange(len(pairs), device=pairs.t.device).split(config.micro_batch_size or len(pairs)):
         part = pairs[index]
         loss = method.loss(part)
-        (loss.value * (len(part) / config.batch_size)).backward()
+        state.scale.scale(loss.value * (len(part) / config.batch_size)).backward()
         for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
             total[name] += value * (len(part) / len(pairs))
         if loss.log_ratio is not None:
             ratios.append((part.t.tolist(), loss.log_ratio.tolist()))
+    state.scale.unscale(parameters)
     total["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm or float("inf"))
     row = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))  # one transfer
+    if math.isfinite(row["loss"]) and state.scale.overflowed(math.isfinite(row["grad_norm"])):
+        optimizer.zero_grad()
+        return None
     mend = "lower optimizer.learning_rate, set optimizer.max_grad_norm, or compute in bfloat16 or float32"
     if not state.guard.allows(row["loss"], row["grad_norm"], mend=mend):
         optimizer.zero_grad()

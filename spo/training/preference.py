@@ -2,12 +2,13 @@
 
 A pair's two images are noised to one random timestep with the SAME noise; the frozen base predicts the x_0 of each
 with guidance; decoded, they are what the model judges at that timestep. So it learns to tell, half-way through
-sampling, which of two paths will end in the better image.
+sampling, which of two paths will end in the better image. Below float32 it computes under autocast; its weights are
+float32.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from spo.models.base import LatentDiffusion
 from spo.preference.accuracy import pairwise_accuracy
 from spo.preference.checkpoint import PreferenceModel
 from spo.training.guards import FiniteGuard, Streak
+from spo.training.scaling import LossScale
 
 Row = dict[str, float] | None  # a step's measurements, where it was made
 
@@ -56,6 +58,8 @@ class StepAwareTraining:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
+        self.dtype = getattr(torch, config.dtype)
+        self.scale = LossScale.of(self.dtype)
         self.guard = FiniteGuard(safety.max_skipped_in_a_row)
         self._blind = Streak(
             safety.stuck_after,
@@ -85,13 +89,16 @@ class StepAwareTraining:
         device = scores.device
         loss = preference_loss(scores, pairs.label[index].to(device), pairs.weight[index].to(device))
         optimizer.zero_grad()
-        loss.value.backward()
+        self.scale.scale(loss.value).backward()
+        self.scale.unscale(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or float("inf"))
         row = {
             "loss": loss.value.item(),
             "accuracy": loss.metrics["accuracy"].item(),
             "grad_norm": norm.item(),
         }
+        if math.isfinite(row["loss"]) and self.scale.overflowed(math.isfinite(row["grad_norm"])):
+            return None
         self._blind.see(row["grad_norm"] == 0)
         if not self.guard.allows(
             row["loss"],
@@ -106,7 +113,8 @@ class StepAwareTraining:
         """What training has changed: tensors, and what is none."""
         tensors, numbers = pack_optimizer(self.optimizer)
         model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        return {**model, **tensors}, {"optimizer": numbers, "skipped": self.guard.skipped}
+        values = {"optimizer": numbers, "skipped": self.guard.skipped, "scale": asdict(self.scale)}
+        return {**model, **tensors}, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Put back what `state` gave."""
@@ -114,6 +122,7 @@ class StepAwareTraining:
         self.model.load_state_dict(model)
         unpack_optimizer(self.optimizer, tensors, values["optimizer"])
         self.guard.skipped = values["skipped"]
+        self.scale = LossScale(**values["scale"])
 
     def _schedule(self, step: int) -> float:
         warm = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
@@ -121,12 +130,20 @@ class StepAwareTraining:
             return warm
         return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.config.steps)))
 
-    def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, generator: Generator) -> Tensor:
-        """Scores (n, 2) of the pairs at `index` (n,), seen from timesteps t (n,); one UNet call for both images."""
+    def scores(
+        self, pairs: LabelledPairs, index: Tensor, t: Tensor, generator: Generator, *, clean: bool = False
+    ) -> Tensor:
+        """Scores (n, 2) of the pairs at `index` (n,), seen from timesteps t (n,); one UNet call for both images.
+
+        clean: judge the images as they are, as the end of a rollout is judged at t = 0.
+        """
         latents = pairs.latents[index]
-        noise = torch.randn(len(index), 1, *latents.shape[2:], generator=generator).expand_as(latents)
         captions = [pairs.captions[i] for i in index.tolist()]
-        images = self.views(latents, noise, t, self.base.encode(captions))  # (2 n, 3, H, W)
+        if clean:
+            images = self.base.decode(latents.flatten(0, 1).to(self.base.device))  # (2 n, 3, H, W)
+        else:
+            noise = torch.randn(len(index), 1, *latents.shape[2:], generator=generator).expand_as(latents)
+            images = self.views(latents, noise, t, self.base.encode(captions))
         tokens = self.preference.tokenizer(
             captions,
             padding="max_length",
@@ -134,11 +151,12 @@ class StepAwareTraining:
             max_length=self.model.clip.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).input_ids.to(self.base.device)
-        text = self.model.text_features(tokens).repeat_interleave(2, dim=0)
         told = torch.zeros_like(t) if self.config.blind else t
-        features = self.model.image_features(
-            self.preference.preprocess(images), told.repeat_interleave(2).to(self.base.device)
-        )
+        told = told.repeat_interleave(2).to(self.base.device)
+        pixels = self.preference.preprocess(images)
+        with torch.autocast(self.base.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            text = self.model.text_features(tokens).repeat_interleave(2, dim=0)
+            features = self.model.image_features(pixels, told)
         return self.model.score(features, text).unflatten(0, (-1, 2))
 
     @torch.no_grad()
@@ -151,11 +169,14 @@ class StepAwareTraining:
 
     @torch.no_grad()
     def accuracy(self, pairs: LabelledPairs, timestep: int, *, seed: int) -> tuple[float, int]:
-        """Share of the decided pairs that the model judges as labelled from `timestep`, and how many they are."""
+        """Share of the decided pairs that the model judges as labelled from `timestep`, and how many they are.
+
+        At t = 0 the images themselves are judged, as in the published evaluation.
+        """
         generator = Generator().manual_seed(seed)
         self.model.eval()
         parts = [
-            self.scores(pairs, index, torch.full((len(index),), timestep), generator)
+            self.scores(pairs, index, torch.full((len(index),), timestep), generator, clean=timestep == 0)
             for index in torch.arange(len(pairs)).split(self.config.batch_size)
         ]
         result = pairwise_accuracy(torch.cat(parts).cpu(), pairs.label)

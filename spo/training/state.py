@@ -9,6 +9,7 @@ from spo.checkpoint import pack_optimizer, unpack_optimizer
 from spo.models.base import LatentDiffusion
 from spo.training.guards import FiniteGuard
 from spo.training.history import Cost, History
+from spo.training.scaling import LossScale
 
 
 @dataclass
@@ -17,6 +18,7 @@ class State:
 
     optimizer: torch.optim.Optimizer
     guard: FiniteGuard
+    scale: LossScale
     cost: Cost = field(default_factory=Cost)
     history: History = field(default_factory=History)
     pairs_in_epoch: int = 0
@@ -27,6 +29,7 @@ class State:
         weights = {f"policy.{i}": parameter.detach() for i, parameter in enumerate(policy.parameters())}
         values = {
             "optimizer": numbers,
+            "scale": asdict(self.scale),
             "cost": asdict(self.cost),
             "history": self.history.to_json(),
             "pairs_in_epoch": self.pairs_in_epoch,
@@ -40,6 +43,7 @@ class State:
         for i, parameter in enumerate(policy.parameters()):
             parameter.copy_(saved.tensors[f"policy.{i}"])
         unpack_optimizer(self.optimizer, saved.tensors, saved.values["optimizer"])
+        self.scale = LossScale(**saved.values["scale"])
         self.cost = Cost(**saved.values["cost"])
         self.history = History.from_json(saved.values["history"])
         self.pairs_in_epoch = saved.values["pairs_in_epoch"]

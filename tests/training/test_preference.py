@@ -10,6 +10,7 @@ from torch import Generator
 from spo.config import SamplingConfig, TrainPreferenceConfig
 from spo.errors import TrainingError
 from spo.preference.checkpoint import load_clip
+from spo.preference.score import PreferenceScorer
 from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
 from spo.training.preference import LabelledPairs, StepAwareTraining
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
@@ -125,7 +126,7 @@ def test_the_same_seed_trains_the_same_model(folders):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(training):
     pairs = make_pairs(training)
-    broken = replace(pairs, weight=pairs.weight * float("nan"))
+    broken = replace(pairs, label=pairs.label * float("nan"))
     training.guard.most_in_a_row = 2
     before = [parameter.clone() for parameter in training.model.parameters()]
     assert training.step(broken, 0, seed=0) is None
@@ -134,3 +135,35 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(trai
     assert all(torch.equal(one, other) for one, other in zip(before, training.model.parameters(), strict=True))
     assert training.step(pairs, 2, seed=0) is not None
     assert training.guard.skipped == 2
+
+
+def test_at_t_0_the_images_themselves_are_judged(training, monkeypatch):
+    """Not what the base would make of them; so is the end of a rollout."""
+    pairs = make_pairs(training)
+    pixels = training.preference.preprocess(training.base.decode(pairs.latents.flatten(0, 1)))
+    scorer = PreferenceScorer(training.preference)
+    text = scorer.encode(pairs.captions).repeat_interleave(2, dim=0)
+    with torch.no_grad():
+        features = training.model.image_features(pixels, torch.zeros(len(pixels), dtype=torch.long))
+        expected = training.model.score(features, text).unflatten(0, (-1, 2))
+    monkeypatch.setattr(training, "views", lambda *_: pytest.fail("the base was asked"))
+    accuracy, count = training.accuracy(pairs, 0, seed=0)
+    sided = (expected[:, 0] > expected[:, 1]) == (pairs.label[:, 0] > pairs.label[:, 1])
+    assert (accuracy, count) == (pytest.approx(sided.float().mean().item()), len(pairs))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_float32_weights(training, dtype):
+    training.model.float()
+    half = StepAwareTraining(training.base, training.preference, training.config.model_copy(update={"dtype": dtype}))
+    pairs = make_pairs(half)
+    index, t = torch.arange(8), torch.full((8,), 501)
+    with torch.no_grad():
+        full, rounded = (each.scores(pairs, index, t, Generator().manual_seed(0)) for each in (training, half))
+    torch.testing.assert_close(rounded, full, rtol=0.05, atol=0.3)
+    assert not torch.equal(rounded, full)
+    first = [row for row in (half.step(pairs, step, seed=0) for step in range(3)) if row]
+    assert first
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+    _, values = half.state()
+    assert values["scale"]["value"] == {"bfloat16": 1.0, "float16": 2.0**16}[dtype]

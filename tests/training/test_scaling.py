@@ -1,14 +1,28 @@
 """What float16 would lose is kept, and what fits is not changed in a digit."""
 
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from spo.config import LoraConfig
+from spo.config import LoraConfig, OptimizerConfig
 from spo.models.lora import add_lora
+from spo.tracking import NullTracker
+from spo.training.align import align
+from spo.training.guards import FiniteGuard
 from spo.training.scaling import LossScale
+from spo.training.state import State
+from tests.methods.tiny import make_method
 from tests.models.tiny import draw_latents, make_tiny_denoiser, make_tiny_pipeline, shake
 
 T = torch.tensor([801, 401, 1])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_pipeline("sd15", tmp_path_factory.mktemp("sd15"))
 
 
 def gradients(denoiser, scale: LossScale, factor: float) -> torch.Tensor:
@@ -21,10 +35,10 @@ def gradients(denoiser, scale: LossScale, factor: float) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in denoiser.parameters()])
 
 
-def test_small_gradients_of_a_float16_model_are_those_of_float32_and_not_nothing(tmp_path):
-    folder, found = make_tiny_pipeline("sd15", tmp_path), {}
+def test_small_gradients_of_a_float16_model_are_those_of_float32_and_not_nothing(pipeline):
+    found = {}
     for dtype in ("float32", "float16"):
-        denoiser = make_tiny_denoiser("sd15", folder, dtype=dtype)
+        denoiser = make_tiny_denoiser("sd15", pipeline, dtype=dtype)
         add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
         shake(denoiser, scale=0.1)
         found[dtype] = gradients(denoiser, LossScale.of(getattr(torch, dtype)), 1e-5)
@@ -70,3 +84,33 @@ def test_at_one_an_overflow_is_no_matter_of_scale():
     assert scale.overflowed(finite=False)
     assert not scale.overflowed(finite=False)
     assert scale.value == 1
+
+
+def test_alignment_in_float16_trains_float32_weights_and_lowers_the_factor_where_it_must(
+    pipeline, tmp_path, monkeypatch
+):
+    trained = {}
+    for start in (2.0**16, 2.0**40):
+        monkeypatch.setattr(LossScale, "of", lambda dtype, start=start: LossScale(start))
+        policy = make_tiny_denoiser("sd15", pipeline, dtype="float16")
+        add_lora(policy.unet, LoraConfig(rank=2), seed=0)
+        before = [parameter.detach().clone() for parameter in policy.parameters()]
+        method = make_method("spo", policy, epochs=8, checkpoints=1, optimizer=OptimizerConfig(learning_rate=1e-3))
+        (tmp_path / str(start)).mkdir()
+        trained[start] = align(method, policy, method.config, tmp_path / str(start), NullTracker())
+        assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+        assert all(parameter.isfinite().all() for parameter in policy.parameters())
+        assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    assert 0 < trained[2.0**40]["updates"] < trained[2.0**16]["updates"]
+    assert trained[2.0**40]["skipped"] == 0  # an overflow is no failure
+
+
+def test_a_resumed_run_has_the_factor_of_before():
+    def state(scale: LossScale) -> tuple[State, SimpleNamespace]:
+        weight = torch.nn.Parameter(torch.ones(2))
+        policy = SimpleNamespace(parameters=lambda: [weight])
+        return State(torch.optim.AdamW([weight]), FiniteGuard(1), scale), policy
+
+    (saved, policy), (other, other_policy) = state(LossScale(2.0**9, finite_updates=7)), state(LossScale(2.0**16))
+    other.restore(other_policy, saved.snapshot(policy))
+    assert asdict(other.scale) == asdict(saved.scale)

@@ -1,0 +1,55 @@
+"""The stage that trains the preference model, where there is one already."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spo.config import Config
+from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
+from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
+from spo.stages import prepare, train_preference
+from spo.stages.report_inputs import read_csv
+from spo.tracking import NullTracker
+from tests.models.tiny import RESOLUTION, make_tiny_pipeline
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A profile with a trained preference model and no pairs."""
+    make_tiny_pipeline("sd15", tmp_path / "model")
+    tokenizer = new_tokenizer()
+    save_clip(new_clip(tokenizer), tokenizer, tmp_path / "clip")
+    trained = load_clip(tmp_path / "clip")
+    with torch.no_grad():
+        trained.model.final_modulation.bias.add_(0.1)
+    save_preference_model(trained.model, trained.tokenizer, trained.preprocess, tmp_path / "trained")
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(20)))
+    return Config.model_validate(
+        {
+            "profile": "own",
+            "model": {"family": "sd15", "path": str(tmp_path / "model"), "resolution": RESOLUTION},
+            "sampling": {"steps": 5},
+            "prepare": {"prompts": {"source": "prompts.txt"}},
+            "train_preference": {"start_from": "-", "checkpoint": str(tmp_path / "trained")},
+            "align": {"spo": {"method": "spo", "first_step": 1}},
+            "evaluate": {
+                "num_prompts": 2,
+                "num_validation_prompts": 2,
+                "metrics": [{"kind": "oracle"}],
+                "primary": "aesthetic",
+            },
+        }
+    )
+
+
+def test_a_named_model_is_taken_over_without_pairs(config: Config, tmp_path: Path) -> None:
+    prepare.run(config, root=tmp_path, tracker=NullTracker())
+    train_preference.run(config, root=tmp_path, tracker=NullTracker())
+    folder = tmp_path / "runs/own/train_preference"
+    given, taken = (load_preference_model(path).model.state_dict() for path in (tmp_path / "trained", folder / "model"))
+    assert all(torch.equal(given[name], taken[name]) for name in given)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["accuracy"], metrics["pairs"], metrics["steps"]) == ({}, 0, 0)
+    assert read_csv(folder / "accuracy.csv", "train_preference", ("timestep",)) == []
