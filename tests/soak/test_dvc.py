@@ -47,7 +47,7 @@ def test_a_stage_stopped_under_dvc_goes_on_under_dvc(tmp_path: Path, number: sig
     path.write_text(yaml.safe_dump(config))
     (root / "dvc.yaml").write_text(yaml.safe_dump(DVC))
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=root, check=True)
-    assert spo(root, "prepare").returncode == 0
+    assert spo(root, ["prepare"]).returncode == 0
     states = root / ".cache" / "state" / "own" / "train_preference"
     with repro(root, tmp_path / "first.txt") as first:
         while len(list(states.glob("0*"))) < 2:
