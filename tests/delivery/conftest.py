@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -22,7 +23,15 @@ QUICK = {  # the shipped profile with as little work as every stage takes
     },
     "evaluate": {"num_prompts": 4, "num_validation_prompts": 2, "steps": 2, "bootstrap_samples": 50},
 }
-QUICK_SPO = {"prompts_per_rollout": 16, "candidates": 2, "first_step": 1, "threshold": 0.0, "checkpoints": 1}
+QUICK_SPO = {
+    "epochs": 1,
+    "watch": None,
+    "prompts_per_rollout": 16,
+    "candidates": 2,
+    "first_step": 1,
+    "threshold": 0.0,
+    "checkpoints": 1,
+}
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
@@ -72,9 +81,12 @@ def copy_checkout(target: Path) -> Path:
 
 
 def make_quick(project: Path) -> None:
-    """Make the default profile of `project` as short as it can be: few prompts, few steps; not committed."""
+    """Make the default profile of `project` as short as it can be: few prompts, pairs and steps; not committed."""
     prompts = project / "data" / "prompts" / "world.txt"
     prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[::24]))
+    pairs = project / "data" / "preferences" / "tiny" / "pairs.parquet"
+    pq.write_table(pq.read_table(pairs).slice(0, 200), pairs)
+    (project / "params.yaml").write_text("profile: tiny\nmethods: [spo]\ntraining_seeds: [0]\n")
     path = project / "configs" / "tiny.yaml"
     config = yaml.safe_load(path.read_text())
     for section, settings in QUICK.items():
