@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -18,7 +18,7 @@ GRACE_SECONDS = 60.0  # for a stage to save what it has done, before it is ended
 TAIL_LINES = 20  # of a failed command's output, in its error
 
 
-def logged(command: Sequence[str], *, name: str) -> Iterator[str]:
+def logged(command: Sequence[str], *, name: str) -> Generator[str, None, None]:
     """Run it and yield its lines, each logged; RuntimeError with the last ones where it fails."""
     logger = get_run_logger()
     tail: deque[str] = deque(maxlen=TAIL_LINES)

@@ -185,7 +185,7 @@ class Saver:
         except KeyboardInterrupt:
             with uninterrupted():
                 self.save()
-                if self._saved is not None:
+                if self._store is not None and self._saved is not None:
                     where = f"at {self._saved}, saved in {self._store.folder}"
                     print(f"stopped {where}; the same command goes on from there", file=sys.stderr, flush=True)
             raise
@@ -193,10 +193,12 @@ class Saver:
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What an optimiser has gathered, as named tensors and as the numbers that are no tensors."""
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"optimizer.{index}.{name}"] = value
+            kind: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
+            kind[f"optimizer.{index}.{name}"] = value
     return tensors, numbers
 
 

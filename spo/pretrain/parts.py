@@ -143,7 +143,7 @@ def load_pool(folder: Path) -> Pool:
     return Pool(**{**tensors, "pictures": tensors["pictures"] / 255}, prompts=read_json(folder / "prompts.json"))
 
 
-def training_prompts(config: Config) -> list[str]:
+def training_prompts(config: Config) -> Sequence[str]:
     """Those that `prepare` will train on; the preference model sees no others."""
     return split_prompts(
         [scene.prompt for scene in all_scenes()],

@@ -75,15 +75,17 @@ def _start_as_block_mean(vae: AutoencoderKL, latent_channels: int) -> None:
     _join_signs(vae.decoder.conv_out, keep=3)
 
 
-def _split_signs(convolution: nn.Module) -> None:
+def _split_signs(convolution: nn.Conv2d) -> None:
     """Channels 2c and 2c + 1 take +colour and -colour, the last two a constant: silu(a) - silu(-a) = a."""
+    assert convolution.bias is not None
     for colour in range(3):
         convolution.weight[2 * colour, colour, 1, 1] = 1
         convolution.weight[2 * colour + 1, colour, 1, 1] = -1
     convolution.bias[6], convolution.bias[7] = CONSTANT, -CONSTANT
 
 
-def _join_signs(convolution: nn.Module, *, keep: int) -> None:
+def _join_signs(convolution: nn.Conv2d, *, keep: int) -> None:
+    assert convolution.bias is not None
     convolution.weight[:3] = 0
     nn.init.zeros_(convolution.bias)
     for colour in range(3):

@@ -128,8 +128,8 @@ def _estimates(config: Config, root: Path, folder: Path) -> list[Finding]:
 def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     """Samples that the whole of each stage puts through the UNet; of `align` what the miniature did, scaled up."""
     prompts = config.prepare.prompts
-    num_prompts = len(read_prompts(root / prompts.source, field=prompts.field, max_prompts=prompts.max_prompts)[0])
-    num_prompts *= 1 - config.prepare.validation_fraction - config.prepare.test_fraction
+    read, _ = read_prompts(root / prompts.source, field=prompts.field, max_prompts=prompts.max_prompts)
+    num_prompts = len(read) * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
     training, seeds = config.train_preference, len(config.training_seeds)
     counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
     for name in config.methods:

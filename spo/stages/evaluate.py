@@ -125,10 +125,11 @@ class Evaluation:
         tables = (means, comparisons, validation, self.validation_scores, score_rows(columns, self.test))
         for name, rows in zip(TABLES, tables, strict=True):
             write_csv(folder / name, rows)
-        decided = {"primary": self.settings.primary, "guarded": self.settings.guarded, "eta": self.settings.etas[0]}
+        settings = self.settings
         seeds = len({seed for _, seed in chosen})
         counts = {"prompts": len(set(prompts)), "images": len(prompts), "training_seeds": seeds}
-        return {**counts, **compact(means, comparisons, **decided)}
+        figures = compact(means, comparisons, primary=settings.primary, guarded=settings.guarded, eta=settings.etas[0])
+        return {**counts, **figures}
 
     def _untrained(self, eta: float, folder: Path | None, factors: list[float]) -> list[Column]:
         base = Subject(BASE)

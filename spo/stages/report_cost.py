@@ -106,9 +106,10 @@ def _compute(validation: Sequence[Row], method: str, currency: str, judge_second
 
 def _duel(metric: str, name: str, other: str, currency: str, both: list[Any], base: Scores, tolerance: float) -> Duel:
     primary = base[metric][0]
-    curves = [points(*each, base, np.ones(len(primary)), tolerance=tolerance) for each in both]
+    ones = np.ones(len(primary))
+    curves = [points(compute, scores, base, ones, tolerance=tolerance) for compute, scores in both]
     found = saving(*curves, base=float(primary.mean()))
-    sure = None if found is None else spread(*both, base, tolerance=tolerance)
+    sure = None if found is None else spread(both[0], both[1], base, tolerance=tolerance)
     return Duel(name, other, currency, found, sure, _sentence(metric, name, other, UNITS[currency], found, sure))
 
 

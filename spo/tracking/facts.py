@@ -46,7 +46,7 @@ def provenance(root: Path) -> dict[str, str]:
 def inputs(config: Config, stage: str, root: Path) -> list[dict[str, Any]]:
     """The data sets that a stage reads, each with the hash of what it holds; a hub's data set by its name."""
     prepared, preferences = config.folder("prepare"), config.prepare.preferences
-    named = {
+    of_stage: dict[str, dict[str, tuple[str | Path, str]]] = {
         "prepare": {
             "prompts": (config.prepare.prompts.source, "source"),
             **({"preferences": (preferences.source, "source")} if preferences else {}),
@@ -60,10 +60,10 @@ def inputs(config: Config, stage: str, root: Path) -> list[dict[str, Any]]:
             "prompts validation": (prepared / "prompts" / "validation.txt", "validation"),
             "prompts test": (prepared / "prompts" / "test.txt", "testing"),
         },
-    }.get(stage, {})
+    }
     return [
         {"name": name, "context": context, "source": str(source), **_content(root, str(source))}
-        for name, (source, context) in named.items()
+        for name, (source, context) in of_stage.get(stage, {}).items()
         if (root / source).exists() or ":" in str(source)
     ]
 
@@ -75,8 +75,8 @@ def content_digest(path: Path) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
     else:
-        for file in sorted(each for each in path.rglob("*") if each.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{content_digest(file)}\n".encode())
+        for inner in sorted(each for each in path.rglob("*") if each.is_file()):
+            digest.update(f"{inner.relative_to(path).as_posix()}\0{content_digest(inner)}\n".encode())
     return digest.hexdigest()[:DIGEST_LENGTH]
 
 

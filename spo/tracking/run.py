@@ -45,7 +45,7 @@ def start(
     if sender.send():
         print(f"tracked at {run_url(root, sender.state['experiment'], sender.state['parent'])}", flush=True)
         send_unsent(root)
-    elif not away(root, problem := sender.problem):
+    elif (problem := sender.problem) is not None and not away(root, problem):
         journal.remove()
         raise unusable(root, problem) from problem
     journal.append("inputs", inputs=inputs(config, stage, root))

@@ -61,7 +61,7 @@ class Sender:
             rows = [Metric(*row) for event, _ in together for row in event["rows"]]
             for start in range(0, len(rows), METRICS_PER_SEND):
                 batch = rows[start : start + METRICS_PER_SEND]
-                self._accepted(lambda batch=batch: self.client.log_batch(self.run_id, metrics=batch))
+                self._accepted(lambda batch=batch: self.client.log_batch(self.state["run_id"], metrics=batch))
             if not together:
                 together = events[:1]
                 self._one(together[0][0])
@@ -79,9 +79,10 @@ class Sender:
                 path = self.journal.folder / event["path"]
                 upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
                 folder = "/".join(filter(None, (event["folder"], path.name if path.is_dir() else None))) or None
-                self._accepted(lambda: upload(self.run_id, str(path), folder))
+                self._accepted(lambda: upload(self.state["run_id"], str(path), folder))
             case "inputs":
-                self._accepted(lambda: self.client.log_inputs(self.run_id, [_input(each) for each in event["inputs"]]))
+                read = [_input(each) for each in event["inputs"]]
+                self._accepted(lambda: self.client.log_inputs(self.state["run_id"], read))
             case "end":
                 for run_id in (self.run_id, self.state["parent"]):  # a parent run is as its latest stage
                     self._accepted(
@@ -107,7 +108,7 @@ class Sender:
         rows = [Param(name, value) for name, value in params.items()]
         for start in range(0, len(rows), PARAMS_PER_SEND):
             batch = rows[start : start + PARAMS_PER_SEND]
-            self._accepted(lambda batch=batch: self.client.log_batch(self.run_id, params=batch))
+            self._accepted(lambda batch=batch: self.client.log_batch(self.state["run_id"], params=batch))
 
     def _accepted(self, call: Any) -> None:
         """Do it; what the store refuses is lost, and said."""
