@@ -161,13 +161,13 @@ def mlflow_ui(options: argparse.Namespace) -> None:
     from spo import tracking
 
     uri = tracking.store()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise SpoError(f"there are no runs at {uri} yet; run `python -m spo repro` first")
     if left := tracking.send_unsent():
-        print(f"warning: {left} runs still wait in mlflow/unsent: {uri} is away", file=sys.stderr)
+        print(f"warning: {left} runs still wait in mlflow/unsent: {tracking.masked(uri)} is away", file=sys.stderr)
     if uri.startswith("http"):
         print(f"the runs are at {tracking.masked(uri)}")
         return
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise SpoError(f"there are no runs at {uri} yet; run `python -m spo repro` first")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     print(f"http://127.0.0.1:{options.port} (stop with Ctrl-C)", flush=True)

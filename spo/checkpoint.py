@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.errors import TrainingError
+from spo.errors import TrainingError, one_line
 from spo.files import atomic_path, read_json, write_json
 from spo.stopping import uninterrupted
 
@@ -73,7 +73,7 @@ class StateStore:
             try:
                 state, made_by = _read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                print(f"warning: the state {path} is damaged and left out: {_one_line(error)}", file=sys.stderr)
+                print(f"warning: the state {path} is damaged and left out: {one_line(error)}", file=sys.stderr)
                 shutil.rmtree(path)
                 continue
             if differences := _differences(made_by, self.made_by):
@@ -123,7 +123,7 @@ class StateStore:
         whole = [path.name.lstrip("0") or "0" for path in self._paths()]
         kept = f"the state of {whole[-1]} is whole" if whole else "there was none before it"
         return (
-            f"the state of {state.number} cannot be saved in {self.folder}: {_one_line(error)}; it takes "
+            f"the state of {state.number} cannot be saved in {self.folder}: {one_line(error)}; it takes "
             f"{size / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; {kept}: make room and run the same command again"
         )
 
@@ -256,7 +256,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

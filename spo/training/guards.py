@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spo.errors import TrainingError
+from spo.errors import TrainingError, one_line
 
 AT_THE_CLIP = 0.9  # share of ratios at the clamp from which on an update teaches next to nothing
 NO_MARGIN = 1e-6  # below which scores count as all alike
@@ -95,7 +95,7 @@ def memory_advice(advice: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise TrainingError(f"out of memory: {advice} ({' '.join(str(error).split())[:160]})") from None
+        raise TrainingError(f"out of memory: {advice} ({one_line(error, 160)})") from None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
