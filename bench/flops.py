@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import table
 from bench.systems import SHAPES, TOKENS, Shape, make_clip, make_unet, make_vae
-from spo.config import SpoConfig
+from spo.config import LoraConfig, SpoConfig
 from spo.models.lora import add_lora
 
 GPU_RATE = 400e12  # FLOP/s of bfloat16: what large products reach on an H100, not its data sheet's 989e12
@@ -53,7 +53,7 @@ def count(size: str, rank: int) -> Flops:
         decode = _counted(lambda: vae.decode(latents))
         modulations = clip.modulations(inputs["timestep"])
         image = _counted(lambda: clip.modulated_features(pixels, modulations))
-    _add_lora(unet, SpoConfig(**SHAPES[size].settings).model_copy(update={}), rank)
+    add_lora(unet, LoraConfig(rank=rank), seed=0)
     train = _counted(lambda: unet(latents, inputs["timestep"], **inputs["more"]).sample.sum().backward())
     return Flops(plain, train, decode, image)
 
@@ -97,15 +97,24 @@ def calculator() -> str:
     return table(rows)
 
 
+def weights() -> str:
+    """Parameters and bytes of what lies in a GPU's memory before the first activation."""
+    rows = [["", "UNet", "VAE", "preference model", "weights in memory", "a deep-copied reference would add"]]
+    for size in PAPER:
+        with torch.device("meta"):
+            parts = make_unet(SHAPES[size]), make_vae(SHAPES[size]), make_clip(SHAPES[size])
+        unet, vae, clip = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
+        bytes_ = 2 * (unet + vae) + 4 * clip
+        millions = [f"{each / 1e6:.0f} M" for each in (unet, vae, clip)]
+        rows.append([size, *millions, f"{bytes_ / 1e9:.1f} GB", f"{2 * unet / 1e9:.1f} GB"])
+    return table(rows)
+
+
 def _unet_inputs(shape: Shape, unet: nn.Module) -> dict[str, Any]:
     more: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, TOKENS, unet.config.cross_attention_dim)}
     if unet.config.addition_embed_type == "text_time":
         more["added_cond_kwargs"] = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
     return {"timestep": torch.ones(1, dtype=torch.long), "more": more}
-
-
-def _add_lora(unet: nn.Module, settings: SpoConfig, rank: int) -> None:
-    add_lora(unet, settings.lora.model_copy(update={"rank": rank}), seed=0)
 
 
 def _counted(call: Any) -> int:
@@ -115,5 +124,5 @@ def _counted(call: Any) -> int:
 
 
 if __name__ == "__main__":
-    print(calculator())
+    print(f"{calculator()}\n\n{weights()}")
     sys.exit(0)

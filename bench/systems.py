@@ -209,6 +209,8 @@ def make_policy(shape: Shape, device: torch.device | str, *, steps: int | None =
             pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=make_tokenizer())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device, dtype)
+    for convolutional in (pipeline.unet, pipeline.vae):
+        convolutional.to(memory_format=torch.channels_last)  # as spo.models.load does
     family = StableDiffusion if len(texts) == 1 else StableDiffusionXL
     if family is StableDiffusionXL:
         pipeline.unet.enable_gradient_checkpointing()

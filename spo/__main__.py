@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from spo.config import Config, load_config
+from spo.config import Config, LaunchConfig, load_config
 from spo.errors import SpoError
 from spo.locking import locked
 from spo.preflight import Finding, require
@@ -31,6 +31,7 @@ STAGES = {  # in the pipeline's order; the last is not part of it
     "pretrain": "make the embedded default's models and data anew",
 }
 STAGES_CHECKED = ("prepare", "train_preference", "align", "evaluate")  # at their start, for what later ones lack
+SHARED_OUT = ("train_preference", "align", "evaluate")  # among the processes of `launch`
 RESUMED = ("train_preference", "align")  # go on from where they were stopped
 SECTIONS = {  # of the configuration, that a stage reads: what its run is tracked with
     "prepare": ("seed", "prepare"),
@@ -43,6 +44,7 @@ SECTIONS = {  # of the configuration, that a stage reads: what its run is tracke
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     options = _parser().parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with stoppable():
             return options.run(options) or 0
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run_stage(options: argparse.Namespace) -> None:
+def run_stage(options: argparse.Namespace) -> int:
     """One stage in the current folder, tracked, with a closing line that tells its time."""
     stage: str = options.stage
     method: str | None = getattr(options, "name", None)
@@ -70,9 +72,13 @@ def run_stage(options: argparse.Namespace) -> None:
         seed = config.training_seeds[0]
     if stage in STAGES_CHECKED:
         require(config, stage, root)
+    if config.launch.num_processes > 1 and stage in SHARED_OUT and "RANK" not in os.environ:
+        return launch(config.launch, options.arguments)
     label = stage if method is None else f"{stage} {method} --seed {seed}"
     _settle()
-    from spo import tracking
+    from spo import distributed, tracking
+
+    distributed.join()
 
     run = importlib.import_module(f"spo.stages.{stage}").run
     start = time.monotonic()
@@ -89,6 +95,26 @@ def run_stage(options: argparse.Namespace) -> None:
         register_released(config, root)
     if os.environ.get("RANK", "0") == "0":
         print(f"{label}: done in {time.monotonic() - start:.1f} s", flush=True)
+    distributed.leave()
+    return 0
+
+
+def launch(settings: LaunchConfig, arguments: Sequence[str]) -> int:
+    """This very command in several processes, started by accelerate; its exit code.
+
+    Where one of them fails, accelerate ends the others.
+    """
+    _settle()
+    import torch
+
+    options = ["--num_processes", str(settings.num_processes)]
+    if settings.accelerate_config is not None:
+        options += ["--config_file", settings.accelerate_config]
+    else:
+        kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
+        options += [kind, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "spo", *arguments]
+    return run_group(command, os.environ)
 
 
 def only_one(config: Config, job: Sequence[str], root: Path) -> AbstractContextManager[None]:

@@ -217,6 +217,13 @@ class AlignConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
+class ScoringConfig(Section):
+    """How candidates are judged; anything but the defaults saves time and changes some labels: docs/performance.md."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the preference model
+    tiny_vae: str | None = None  # an AutoencoderTiny to decode for the judge alone, e.g. madebyollin/taesd
+
+
 class SampledConfig(AlignConfig):
     """What the methods have that sample the policy: which of the pairs they keep, and how far a ratio may move."""
 
@@ -224,6 +231,7 @@ class SampledConfig(AlignConfig):
     prompts_per_rollout: Positive = 40
     threshold: Fraction = 0.3  # margin above which a pair is kept
     clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
+    scoring: ScoringConfig = ScoringConfig()
 
 
 class SpoConfig(SampledConfig):
@@ -321,6 +329,13 @@ class PromoteConfig(Section):
     # of one that is not named here: evaluate.guard_tolerance
 
 
+class LaunchConfig(Section):
+    """How many processes share the heavy stages' work, one a GPU; results do not depend on it, so none runs anew."""
+
+    num_processes: Positive = 1
+    accelerate_config: str | None = None  # a file that `accelerate config` wrote, e.g. for several machines
+
+
 class Config(Section):
     profile: str
     seed: int = 0
@@ -334,6 +349,7 @@ class Config(Section):
     evaluate: EvaluateConfig
     safety: SafetyConfig = SafetyConfig()
     promote: PromoteConfig = PromoteConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

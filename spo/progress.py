@@ -8,6 +8,7 @@ with progress(total=steps, label="train") as bar:
     bar.update(loss=loss)  # one step further, and what to show beside it
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -40,8 +41,9 @@ class Progress(Generic[T]):
         self._shown = ""
         self._done = self._count = done
         self._start = self._last_line = time.monotonic()
-        self._closed = False
-        terminal = sys.stderr.isatty()
+        first = os.environ.get("RANK", "0") == "0"  # of a distributed run, the first process alone reports
+        self._closed = not first
+        terminal = sys.stderr.isatty() and first
         self._bar = (
             tqdm(total=total, initial=done, desc=label, dynamic_ncols=True, file=sys.stderr) if terminal else None
         )
@@ -88,7 +90,7 @@ class Progress(Generic[T]):
         self._count += 1
         if self._bar is not None:
             self._bar.update()
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif not self._closed and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._line()
 
     def _line(self, *, last: bool = False) -> None:

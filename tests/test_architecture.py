@@ -16,6 +16,7 @@ SERVICES = {
     "checkpoint",
     "config",
     "device",
+    "distributed",
     "environment",
     "errors",
     "files",

@@ -1,6 +1,6 @@
 """The vocabulary of the core. Shapes: b prompts, k candidates, n pairs, c h w of a latent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -83,13 +83,17 @@ class Pairs:
         return len(self.t)
 
     def __getitem__(self, index: Tensor | slice) -> "Pairs":
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
+        """The function of every tensor, each (n, ...)."""
         return Pairs(
-            self.x_t[index],
-            self.x_prev[index],
-            self.t[index],
-            self.t_prev[index],
-            self.cond[index],
-            self.margin[index],
+            function(self.x_t),
+            function(self.x_prev),
+            function(self.t),
+            function(self.t_prev),
+            Conditioning({name: function(tensor) for name, tensor in self.cond.tensors.items()}),
+            function(self.margin),
         )
 
     @staticmethod

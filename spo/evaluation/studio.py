@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spo import distributed
 from spo.config import Config
 from spo.device import best_device
 from spo.evaluation.controls import contrast
@@ -62,7 +63,10 @@ class Studio:
     def batches(
         self, subject: Subject, tasks: Sequence[Task], eta: float, *, split: str, images: bool
     ) -> Iterator[Batch]:
-        """The subject's images of the tasks, judged, in their order; with the images themselves where wanted."""
+        """The subject's images of the tasks, judged, in their order; with the images themselves where wanted.
+
+        Of several processes each makes its share of the batches, and takes the others' from the shelf.
+        """
         weights = digest_of_subject(subject)
         size = self.settings.batch_size
         parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
@@ -72,6 +76,9 @@ class Studio:
         ]
         label = f"{split}: {subject.words}, eta {eta:g}"
         both = list(zip(parts, keys, strict=True))
+        for part, key in both[distributed.rank() :: distributed.count()] if distributed.count() > 1 else ():
+            self.shelf.get(key, lambda part=part: self._make(subject, part, eta, images))
+        distributed.wait()
         for part, key in both if all(map(self.shelf.holds, keys)) else progress(both, label=label):
             entry = self.shelf.get(key, partial(self._make, subject, part, eta, images))
             yield Batch(part, key, entry.pop(IMAGES, torch.empty(0)), entry)

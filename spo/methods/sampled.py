@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Generator, Tensor
 
+from spo import distributed
 from spo.config import SampledConfig
 from spo.core.gaussian import log_prob
 from spo.core.losses import dpo_loss, log_ratio
@@ -37,17 +38,47 @@ def sampled_rounds(
     epoch: int,
     skip: int,
 ) -> Iterator[Round[Pairs]]:
-    """The pairs of each batch of prompts, which `roll` samples; a prompt is known by its index in `prompts`."""
+    """The pairs of each batch of prompts, which `roll` samples; a prompt is known by its index in `prompts`.
+
+    Of several processes each samples its share of the batch; all get all pairs.
+    """
     order = torch.randperm(len(prompts), generator=Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
     size = config.prompts_per_rollout
     for number in range(skip, rounds_per_epoch(config, prompts)):
         chosen = order[number * size : (number + 1) * size]
-        batch = [prompts[i] for i in chosen]
-        noise = KeyedNoise(seed, epoch, chosen, policy.timesteps.device)
+        mine = chosen[distributed.share(len(chosen))]
+        here = mine or chosen[:1]  # one without a prompt samples another's, and what it found is dropped
+        batch = [prompts[i] for i in here]
+        noise = KeyedNoise(seed, epoch, here, policy.timesteps.device)
         cond, text = policy.encode(batch), scorer.encode(batch)
         with policy.merged():
             segments = list(roll(cond, text, noise))
-        yield to_round(segments, policy.timesteps.tolist())
+        yield to_round([gathered(segment, drop=not mine) for segment in segments], policy.timesteps.tolist())
+
+
+def gathered(segment: Segment, *, drop: bool) -> Segment:
+    """The segment of all processes' prompts, in the prompts' order; this one's own are left out if `drop`."""
+    if distributed.count() == 1:
+        return segment
+    weight = 0 if drop else segment.num_branched
+    sums = distributed.add_up(
+        {
+            "branched": weight,
+            "kept": 0 if drop else segment.num_kept,
+            "score": segment.score * weight,
+            "margin": segment.margin * weight,
+            "forwards": segment.unet_forwards,
+        }
+    )
+    return Segment(
+        pairs=tuple((pairs[:0] if drop else pairs).map(distributed.gather) for pairs in segment.pairs),
+        t=segment.t,
+        num_branched=int(sums["branched"]),
+        num_kept=int(sums["kept"]),
+        score=sums["score"] / sums["branched"],
+        margin=sums["margin"] / sums["branched"],
+        unet_forwards=int(sums["forwards"]),
+    )
 
 
 def to_round(segments: Sequence[Segment], grid: Sequence[int]) -> Round[Pairs]:

@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from typing import Any, Self, TypeAlias
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Generator, Tensor, nn
 
 from spo.core.ddim import ddim_transition, predictions
@@ -55,6 +61,7 @@ class LatentDiffusion(ABC):
         self.pipeline = pipeline
         self.unet = pipeline.unet
         self.vae = pipeline.vae
+        self.preview: AutoencoderTiny | None = None  # decodes in the VAE's place
         self.dtype = pipeline.unet.dtype
         self.device = pipeline.unet.device
         self.vae_batch_size = vae_batch_size or min(16, max(1, 8 * 512**2 // resolution**2))
@@ -177,9 +184,10 @@ class LatentDiffusion(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b, 3, H, W) in [0, 1], float32, of latents (b, c, h, w)."""
-        latents = (latents / self.vae.config.scaling_factor + self._shift()).to(self.vae.dtype)
+        vae = self.vae if self.preview is None else self.preview
+        latents = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(vae.dtype)
         self.decodes += len(latents)
-        images = [self.vae.decode(part).sample for part in latents.split(self.vae_batch_size)]
+        images = [vae.decode(part).sample for part in latents.split(self.vae_batch_size)]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
@@ -57,9 +58,9 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     if config.family == "sd15":
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     if config.vae is not None:
-        with _explained("vae", config.vae):
+        with _explained("model.vae", config.vae):
             parts["vae"] = AutoencoderKL.from_pretrained(config.vae, dtype=dtype, use_safetensors=True)
-    with _explained("path", config.path):
+    with _explained("model.path", config.path):
         _check_family(config)
         pipeline = PIPELINES[config.family].from_pretrained(
             config.path,
@@ -76,6 +77,18 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     for convolutional in (pipeline.unet, pipeline.vae):
         convolutional.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs as on GPUs
     return pipeline
+
+
+def load_tiny_vae(path: str, policy: LatentDiffusion) -> AutoencoderTiny:
+    """A small autoencoder for the policy's latents, such as madebyollin/taesd or taesdxl; ModelError as above."""
+    with _explained("scoring.tiny_vae", path):
+        vae = AutoencoderTiny.from_pretrained(path, dtype=policy.dtype, use_safetensors=True)
+    if vae.config.latent_channels != policy.latent_shape[0]:
+        raise ModelError(
+            f"scoring.tiny_vae={path!r} decodes {vae.config.latent_channels} channels, the model has "
+            f"{policy.latent_shape[0]}; use one that was made for it"
+        )
+    return vae.to(policy.device).eval().requires_grad_(False)
 
 
 def _check_grid(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) -> None:
@@ -107,9 +120,7 @@ def _explained(key: str, path: str) -> Iterator[None]:
     """Turn what the libraries raise while loading `path` into a ModelError of one line."""
     if not Path(path).is_dir():
         if not hub.is_name(path):
-            raise ModelError(
-                f"model.{key}={path!r} is no folder here; put a diffusers model there, or name one of the hub"
-            )
+            raise ModelError(f"{key}={path!r} is no folder here; put a diffusers model there, or name one of the hub")
         hub.connect()
     try:
         with warnings.catch_warnings():
@@ -117,8 +128,8 @@ def _explained(key: str, path: str) -> Iterator[None]:
             yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if hub.is_name(path):
-            raise ModelError(f"model.{key}={path!r} {hub.not_had(path, f'model.{key}', error)}") from None
+            raise ModelError(f"{key}={path!r} {hub.not_had(path, key, error)}") from None
         raise ModelError(
-            f"model.{key}={path!r} cannot be loaded: {one_line(error)}; "
+            f"{key}={path!r} cannot be loaded: {one_line(error)}; "
             "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
         ) from None

@@ -12,9 +12,12 @@ from peft.tuners.lora import LoraLayer
 def merged_adapter(unet: UNet2DConditionModel) -> Iterator[None]:
     """Within it, W + B A stands for W and the adapter is off; afterwards the very tensors of before stand again.
 
-    peft's own unmerging subtracts what it added, which leaves rounding behind.
+    An adapter that is off already is left out. peft's own unmerging subtracts what it added, which leaves rounding.
     """
-    layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer) and layer.active_adapters]
+    layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer) and not layer.disable_adapters]
+    if not layers:
+        yield
+        return
     weights = [layer.get_base_layer().weight for layer in layers]
     originals = [weight.data for weight in weights]
     try:

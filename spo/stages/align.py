@@ -2,11 +2,16 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from spo import distributed
 from spo.checkpoint import StateStore, fingerprint
-from spo.config import Config, D3poConfig, DiffusionDpoConfig, SpoConfig
+from spo.config import Config, D3poConfig, DiffusionDpoConfig, ScoringConfig, SpoConfig
+from spo.core.types import Scorer
 from spo.device import best_device
 from spo.errors import DataError
 from spo.files import atomic_path, write_json
@@ -15,7 +20,7 @@ from spo.methods.diffusion_dpo import DiffusionDpo
 from spo.methods.method import Method
 from spo.methods.spo import Spo
 from spo.models.base import LatentDiffusion
-from spo.models.load import build
+from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
 from spo.stages.align_watch import build_watch
 from spo.stages.preference_scorer import load_scorer
@@ -38,26 +43,28 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     method = build_method(config, name, policy, seed=seed, root=root)
     cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, root=root)
-    made = store.folder / "output"  # grows there, since DVC removes the outputs of a stage that it runs again
-    if not store.has_any():
-        shutil.rmtree(made, ignore_errors=True)
-    metrics = align(
-        method,
-        policy,
-        settings,
-        made,
-        tracker,
-        seed=seed,
-        cost=cost,
-        watch=watch,
-        safety=config.safety,
-        store=store,
-    )
-    with atomic_path(root / config.aligned(name, seed)) as folder:
-        shutil.copytree(made, folder)
-        write_json(folder / "metrics.json", metrics)
-    store.clear()
-    shutil.rmtree(made)
+    grows = store.folder / "output"  # there, since DVC removes the outputs of a stage that it runs again
+    with distributed.written_by_main(nullcontext(grows)) as made:
+        if not store.has_any():
+            shutil.rmtree(made, ignore_errors=True)
+        metrics = align(
+            method,
+            policy,
+            settings,
+            made,
+            tracker,
+            seed=seed,
+            cost=cost,
+            watch=watch,
+            safety=config.safety,
+            store=store,
+        )
+        with distributed.written_by_main(atomic_path(root / config.aligned(name, seed))) as folder:
+            shutil.copytree(made, folder)
+            write_json(folder / "metrics.json", metrics)
+    if distributed.is_main():
+        store.clear()
+        shutil.rmtree(grows)
 
 
 def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
@@ -88,12 +95,19 @@ def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: in
     prompts = training_prompts(prepared / "prompts" / "train.txt")
     match config.align[name]:
         case SpoConfig() as settings:
-            return Spo(settings, policy, load_scorer(config, root, policy.device), prompts, seed=seed)
+            return Spo(settings, policy, build_judge(config, settings.scoring, policy, root), prompts, seed=seed)
         case D3poConfig() as settings:
-            return D3po(settings, policy, load_scorer(config, root, policy.device), prompts, seed=seed)
+            return D3po(settings, policy, build_judge(config, settings.scoring, policy, root), prompts, seed=seed)
         case DiffusionDpoConfig() as settings:
             pairs = load_pairs(prepared / "preferences" / "train.parquet", policy, config)
             return DiffusionDpo(settings, policy, pairs.latents, pairs.label, pairs.captions, seed=seed)
+
+
+def build_judge(config: Config, scoring: ScoringConfig, policy: LatentDiffusion, root: Path) -> Scorer:
+    """The preference model that judges candidates; the policy decodes them as `scoring` says."""
+    if scoring.tiny_vae is not None:
+        policy.preview = load_tiny_vae(scoring.tiny_vae, policy)
+    return load_scorer(config, root, policy.device, getattr(torch, scoring.dtype))
 
 
 def training_prompts(path: Path) -> list[str]:

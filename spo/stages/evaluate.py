@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spo import distributed
 from spo.config import Config
 from spo.evaluation.choice import choose_checkpoint
 from spo.evaluation.generate import from_bytes
@@ -40,7 +41,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     start = time.perf_counter()
     evaluation = Evaluation(config, root)
     advice = f"lower evaluate.batch_size, now {config.evaluate.batch_size}"
-    with memory_advice(advice), atomic_path(root / config.folder("evaluate")) as folder:
+    output = distributed.written_by_main(atomic_path(root / config.folder("evaluate")))
+    with memory_advice(advice), output as folder:
         folder.mkdir()
         validation, chosen = evaluation.choose()
         columns, factor = evaluation.compare(chosen, folder / "images")
@@ -54,8 +56,9 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         write_json(folder / "metrics.json", metrics)
         samples = plain_sheet([_first_pictures(folder / "images" / name) for name in (BASE, *config.methods)])
         samples.save(folder / "samples.png")
-    evaluation.studio.shelf.tidy()
-    _report(tracker, root / config.folder("evaluate"), metrics, samples, validation)
+    if distributed.is_main():
+        evaluation.studio.shelf.tidy()
+        _report(tracker, root / config.folder("evaluate"), metrics, samples, validation)
 
 
 class Evaluation:

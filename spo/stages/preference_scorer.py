@@ -11,8 +11,8 @@ from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
 
 
-def load_scorer(config: Config, root: Path, device: torch.device) -> Scorer:
+def load_scorer(config: Config, root: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Scorer:
     """One that was trained blind to t stays so. ModelError where it is missing."""
     preference = load_preference_model(root / config.folder("train_preference") / "model")
-    scorer = PreferenceScorer(preference, device=device, dtype=getattr(torch, config.train_preference.dtype))
+    scorer = PreferenceScorer(preference, device=device, dtype=dtype)
     return BlindScorer(scorer, 0) if config.train_preference.blind else scorer

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from spo import distributed
 from spo.checkpoint import Saver, State, StateStore, fingerprint
 from spo.config import Config, LabelsConfig
 from spo.data.images import decode_image
@@ -59,7 +60,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         done = _restored(training, store) or Done(accuracy=_accuracies(training, validation, "start", config))
         _train(training, load_pairs(prepared / "train.parquet", base, config), config, store, done, tracker)
         done.accuracy += _accuracies(training, validation, "trained", config)
-    with atomic_path(root / config.folder("train_preference")) as folder:
+    with distributed.written_by_main(atomic_path(root / config.folder("train_preference"))) as folder:
         save_preference_model(preference.model.cpu(), preference.tokenizer, preference.preprocess, folder / "model")
         write_csv(folder / "accuracy.csv", done.accuracy)
         write_csv(folder / "history.csv", done.history)
@@ -67,7 +68,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         write_json(folder / "metrics.json", {**metrics, "seconds": round(done.seconds_since(start), 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
-    if settings.checkpoint is None:
+    if settings.checkpoint is None and distributed.is_main():
         store.clear()
 
 
@@ -120,7 +121,7 @@ def _train(
     settings = config.train_preference
     for past in done.history:
         _log(past, settings.log_every, tracker)
-    saver = Saver(store, config.safety.save_every_seconds, snapshot)
+    saver = Saver(store if distributed.is_main() else None, config.safety.save_every_seconds, snapshot)
     advice = f"lower train_preference.batch_size, now {settings.batch_size}, or train in bfloat16"
     with (
         Progress[None](total=settings.steps, done=done.step, label="train_preference") as bar,
@@ -175,13 +176,18 @@ def load_pairs(path: Path, base: LatentDiffusion, config: Config, *, limit: int 
     num_pairs = min(len(stored), limit or len(stored))
     judge = _judge(labels, base) if labels.model else None
     latents, label = [], []
-    for part in progress(torch.arange(num_pairs).split(PAIRS_AT_A_TIME), label=f"encode {path.stem} pairs"):
+    shared_out = num_pairs >= distributed.count()
+    mine = torch.arange(num_pairs)[distributed.share(num_pairs) if shared_out else slice(None)]
+    for part in progress(mine.split(PAIRS_AT_A_TIME), label=f"encode {path.stem} pairs"):
         pairs = [stored[i] for i in part.tolist()]
         images = torch.stack([_pixels(image, resolution) for pair in pairs for image in (pair.image_0, pair.image_1)])
         latents.append(base.encode_images(images.to(base.device)).cpu().unflatten(0, (-1, 2)))
         label.append(_opinion(judge, images, pairs, labels) if judge else _votes(pairs))
     captions = stored.captions[:num_pairs]
-    result = LabelledPairs(torch.cat(latents), torch.cat(label), prompt_weights(captions), captions)
+    encoded = torch.cat(latents), torch.cat(label)
+    if shared_out:
+        encoded = distributed.gather(encoded[0]), distributed.gather(encoded[1])
+    result = LabelledPairs(*encoded, prompt_weights(captions), captions)
     if not (result.label[:, 0] != result.label[:, 1]).any():
         raise DataError(f"{path}: all {len(result)} pairs are ties; there must be decided ones")
     return result

@@ -9,12 +9,14 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from spo import distributed
 from spo.checkpoint import Saver, StateStore
 from spo.config import AlignConfig, OptimizerConfig, SafetyConfig, SampledConfig
 from spo.errors import ConfigError, TrainingError
@@ -58,12 +60,13 @@ def align(
     state = State(optimizer, guard, LossScale.of(policy.dtype), cost or Cost())
     if store and (saved := store.load()):
         state.restore(policy, saved)
-        print(f"align: goes on after round {saved.number}", file=sys.stderr, flush=True)
+        if distributed.is_main():
+            print(f"align: goes on after round {saved.number}", file=sys.stderr, flush=True)
     for row in state.history.updates:
         tracker.log_metrics(row, step=int(row["update"]))
     for row in state.history.looks:
         _log_look(row, tracker)
-    saver = Saver(store, safety.save_every_seconds, lambda: state.snapshot(policy))
+    saver = Saver(store if distributed.is_main() else None, safety.save_every_seconds, lambda: state.snapshot(policy))
     stuck = StuckWatch(safety.stuck_after)
     with memory_advice(_less_memory(config)), saver.saving_when_stopped():
         stopped_early = _rounds(method, policy, config, state, folder, tracker, saver, stuck, seed=seed, watch=watch)
@@ -184,8 +187,9 @@ def _train(
                 rows += [row] if row else []
         cost.num_pairs += len(pairs)
         state.pairs_in_epoch += len(pairs)
-    cost.unet_forwards += policy.forwards
-    cost.vae_decodes += policy.decodes
+    made = distributed.add_up({"forwards": policy.forwards, "decodes": policy.decodes})
+    cost.unet_forwards += int(made["forwards"])
+    cost.vae_decodes += int(made["decodes"])
     policy.forwards = policy.decodes = 0
     return rows
 
@@ -195,6 +199,7 @@ def _update(
 ) -> dict[str, float] | None:
     """One step of the optimizer; the pairs go through the networks `micro_batch_size` at a time.
 
+    Of several processes each takes its share of the pairs, and all make the same step.
     None, and no weight is changed, where loss or gradient is not finite; in float16 that may be the loss scale's doing,
     which is then halved.
     """
@@ -202,7 +207,8 @@ def _update(
     done = (cost.rounds - 1) / (config.epochs * method.rounds_per_epoch)
     ratios: list[tuple[list[int], list[list[float]]]] = []
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
-    for index in torch.arange(len(pairs), device=pairs.t.device).split(config.micro_batch_size or len(pairs)):
+    mine = torch.arange(len(pairs), device=pairs.t.device)[distributed.share(len(pairs))]
+    for index in mine.split(config.micro_batch_size or len(pairs)) if len(mine) else ():
         part = pairs[index]
         loss = method.loss(part)
         state.scale.scale(loss.value * (len(part) / config.batch_size)).backward()
@@ -210,9 +216,12 @@ def _update(
             total[name] += value * (len(part) / len(pairs))
         if loss.log_ratio is not None:
             ratios.append((part.t.tolist(), loss.log_ratio.tolist()))
+    distributed.sum_gradients(parameters)
     state.scale.unscale(parameters)
-    total["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm or float("inf"))
-    row = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))  # one transfer
+    names, values = list(total), [*total.values()]
+    norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm or float("inf"))
+    *parts, grad_norm = torch.stack([*values, norm]).tolist()  # one transfer
+    row = {**distributed.add_up(dict(zip(names, parts, strict=True))), "grad_norm": grad_norm}
     if math.isfinite(row["loss"]) and state.scale.overflowed(math.isfinite(row["grad_norm"])):
         optimizer.zero_grad()
         return None
@@ -226,7 +235,7 @@ def _update(
     optimizer.step()
     optimizer.zero_grad()
     cost.updates += 1
-    for t, log_ratio in ratios:
+    for t, log_ratio in chain.from_iterable(distributed.gather_objects(ratios)):
         state.history.count_ratios(policy.timesteps.tolist(), t, log_ratio)
     return {"update": cost.updates, **row}
 

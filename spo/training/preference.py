@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from spo import distributed
 from spo.checkpoint import pack_optimizer, unpack_optimizer
 from spo.config import SafetyConfig, TrainPreferenceConfig
 from spo.core.losses import preference_loss
@@ -76,6 +77,7 @@ class StepAwareTraining:
     def step(self, pairs: LabelledPairs, step: int, *, seed: int) -> Row:
         """The step-th step (from 0), whose draws are keyed to (seed, step); its measurements.
 
+        Of several processes each takes its share of the batch, and all make the same step.
         One whose loss or gradient is not finite changes nothing and has none; TrainingError after too many of them.
         """
         self.model.train()
@@ -85,18 +87,22 @@ class StepAwareTraining:
             group["lr"] = config.learning_rate * self._schedule(step)
         index = torch.randint(len(pairs), (config.batch_size,), generator=generator)
         t = torch.randint(len(self.base.alpha_bar), (len(index),), generator=generator)
-        scores = self.scores(pairs, index, t, generator)
-        device = scores.device
-        loss = preference_loss(scores, pairs.label[index].to(device), pairs.weight[index].to(device))
+        noise = self.noise(pairs, index, generator)
         optimizer.zero_grad()
-        self.scale.scale(loss.value).backward()
+        mine = distributed.share(len(index))
+        measured = {}
+        if len(index[mine]):
+            weight = pairs.weight[index]
+            part = float(weight[mine].sum() / weight.sum())  # of the batch, that is this process's
+            scores = self.scores(pairs, index[mine], t[mine], noise[mine])
+            device = scores.device
+            loss = preference_loss(scores, pairs.label[index[mine]].to(device), weight[mine].to(device))
+            self.scale.scale(loss.value * part).backward()
+            measured = {"loss": loss.value.item() * part, "accuracy": loss.metrics["accuracy"].item() * part}
+        distributed.sum_gradients(self.model.parameters())
         self.scale.unscale(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or float("inf"))
-        row = {
-            "loss": loss.value.item(),
-            "accuracy": loss.metrics["accuracy"].item(),
-            "grad_norm": norm.item(),
-        }
+        row = {**distributed.add_up(measured), "grad_norm": norm.item()}
         if math.isfinite(row["loss"]) and self.scale.overflowed(math.isfinite(row["grad_norm"])):
             return None
         self._blind.see(row["grad_norm"] == 0)
@@ -130,10 +136,12 @@ class StepAwareTraining:
             return warm
         return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.config.steps)))
 
-    def scores(
-        self, pairs: LabelledPairs, index: Tensor, t: Tensor, generator: Generator, *, clean: bool = False
-    ) -> Tensor:
-        """Scores (n, 2) of the pairs at `index` (n,), seen from timesteps t (n,); one UNet call for both images.
+    def noise(self, pairs: LabelledPairs, index: Tensor, generator: Generator) -> Tensor:
+        """Standard normal (n, 1, c, h, w) for the pairs at `index` (n,): one for both images."""
+        return torch.randn(len(index), 1, *pairs.latents.shape[2:], generator=generator)
+
+    def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor, *, clean: bool = False) -> Tensor:
+        """Scores (n, 2) of the pairs at `index` (n,), noised to timesteps t (n,); one UNet call for both images.
 
         clean: judge the images as they are, as the end of a rollout is judged at t = 0.
         """
@@ -142,8 +150,7 @@ class StepAwareTraining:
         if clean:
             images = self.base.decode(latents.flatten(0, 1).to(self.base.device))  # (2 n, 3, H, W)
         else:
-            noise = torch.randn(len(index), 1, *latents.shape[2:], generator=generator).expand_as(latents)
-            images = self.views(latents, noise, t, self.base.encode(captions))
+            images = self.views(latents, noise.expand_as(latents), t, self.base.encode(captions))
         tokens = self.preference.tokenizer(
             captions,
             padding="max_length",
@@ -176,7 +183,13 @@ class StepAwareTraining:
         generator = Generator().manual_seed(seed)
         self.model.eval()
         parts = [
-            self.scores(pairs, index, torch.full((len(index),), timestep), generator, clean=timestep == 0)
+            self.scores(
+                pairs,
+                index,
+                torch.full((len(index),), timestep),
+                self.noise(pairs, index, generator),
+                clean=timestep == 0,
+            )
             for index in torch.arange(len(pairs)).split(self.config.batch_size)
         ]
         result = pairwise_accuracy(torch.cat(parts).cpu(), pairs.label)

@@ -3,11 +3,17 @@
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ModelError
-from spo.models.load import build, load_pipeline
+from spo.models.load import build, load_pipeline, load_tiny_vae
 from spo.models.sd15 import StableDiffusion
 from spo.models.sdxl import StableDiffusionXL
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
@@ -122,3 +128,23 @@ def test_damaged_weights_are_refused(family, tmp_path):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot be loaded" in message(family, folder)
+
+
+def test_a_tiny_autoencoder_decodes_in_the_vaes_place_and_must_fit_the_latents(family, tiny_folder, tmp_path):
+    denoiser = make_tiny_denoiser(family, tiny_folder(family))
+    options = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "upsampling_scaling_factor": 2}
+    for channels in (4, 8):
+        AutoencoderTiny(**options, **blocks, latent_channels=channels).save_pretrained(tmp_path / str(channels))
+    latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+    before = denoiser.decode(latents)
+    denoiser.preview = load_tiny_vae(str(tmp_path / "4"), denoiser)
+    with torch.no_grad():
+        quick = denoiser.decode(latents)
+        raw = denoiser.preview.decode(latents).sample
+    assert quick.shape == before.shape
+    torch.testing.assert_close(quick, (raw / 2 + 0.5).clamp(0, 1))
+    with pytest.raises(ModelError, match=r"scoring\.tiny_vae=.* decodes 8 channels, the model has 4"):
+        load_tiny_vae(str(tmp_path / "8"), denoiser)
+    with pytest.raises(ModelError, match=r"scoring\.tiny_vae='nowhere' is no folder"):
+        load_tiny_vae("nowhere", denoiser)

@@ -51,8 +51,13 @@ def test_weights_and_what_trains_come_back_to_the_bit_even_after_an_exception(po
 def test_the_reference_is_refused_while_merged(policy):
     with policy.merged(), pytest.raises(RuntimeError, match="while the adapter is merged"), policy.reference():
         pass
+    before = predict(policy)
     with policy.reference():
-        pass
+        reference = predict(policy)
+        with policy.merged():
+            assert torch.equal(predict(policy), reference)
+        assert torch.equal(predict(policy), reference)
+    assert torch.equal(predict(policy), before)
 
 
 def test_half_precision_is_left_unmerged_for_it_would_round_the_adapter_away(family, tiny_folder):

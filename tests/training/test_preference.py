@@ -47,7 +47,8 @@ def make_pairs(training: StepAwareTraining, n: int = 16) -> LabelledPairs:
 def test_two_equal_images_score_equally_because_they_share_their_noise(training):
     pairs = make_pairs(training, 4)
     same = replace(pairs, latents=pairs.latents[:, :1].expand_as(pairs.latents))
-    scores = training.scores(same, torch.arange(4), torch.full((4,), 501), Generator().manual_seed(0))
+    noise = training.noise(same, torch.arange(4), Generator().manual_seed(0))
+    scores = training.scores(same, torch.arange(4), torch.full((4,), 501), noise)
     torch.testing.assert_close(scores[:, 0], scores[:, 1], rtol=1e-4, atol=1e-4)
 
 
@@ -55,7 +56,9 @@ def test_both_images_and_both_halves_of_the_guidance_take_one_unet_call(training
     calls = []
     training.base.unet.register_forward_hook(lambda *_: calls.append(1))
     training.base.forwards = 0
-    training.scores(make_pairs(training, 4), torch.arange(4), torch.full((4,), 501), Generator().manual_seed(0))
+    pairs = make_pairs(training, 4)
+    noise = training.noise(pairs, torch.arange(4), Generator().manual_seed(0))
+    training.scores(pairs, torch.arange(4), torch.full((4,), 501), noise)
     assert training.base.forwards == 4 * 2 * 2
     assert len(calls) == 1
 
@@ -67,9 +70,10 @@ def test_a_model_that_is_to_be_blind_is_told_that_t_is_0(training, monkeypatch):
         training.model, "image_features", lambda pixels, t: told.append(t.unique().tolist()) or look(pixels, t)
     )
     pairs, t = make_pairs(training, 4), torch.full((4,), 501)
+    noise = training.noise(pairs, torch.arange(4), Generator().manual_seed(0))
     for blind in (False, True):
         training.config = training.config.model_copy(update={"blind": blind})
-        training.scores(pairs, torch.arange(4), t, Generator().manual_seed(0))
+        training.scores(pairs, torch.arange(4), t, noise)
     assert told == [[501], [0]]
 
 
@@ -158,8 +162,9 @@ def test_half_precision_trains_float32_weights(training, dtype):
     half = StepAwareTraining(training.base, training.preference, training.config.model_copy(update={"dtype": dtype}))
     pairs = make_pairs(half)
     index, t = torch.arange(8), torch.full((8,), 501)
+    noise = training.noise(pairs, index, Generator().manual_seed(0))
     with torch.no_grad():
-        full, rounded = (each.scores(pairs, index, t, Generator().manual_seed(0)) for each in (training, half))
+        full, rounded = (each.scores(pairs, index, t, noise) for each in (training, half))
     torch.testing.assert_close(rounded, full, rtol=0.05, atol=0.3)
     assert not torch.equal(rounded, full)
     first = [row for row in (half.step(pairs, step, seed=0) for step in range(3)) if row]

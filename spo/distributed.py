@@ -1,0 +1,126 @@
+"""Several processes as one run, one a GPU; the only place where they talk.
+
+Every process holds the same weights and goes through the same steps; prompts and pairs are shared out. What each made
+of its share is gathered in the order in which one process alone would have made it, gradients are summed, and all go
+on alike, so that a result does not depend on their number (up to the rounding of sums). `accelerate launch` starts
+them and says who is who; one process alone has nothing to do here.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # that a process waits for the others, e.g. while the first one writes
+
+
+def join() -> None:
+    """Meet the other processes that `accelerate launch` started; nothing where there is but one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Part from the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and reports."""
+    return rank() == 0
+
+
+def share(n: int) -> slice:
+    """This process's part of n rows: parts follow one another, differ by one at most, and may be empty."""
+    size, rest = divmod(n, count())
+    start = rank() * size + min(rank(), rest)
+    return slice(start, start + size + (rank() < rest))
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of all processes in the order of ranks; n may differ and be 0, the rest of the shape not."""
+    if count() == 1:
+        return rows
+    home = rows.device
+    if dist.get_backend() == "nccl":  # which knows no CPU
+        rows = rows.to(torch.device("cuda", torch.cuda.current_device()))
+    sizes = gather_objects(len(rows))
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(home)
+
+
+def gather_objects(value: T) -> list[T]:
+    """What each process has to say, in the order of ranks; small things, for they are pickled."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def add_up(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over processes, by name; a name that a process lacks counts 0 there."""
+    total: dict[str, float] = {}
+    for each in gather_objects(dict(values)):
+        for name, value in each.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Make each gradient the sum of all processes'; one that has none adds 0, and where none has, there stays none."""
+    if count() == 1:
+        return
+    parameters = list(parameters)
+    have = gather_objects([parameter.grad is not None for parameter in parameters])
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter, *found in zip(parameters, *have, strict=True):
+        if any(found):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def wait() -> None:
+    """Go on when all have come this far."""
+    gather_objects(None)
+
+
+@contextmanager
+def written_by_main(output: AbstractContextManager[Path]) -> Iterator[Path]:
+    """Where to write what all processes have alike: the main one to `output`, the others to what is thrown away."""
+    if is_main():
+        with output as path:
+            yield path
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "output"
