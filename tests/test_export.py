@@ -13,6 +13,8 @@ from spo.__main__ import main
 from spo.config import LoraConfig
 from spo.models.lora import add_lora
 from spo.models.policy import save_policy
+from spo.preference.checkpoint import load_clip, published_name
+from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 
 ROOT = Path(__file__).parents[1]
@@ -110,3 +112,23 @@ def test_before_evaluation_a_checkpoint_must_be_named(
     finally:
         (project / "elsewhere").rename(chosen)
     assert "run `python -m spo evaluate`, or name a --checkpoint" in capsys.readouterr().err
+
+
+def test_a_published_preference_model_comes_in_and_goes_out_by_commands(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = new_tokenizer()
+    save_clip(new_clip(tokenizer), tokenizer, tmp_path / "clip")
+    ours = load_clip(tmp_path / "clip")
+    state = {published_name(name): tensor for name, tensor in ours.model.state_dict().items()}
+    torch.save(state, tmp_path / "published.bin")
+    clip, folder, back = (str(tmp_path / name) for name in ("clip", "spm", "back.bin"))
+    command = ["import-preference-model", str(tmp_path / "published.bin"), "--clip", clip, "--out", folder]
+    assert main(command) == 0
+    assert main(["export-preference-model", folder, "--out", back]) == 0
+    again = torch.load(back, weights_only=True)
+    assert set(again) == set(state)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    capsys.readouterr()
+    assert main(command) == 1
+    assert capsys.readouterr().err == f"error: --out {folder} exists already; remove it, or name another place\n"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,10 +19,12 @@ from PIL import Image
 from torch import Generator
 
 from spo.data.world import all_scenes, draw_attributes, draw_quality, render
+from spo.evaluation.generate import image_seed
 from spo.models.lora import WEIGHTS
 from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import FAMILIES, RESOLUTION, make_tiny_pipeline
 
+EXPORTS = {"diffusers": "spo", "kohya": "spo.safetensors", "merged": "merged"}
 PROMPTS = [scene.prompt for scene in all_scenes()[::24]]
 
 
@@ -61,6 +64,7 @@ def make_project(root: Path, family: str) -> Path:
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     write_preferences(root / "pairs.parquet")
     spo = {"method": "spo", "epochs": 1, "prompts_per_rollout": 6, "candidates": 2, "first_step": 1, "threshold": 0.0}
+    spo["optimizer"] = {"learning_rate": 0.05}  # so that the LoRA shows in a picture
     config = {
         "model": {"family": family, "path": "model", "resolution": RESOLUTION},
         "sampling": {"steps": 5},
@@ -116,7 +120,8 @@ def spo(root: Path, *commands: list[str]) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pipeline_goes_from_prompts_and_pairs_to_a_report_and_a_lora(family, tmp_path):
     root = make_project(tmp_path / "project", family)
-    done = spo(root, ["prepare"], ["train_preference"], ["align", "spo"], ["evaluate"], ["report"])
+    exports = [["export", "--format", format, "--out", out] for format, out in EXPORTS.items()]
+    done = spo(root, ["prepare"], ["train_preference"], ["align", "spo"], ["evaluate"], ["report"], *exports)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     run = root / "runs" / "own"
     metrics = json.loads((run / "evaluate" / "metrics.json").read_text())
@@ -130,11 +135,31 @@ def test_the_pipeline_goes_from_prompts_and_pairs_to_a_report_and_a_lora(family,
     assert len(list((run / "evaluate" / "images" / "spo" / "seed-0").glob("*.png"))) == 4
     assert "<html" in (run / "report" / "report.html").read_text()
 
-    pipeline = DiffusionPipeline.from_pretrained(root / "model", safety_checker=None)
+    evaluated = run / "evaluate" / "lora" / "spo"
+    assert (evaluated / WEIGHTS).is_file()
+    assert_same(plain_picture(root), run / "evaluate" / "images" / "base" / "0000-0.png")
+    for lora in (evaluated, root / "spo", root / "spo.safetensors"):
+        assert_same(plain_picture(root, lora=lora), run / "evaluate" / "images" / "spo" / "seed-0" / "0000-0.png")
+    assert_same(plain_picture(root, "merged"), run / "evaluate" / "images" / "spo" / "seed-0" / "0000-0.png")
+    assert (plain_picture(root, lora=evaluated) - plain_picture(root)).abs().max() > 2
+
+
+def plain_picture(root: Path, model: str = "model", lora: Path | None = None) -> torch.Tensor:
+    """What plain diffusers makes of the first test prompt with evaluation's sampler and seed: (h, w, 3) in [0, 255]."""
+    pipeline = DiffusionPipeline.from_pretrained(root / model, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    assert (run / "evaluate" / "lora" / "spo" / WEIGHTS).is_file()
-    pipeline.load_lora_weights(run / "evaluate" / "lora" / "spo")
-    assert pipeline.get_active_adapters()
+    if lora is not None:
+        pipeline.load_lora_weights(str(lora))
+    prompt = (root / "runs/own/prepare/prompts/test.txt").read_text().splitlines()[0]
+    generator = Generator().manual_seed(image_seed(1234, prompt, 0))
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": RESOLUTION, "width": RESOLUTION}
+    return torch.from_numpy(pipeline(prompt, generator=generator, output_type="np", **options).images[0]) * 255
+
+
+def assert_same(picture: torch.Tensor, file: Path) -> None:
+    """To the rounding of a PNG's 8 bits."""
+    with Image.open(file) as image:
+        torch.testing.assert_close(picture, torch.from_numpy(np.asarray(image).copy()).float(), atol=1.01, rtol=0)
 
 
 @pytest.mark.slow
