@@ -32,6 +32,7 @@ STAGES = {  # in the pipeline's order; the last is not part of it
 }
 STAGES_CHECKED = ("prepare", "train_preference", "align", "evaluate")  # at their start, for what later ones lack
 SHARED_OUT = ("train_preference", "align", "evaluate")  # among the processes of `launch`
+LAUNCHED = "SPO_LAUNCHED"  # environment variable of the processes that `launch` started: they start no more
 RESUMED = ("train_preference", "align")  # go on from where they were stopped
 SECTIONS = {  # of the configuration, that a stage reads: what its run is tracked with
     "prepare": ("seed", "prepare"),
@@ -72,7 +73,7 @@ def run_stage(options: argparse.Namespace) -> int:
         seed = config.training_seeds[0]
     if stage in STAGES_CHECKED:
         require(config, stage, root)
-    if config.launch.num_processes > 1 and stage in SHARED_OUT and "RANK" not in os.environ:
+    if config.launch.num_processes > 1 and stage in SHARED_OUT and not {"RANK", LAUNCHED} & set(os.environ):
         return launch(config.launch, options.arguments)
     label = stage if method is None else f"{stage} {method} --seed {seed}"
     _settle()
@@ -100,21 +101,23 @@ def run_stage(options: argparse.Namespace) -> int:
 
 
 def launch(settings: LaunchConfig, arguments: Sequence[str]) -> int:
-    """This very command in several processes, started by accelerate; its exit code.
+    """This very command in several processes, one a GPU, started by accelerate; its exit code.
 
     Where one of them fails, accelerate ends the others.
     """
     _settle()
     import torch
 
-    options = ["--num_processes", str(settings.num_processes)]
+    count = str(settings.num_processes)
     if settings.accelerate_config is not None:
-        options += ["--config_file", settings.accelerate_config]
-    else:
-        kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
-        options += [kind, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "spo", *arguments]
-    return run_group(command, os.environ)
+        starter = ["accelerate.commands.launch", "--num_processes", count, "--config_file", settings.accelerate_config]
+    elif torch.cuda.is_available():
+        options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        starter = ["accelerate.commands.launch", "--num_processes", count, *options]
+    else:  # where accelerate would start but one
+        starter = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    command = [sys.executable, "-m", *starter, "-m", "spo", *arguments]
+    return run_group(command, {**os.environ, LAUNCHED: "1"})
 
 
 def only_one(config: Config, job: Sequence[str], root: Path) -> AbstractContextManager[None]:
