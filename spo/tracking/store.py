@@ -52,7 +52,10 @@ def connect(root: Path) -> "MlflowClient":
 
     try:
         with _alone(root):
+            named = "MLFLOW_TRACKING_URI" in os.environ
             mlflow.set_tracking_uri(store(root))  # where some of mlflow's own code looks, whatever the client says
+            if not named:  # it also sets the variable, which means a server of the user's
+                os.environ.pop("MLFLOW_TRACKING_URI", None)
             return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
     except (MlflowException, OSError) as error:
         raise unusable(root, error) from error
