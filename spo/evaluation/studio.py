@@ -77,7 +77,7 @@ class Studio:
         label = f"{split}: {subject.words}, eta {eta:g}"
         both = list(zip(parts, keys, strict=True))
         for part, key in both[distributed.rank() :: distributed.count()] if distributed.count() > 1 else ():
-            self.shelf.get(key, lambda part=part: self._make(subject, part, eta, images))
+            self.shelf.get(key, partial(self._make, subject, part, eta, images))
         distributed.wait()
         for part, key in both if all(map(self.shelf.holds, keys)) else progress(both, label=label):
             entry = self.shelf.get(key, partial(self._make, subject, part, eta, images))
