@@ -74,7 +74,7 @@ class StateStore:
                 state, made_by = _read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 print(f"warning: the state {path} is damaged and left out: {one_line(error)}", file=sys.stderr)
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # another process of the run may have done so
                 continue
             if differences := _differences(made_by, self.made_by):
                 raise TrainingError(
@@ -111,7 +111,7 @@ class StateStore:
     def _sweep(self) -> None:
         """Remove what a process left that was killed while it saved; the stage's lock keeps others away."""
         for path in self.folder.glob(".[0-9]*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
     def _paths(self) -> list[Path]:
         """The states' folders, the oldest first."""
