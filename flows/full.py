@@ -66,7 +66,7 @@ def tag_run(*tags: str) -> None:
         client.update_flow_run(flow_run.id, tags=[*there, *(tag for tag in tags if tag not in there)])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flows.full", description="Run the pipeline as a Prefect flow.")
     parser.add_argument("--profile", help="one of configs/*.yaml, written to params.yaml (default: the one there)")
     parser.add_argument("--stage", dest="stages", nargs="+", action="extend", choices=STAGES, help="(default: all)")
@@ -80,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--force", action="store_true", help="run stages although nothing has changed")
     parser.add_argument("--promote", action="store_true", help="let the LoRA be champion if it has earned it")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = command_line().parse_args(arguments)
     try:
         full(
             profile=options.profile,

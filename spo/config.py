@@ -440,7 +440,7 @@ def _first_line(error: ValidationError) -> str:
         place = item["loc"]
         if place[:1] == ("align",):  # of a method, pydantic also names the kind: align.NAME.KIND.KEY
             place = (*place[:2], *place[3:])
-        where = ".".join(str(part) for part in place)
+        where = ".".join(str(part) if str(part).isprintable() else repr(part) for part in place)
         got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":

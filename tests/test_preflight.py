@@ -78,7 +78,7 @@ def test_a_needed_metrics_model_is_looked_for_and_another_one_is_not(
     monkeypatch.chdir(ROOT)
     clip = {"kind": "clip", "model": "nowhere"}
     config = changed(config, "evaluate.metrics", [{"kind": "oracle"}, {**clip, "name": "a"}, {**clip, "name": "b"}])
-    config = changed(config, "evaluate.guarded", ["a"])
+    config = changed(changed(config, "promote.tolerance", {}), "evaluate.guarded", ["a"])
     assert [finding.what for finding in findings(config, ROOT) if not finding.good] == ["evaluate.metrics.a"]
 
 

@@ -149,6 +149,7 @@ class Store:
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Journal]:
     journal = Journal.create(unsent(tmp_path))
+    journal.note({**journal.state(), "run_id": "a run that was made before"})
     yield journal
     journal.release()
 

@@ -10,6 +10,7 @@ import yaml
 from dvc.cli import parse_args as dvc_parse
 from prefect.cli._app import _app as prefect_app
 
+from flows.full import command_line as flow_parser
 from spo.__main__ import _parser as spo_parser
 from tests.delivery.conftest import ROOT, shell
 
@@ -45,8 +46,9 @@ def test_the_command_is_one(command: str) -> None:
         case "dvc":
             dvc_parse(arguments)
         case "python":
-            assert arguments[:2] == ["-m", "spo"]
-            spo_parser().parse_args(arguments[2:])
+            dash, module, *rest = arguments
+            assert dash == "-m"
+            {"spo": spo_parser, "flows.full": flow_parser}[module]().parse_args(rest)
         case "docker":
             check_docker(arguments)
 

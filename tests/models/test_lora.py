@@ -155,7 +155,8 @@ def test_a_borrowed_lora_acts_as_in_plain_diffusers_and_is_given_back(policy, ma
     assert torch.equal(theirs(denoiser.pipeline), base)
     plain_pipeline.load_lora_weights(str(source))
     assert (borrowed - base).abs().max() > 0.1
-    assert torch.equal(borrowed, theirs(plain_pipeline))
+    # plain diffusers keeps weights in another order in memory
+    torch.testing.assert_close(borrowed, theirs(plain_pipeline), rtol=1e-4, atol=1e-4)
 
 
 def with_text_encoder(policy, folder: Path, prefix: str) -> Path:
@@ -178,7 +179,8 @@ def test_a_borrowed_lora_may_change_the_text_encoders(policy, make, plain_pipeli
         borrowed = theirs(denoiser.pipeline)
     assert torch.equal(theirs(denoiser.pipeline), base)
     plain_pipeline.load_lora_weights(str(source))
-    assert torch.equal(borrowed, theirs(plain_pipeline))
+    # plain diffusers keeps weights in another order in memory
+    torch.testing.assert_close(borrowed, theirs(plain_pipeline), rtol=1e-4, atol=1e-4)
     save_lora(policy, tmp_path / "without")
     with borrowed_lora(denoiser, tmp_path / "without"):
         assert not torch.equal(theirs(denoiser.pipeline), borrowed)
