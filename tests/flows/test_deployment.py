@@ -77,6 +77,8 @@ def test_the_deployed_flow_ends_truthfully_is_cancelled_with_its_children_and_ru
             first = _start(client, "spo/full")
             _wait(lambda: pids.is_file() and len(pids.read_text().split()) == 2, project / "worker.log")
             second = _start(client, "spo/evaluate", stages=["prepare"])
+            time.sleep(5)  # five looks of the worker
+            assert client.read_flow_run(second).start_time is None
             done = prefect("flow-run", "cancel", str(first))
             assert done.returncode == 0, done.stdout + done.stderr
             _wait(lambda: client.read_flow_run(first).state.is_final(), project / "worker.log")
@@ -84,7 +86,6 @@ def test_the_deployed_flow_ends_truthfully_is_cancelled_with_its_children_and_ru
             _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split()), pids)
             _wait(lambda: client.read_flow_run(second).state.is_final(), project / "worker.log")
             assert client.read_flow_run(second).state.is_completed()
-            assert client.read_flow_run(second).start_time >= client.read_flow_run(first).end_time
 
 
 @contextmanager
