@@ -4,7 +4,9 @@ One epoch samples each training prompt once, a batch of prompts at a time; the p
 once, so that the next batch is sampled by the policy as it has become.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -18,42 +20,54 @@ from spo.core.rollout import Segment
 from spo.core.types import Conditioning, Denoiser, Loss, Pairs, Scorer
 from spo.methods.method import Round, Tally
 
-Roll = Callable[[Conditioning, Tensor, KeyedNoise], Iterator[Segment]]
+C = TypeVar("C", bound=SampledConfig)
 
 
-def rounds_per_epoch(config: SampledConfig, prompts: Sequence[str]) -> int:
-    """As many as it takes to see every prompt once, or fewer where that is asked for."""
-    whole = -(-len(prompts) // config.prompts_per_rollout)
-    return min(config.rollouts_per_epoch or whole, whole)
+class SampledMethod(ABC, Generic[C]):
+    """What such a method collects and what it minimises, up to how it rolls out.
 
-
-def sampled_rounds(
-    config: SampledConfig,
-    policy: Denoiser,
-    scorer: Scorer,
-    prompts: Sequence[str],
-    roll: Roll,
-    *,
-    seed: int,
-    epoch: int,
-    skip: int,
-) -> Iterator[Round[Pairs]]:
-    """The pairs of each batch of prompts, which `roll` samples; a prompt is known by its index in `prompts`.
-
-    Of several processes each samples its share of the batch; all get all pairs.
+    prompts: the training prompts; a prompt is known by its index in them, to which all its noise is keyed.
     """
-    order = torch.randperm(len(prompts), generator=Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-    size = config.prompts_per_rollout
-    for number in range(skip, rounds_per_epoch(config, prompts)):
-        chosen = order[number * size : (number + 1) * size]
-        mine = chosen[distributed.share(len(chosen))]
-        here = mine or chosen[:1]  # one without a prompt samples another's, and what it found is dropped
-        batch = [prompts[i] for i in here]
-        noise = KeyedNoise(seed, epoch, here, policy.timesteps.device)
-        cond, text = policy.encode(batch), scorer.encode(batch)
-        with policy.merged():
-            segments = list(roll(cond, text, noise))
-        yield to_round([gathered(segment, drop=not mine) for segment in segments], policy.timesteps.tolist())
+
+    def __init__(self, config: C, policy: Denoiser, scorer: Scorer, prompts: Sequence[str], *, seed: int = 0):
+        self.config = config
+        self.policy = policy
+        self.scorer = scorer
+        self.prompts = list(prompts)
+        self.seed = seed
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        """As many as it takes to see every prompt once, or fewer where that is asked for."""
+        whole = -(-len(self.prompts) // self.config.prompts_per_rollout)
+        return min(self.config.rollouts_per_epoch or whole, whole)
+
+    @abstractmethod
+    def _roll(self, cond: Conditioning, text: Tensor, noise: KeyedNoise) -> Iterator[Segment]:
+        """Sample the prompts of cond once."""
+
+    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[Pairs]]:
+        """The pairs of each batch of prompts; to be trained on before the next is asked for.
+
+        Of several processes each samples its share of the batch; all get all pairs.
+        """
+        generator = Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.prompts), generator=generator).tolist()
+        size, timesteps = self.config.prompts_per_rollout, self.policy.timesteps
+        for number in range(skip, self.rounds_per_epoch):
+            chosen = order[number * size : (number + 1) * size]
+            mine = chosen[distributed.share(len(chosen))]
+            here = mine or chosen[:1]  # one without a prompt samples another's, and what it found is dropped
+            batch = [self.prompts[i] for i in here]
+            noise = KeyedNoise(self.seed, epoch, here, timesteps.device)
+            cond, text = self.policy.encode(batch), self.scorer.encode(batch)
+            with self.policy.merged():
+                segments = list(self._roll(cond, text, noise))
+            yield to_round([gathered(segment, drop=not mine) for segment in segments], timesteps.tolist())
+
+    def loss(self, pairs: Pairs) -> Loss:
+        """DPO's loss of single steps, the ratios clamped (SPO's paper, eq. 9; published code for the clamp)."""
+        return step_loss(self.policy, pairs, beta=self.config.beta, clip_range=self.config.clip_range)
 
 
 def gathered(segment: Segment, *, drop: bool) -> Segment:

@@ -8,33 +8,16 @@ from torch import Tensor
 from spo.config import SpoConfig
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import Segment, rollout
-from spo.core.types import Conditioning, Denoiser, Loss, Pairs, Scorer
-from spo.methods.method import Round
-from spo.methods.sampled import rounds_per_epoch, sampled_rounds, step_loss
+from spo.core.types import Conditioning, Denoiser, Scorer
+from spo.methods.sampled import SampledMethod
 
 
-class Spo:
-    """What SPO collects and what it minimises.
-
-    prompts: the training prompts; a prompt is known by its index in them, to which all its noise is keyed.
-    """
+class Spo(SampledMethod[SpoConfig]):
+    """SPO: candidates of one step, judged at each step."""
 
     def __init__(self, config: SpoConfig, policy: Denoiser, scorer: Scorer, prompts: Sequence[str], *, seed: int = 0):
-        self.config = config
-        self.policy = policy
-        self.scorer = scorer if config.judged_at is None else BlindScorer(scorer, config.judged_at)
-        self.prompts = list(prompts)
-        self.seed = seed
-
-    @property
-    def rounds_per_epoch(self) -> int:
-        return rounds_per_epoch(self.config, self.prompts)
-
-    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[Pairs]]:
-        """The pairs of each batch of prompts; to be trained on before the next is asked for."""
-        return sampled_rounds(
-            self.config, self.policy, self.scorer, self.prompts, self._roll, seed=self.seed, epoch=epoch, skip=skip
-        )
+        judge = scorer if config.judged_at is None else BlindScorer(scorer, config.judged_at)
+        super().__init__(config, policy, judge, prompts, seed=seed)
 
     def _roll(self, cond: Conditioning, text: Tensor, noise: KeyedNoise) -> Iterator[Segment]:
         return rollout(
@@ -50,10 +33,6 @@ class Spo:
             continue_from=self.config.continue_from,
             pairing=self.config.pairing,
         )
-
-    def loss(self, pairs: Pairs) -> Loss:
-        """DPO's loss of single steps, the ratios clamped (paper, eq. 9; published code for the clamp)."""
-        return step_loss(self.policy, pairs, beta=self.config.beta, clip_range=self.config.clip_range)
 
 
 class BlindScorer:

@@ -1,0 +1,14 @@
+"""What all sections are, and the kinds of values that they hold."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of a column and of its folder
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)

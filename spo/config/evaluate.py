@@ -1,0 +1,55 @@
+"""The comparison of base and aligned models, and what it decides."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from spo.config.base import Fraction, Name, Positive, Section
+from spo.config.metrics import MetricConfig
+
+
+class LoraSource(Section):
+    """Somebody else's LoRA: a folder, a .safetensors file or a hub repository; a plain string is its `source`."""
+
+    source: str
+    weight_name: str | None = None  # of the file, where a folder or repository has several
+    revision: str | None = None  # of a hub repository
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_plainly(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str) else value
+
+
+class EvaluateConfig(Section):
+    num_prompts: Positive  # of the test split, each with `images_per_prompt` seeds
+    num_validation_prompts: Positive  # on which each method's checkpoint is chosen
+    images_per_prompt: Positive = 1
+    steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=1)] = 5.0
+    etas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, 1.0)  # the samplers; the first one decides
+    batch_size: Positive = 64
+    seed: int = 1234
+    metrics: Annotated[tuple[MetricConfig, ...], Field(min_length=1)]
+    primary: str  # the score that is to rise
+    guarded: tuple[str, ...] = ()  # scores that must not fall
+    guard_tolerance: Annotated[float, Field(ge=0)] = 0.005  # fall of a guarded mean that choosing forgives
+    loras: dict[Name, LoraSource] = Field(default_factory=dict)  # columns of published LoRAs
+    bootstrap_samples: Positive = 10_000
+
+    @model_validator(mode="after")
+    def _scores_exist(self) -> "EvaluateConfig":
+        known = [name for metric in self.metrics for name in metric.scores]
+        for name in (self.primary, *self.guarded):
+            if name not in known:
+                raise ValueError(f"primary and guarded name scores of the metrics, {known}; got {name!r}")
+        return self
+
+
+class PromoteConfig(Section):
+    """When a new LoRA becomes champion: see spo/evaluation/promotion.py; primary and guarded are evaluate's."""
+
+    method: str | None = None  # whose released LoRA is the candidate; None: the first of `methods`
+    tolerance: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    # of a guarded score: how far the 95% interval of its change may reach below zero, in that score's units;
+    # of one that is not named here: evaluate.guard_tolerance

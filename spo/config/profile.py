@@ -1,0 +1,129 @@
+"""A profile as a whole, and how it is read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from spo.config.align import MethodConfig, SpoConfig
+from spo.config.base import Name, Section
+from spo.config.evaluate import EvaluateConfig, PromoteConfig
+from spo.config.model import ModelConfig, SamplingConfig
+from spo.config.preference import TrainPreferenceConfig
+from spo.config.prepare import PrepareConfig
+from spo.config.run import LaunchConfig, SafetyConfig
+from spo.errors import ConfigError
+
+
+class Config(Section):
+    profile: str
+    seed: int = 0
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("spo",)
+    training_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # each aligns anew
+    model: ModelConfig
+    sampling: SamplingConfig = SamplingConfig()
+    prepare: PrepareConfig
+    train_preference: TrainPreferenceConfig
+    align: dict[Name, MethodConfig]
+    evaluate: EvaluateConfig
+    safety: SafetyConfig = SafetyConfig()
+    promote: PromoteConfig = PromoteConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        for name, method in self.align.items():
+            if not isinstance(method, SpoConfig):
+                continue
+            branched = self.sampling.steps - method.first_step
+            if branched <= 0:
+                raise ValueError(
+                    f"align.{name}.first_step={method.first_step} must be below sampling.steps={self.sampling.steps}"
+                )
+            if branched % method.branch_steps:
+                allowed = [n for n in range(1, branched + 1) if branched % n == 0]
+                raise ValueError(
+                    f"align.{name}.branch_steps={method.branch_steps} must divide "
+                    f"sampling.steps - first_step = {branched}; use one of {allowed}"
+                )
+        if self.prepare.preferences is None and self.train_preference.checkpoint is None:
+            raise ValueError(
+                "prepare.preferences is missing: name preference pairs to train on, or a trained preference model in "
+                "train_preference.checkpoint"
+            )
+        taken = [name for name in self.evaluate.loras if name in ("base", "contrast", *self.align)]
+        if taken:
+            raise ValueError(f"evaluate.loras: {taken} are names of other columns; name the LoRAs differently")
+        strangers = sorted(set(self.promote.tolerance) - set(self.evaluate.guarded))
+        if strangers:
+            raise ValueError(f"promote.tolerance names {strangers}, but guarded are {list(self.evaluate.guarded)}")
+        missing = [name for name in self.methods if name not in self.align]
+        if missing:
+            raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")
+        for key, values in {"methods": self.methods, "training_seeds": self.training_seeds}.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}={list(values)} names one of them twice; name each once")
+        return self
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage writes, relative to the project: runs/<profile>/<stage>."""
+        return Path("runs") / self.profile / stage
+
+    def aligned(self, method: str, seed: int) -> Path:
+        """Where `align` writes what a method comes to from a training seed, relative to the project."""
+        return self.folder("align") / method / f"seed-{seed}"
+
+    def state_folder(self, *job: str) -> Path:
+        """Where a job (stage, method, seed) keeps what it goes on from when stopped; nothing that DVC looks at."""
+        return Path(".cache") / "state" / Path(self.profile, *job)
+
+
+def load_config(root: Path = Path(), profile: str | None = None) -> Config:
+    """Read params.yaml and the profile it names (or `profile`); ConfigError in one line if anything is wrong."""
+    shared = _read_yaml(root / "params.yaml")
+    name = profile or shared.get("profile")
+    if not isinstance(name, str):
+        raise ConfigError(f"params.yaml: profile is {name!r}; name one of {_profiles(root)}")
+    path = root / "configs" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"profile {name!r} has no {path}; there are {_profiles(root)}")
+    values = _read_yaml(path)
+    twice = (set(shared) - {"profile"}) & set(values)
+    if twice:
+        raise ConfigError(f"{sorted(twice)} stand in both params.yaml and {path}; keep one of each")
+    try:
+        return Config.model_validate({**shared, **values, "profile": name})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+
+
+def _profiles(root: Path) -> list[str]:
+    return sorted(path.stem for path in (root / "configs").glob("*.yaml"))
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; run from the project's folder")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}; it should hold named sections")
+    return values
+
+
+def _first_line(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        place = item["loc"]
+        if place[:1] == ("align",):  # of a method, pydantic also names the kind: align.NAME.KIND.KEY
+            place = (*place[:2], *place[3:])
+        where = ".".join(str(part) if str(part).isprintable() else repr(part) for part in place)
+        got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+        problems.append(f"{where}: {message}{got}" if where else message)
+    return "; ".join(problems)
