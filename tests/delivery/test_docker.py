@@ -157,7 +157,7 @@ def test_mlflow_s_server_keeps_artifacts_in_the_store_and_is_healthy_only_if_it_
             turned_away = {**variables, "MLFLOW_SERVER_ALLOWED_HOSTS": "elsewhere:5000"}
             assert "unhealthy: HTTP Error 403" in shell(f"! {healthcheck}", tmp_path, turned_away)
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-            client = mlflow.MlflowClient()
+            client = mlflow.MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")  # others may have set another store
             run = client.create_run(client.create_experiment("spo-tiny"))
             client.log_text(run.info.run_id, "SPO wins.", "summary.txt")
         assert "unhealthy: " in shell(f"! {healthcheck}", tmp_path, variables)
