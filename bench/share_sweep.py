@@ -1,6 +1,7 @@
 """SPO's and Diffusion-DPO's gains against the share of finish in the labels, and against the labels' noise.
 
-    python -m bench.share_sweep [--shares 0.05 0.1 0.25 0.5 0.7] [--temperatures 0.3] [--seeds 0] [--quick]
+    python -m bench.share_sweep [--shares 0.05 0.1 0.25 0.5 0.7] [--temperatures 0.3] [--seeds 0]
+        [--preference-steps 2700] [--step-aware-steps 200] [--quick]
 
 The claim that it tests: generic labels are dominated by what a picture shows, so the signal of finish in a pair of
 different pictures drowns, while candidates of one x_t differ in little else. For each cell the prepared pairs are
@@ -169,12 +170,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lessons", type=Path, default=LESSONS, help=f"more pictures to teach by, if there ({LESSONS})"
     )
+    parser.add_argument(
+        "--preference-steps", type=int, default=RECIPE.preference_steps, help="to teach a cell's opinion by"
+    )
+    parser.add_argument(
+        "--step-aware-steps", type=int, help="of the stage train_preference (default: the profile's own)"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/share_sweep.csv"))
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, four prompts: does it run?")
     options = parser.parse_args(arguments)
-    effort = Effort(sight_pictures=96, sight_steps=4, preference_steps=4) if options.quick else Effort()
+    effort = Effort(preference_steps=options.preference_steps)
     try:
-        config = quickened(load_config()) if options.quick else load_config()
+        config = load_config()
+        if options.step_aware_steps is not None:
+            settings = config.train_preference.model_copy(update={"steps": options.step_aware_steps})
+            config = config.model_copy(update={"train_preference": settings})
+        if options.quick:
+            effort = Effort(sight_pictures=96, sight_steps=4, preference_steps=4)
+            config = quickened(config)
         sweep = Sweep(config, options.methods, options.lessons, effort=effort, root=Path())
         rows: list[dict[str, Any]] = []
         for share, temperature, seed in itertools.product(options.shares, options.temperatures, options.seeds):

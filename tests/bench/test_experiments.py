@@ -70,12 +70,14 @@ def no_training(*_: object, **__: object) -> None:
 
 def test_the_curve_has_every_checkpoint_of_both_methods_and_is_not_made_twice(project: Path, monkeypatch) -> None:
     monkeypatch.chdir(project)
+    command = ["--quick", "--learning-rates", "1e-3", "1e-4", "--schedule", "linear", "--out", "curve.csv"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        assert dpo_curve.main(["--quick", "--out", "curve.csv"]) == 0
+        assert dpo_curve.main(command) == 0
     table = rows(project / "curve.csv")
-    assert [row["method"] for row in table] == ["diffusion_dpo"] * 2 + ["spo"] * 2
-    for one, other in (table[:2], table[2:]):
+    assert [row["method"] for row in table] == ["diffusion_dpo"] * 4 + ["spo"] * 2
+    assert [row["learning_rate"] for row in table[:4]] == ["0.001"] * 2 + ["0.0001"] * 2
+    for one, other in (table[:2], table[2:4], table[4:]):
         assert 0 < int(one["unet_forwards"]) < int(other["unet_forwards"])
     for row in table:
         assert float(row["aesthetic_low"]) <= float(row["aesthetic_difference"]) <= float(row["aesthetic_high"])
@@ -83,7 +85,7 @@ def test_the_curve_has_every_checkpoint_of_both_methods_and_is_not_made_twice(pr
 
     first = (project / "curve.csv").read_bytes()
     monkeypatch.setattr(align, "run", no_training)
-    assert dpo_curve.main(["--quick", "--out", "curve.csv"]) == 0
+    assert dpo_curve.main(command) == 0
     assert (project / "curve.csv").read_bytes() == first
 
 
@@ -94,9 +96,11 @@ def test_the_curve_says_what_to_run_first(project: Path, monkeypatch, capsys) ->
 
 
 def test_the_saving_is_read_off_the_rows() -> None:
-    def row(method: str, forwards: int, gain: float, fall: float = 0.0) -> dict:
+    def row(method: str, forwards: int, gain: float, fall: float = 0.0, rate: float = 1.0) -> dict:
         return {
             "method": method,
+            "learning_rate": rate,
+            "schedule": "constant",
             "unet_forwards": forwards,
             "aesthetic_difference": gain,
             "alignment_difference": -fall,
@@ -106,6 +110,9 @@ def test_the_saving_is_read_off_the_rows() -> None:
     dpo = [row("diffusion_dpo", 1000, 0.01), row("diffusion_dpo", 2000, 0.05), row("diffusion_dpo", 4000, 0.04)]
     [line] = dpo_curve.told([*dpo, row("spo", 100, 0.06, fall=0.5), row("spo", 200, 0.05)], evaluate)
     assert "with 10 times less compute: 200 UNet forwards against 2,000" in line
+    dpo += [row("diffusion_dpo", 3000, 0.055, rate=0.5), row("diffusion_dpo", 500, 0.9, fall=0.5, rate=0.5)]
+    [line] = dpo_curve.told([*dpo, row("spo", 200, 0.05), row("spo", 600, 0.06)], evaluate)
+    assert "with 5 times less compute: 600 UNet forwards against 3,000" in line  # of the better of its two runs
     [line] = dpo_curve.told([*dpo, row("spo", 100, 0.04)], evaluate)
     assert "does not reach" in line
 
