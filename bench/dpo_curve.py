@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.measure import quiet
 from bench.workbench import Ruler, adopt, cells, checkpoints, means_of, place
 from spo.config import Config, load_config
 from spo.errors import SpoError
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/dpo_curve.csv"))
     parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")
     options = parser.parse_args(arguments)
+    quiet()
     epochs, num_checkpoints = (1, 2) if options.quick else (options.epochs, options.checkpoints)
     size: dict[str, Any] = {"epochs": epochs, "num_checkpoints": num_checkpoints, "quick": options.quick}
     try:

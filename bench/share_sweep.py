@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.measure import quiet
 from bench.relabel import read_pictures, relabel
 from bench.taste import Effort, Teacher, read_lessons
 from bench.workbench import Ruler, adopt, digest, place
@@ -179,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/share_sweep.csv"))
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, four prompts: does it run?")
     options = parser.parse_args(arguments)
+    quiet()
     effort = Effort(preference_steps=options.preference_steps)
     try:
         config = load_config()
