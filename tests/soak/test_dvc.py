@@ -1,4 +1,4 @@
-"""A stage that is stopped under DVC goes on under DVC."""
+"""A stage that is stopped under DVC or under the Prefect flow goes on under it."""
 
 import os
 import signal
@@ -28,17 +28,27 @@ DVC = {
 }
 
 
-def repro(root: Path, output: Path) -> subprocess.Popen[bytes]:
+REPRO = ["-m", "dvc", "repro"]
+FLOW = ["-m", "flows.full", "--stage", "train_preference"]
+
+
+def start(command: list[str], root: Path, output: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "true"}
-    command = [sys.executable, "-m", "dvc", "repro"]
+    environment |= {"PREFECT_HOME": str(root / ".prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     with output.open("wb") as file:
         return subprocess.Popen(
-            command, cwd=root, env=environment, stdout=file, stderr=subprocess.STDOUT, process_group=0
+            [sys.executable, *command],
+            cwd=root,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stage_stopped_under_dvc_goes_on_under_dvc(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("command", [REPRO, FLOW], ids=["dvc", "flow"])
+def test_a_stage_that_was_stopped_goes_on(tmp_path: Path, command: list[str], number: signal.Signals) -> None:
     root = make_project(tmp_path / "project", "sd15")
     path = root / "configs" / "own.yaml"
     config = yaml.safe_load(path.read_text())
@@ -49,14 +59,14 @@ def test_a_stage_stopped_under_dvc_goes_on_under_dvc(tmp_path: Path, number: sig
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=root, check=True)
     assert spo(root, ["prepare"]).returncode == 0
     states = root / ".cache" / "state" / "own" / "train_preference"
-    with repro(root, tmp_path / "first.txt") as first:
+    with start(command, root, tmp_path / "first.txt") as first:
         while len(list(states.glob("0*"))) < 2:
             assert first.poll() is None, (tmp_path / "first.txt").read_text()
             time.sleep(0.1)
         os.killpg(first.pid, number)
     while _locked(root):
         time.sleep(0.1)
-    with repro(root, tmp_path / "second.txt") as second:
+    with start(command, root, tmp_path / "second.txt") as second:
         assert second.wait() == 0, (tmp_path / "second.txt").read_text()
     assert "train_preference: goes on from step" in (tmp_path / "second.txt").read_text()
     assert (root / "runs/own/train_preference/model/model.safetensors").is_file()

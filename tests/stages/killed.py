@@ -133,11 +133,11 @@ def both(kills: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     shutil.copytree(".", "alone", ignore=shutil.ignore_patterns("alone"))
     shutil.copytree("alone", "killed")
     outcomes = {}
-    for stage in (["train_preference"], ["align", "spo"]):
+    for stage in (["train_preference"], ["align", "spo"], ["align", "diffusion_dpo"]):
         with contextlib.chdir("alone"):
             assert run(stage) == 0
         with contextlib.chdir("killed"):
-            outcomes[stage[0]] = kill_until(kills, seed, stage)
+            outcomes[" ".join(stage)] = kill_until(kills, seed, stage)
     return outcomes
 
 

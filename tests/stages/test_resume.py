@@ -33,6 +33,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["align"]["spo"] |= {"epochs": STEPS // 2, "rollouts_per_epoch": 2, "prompts_per_rollout": 2}
     watch = {"every": 7, "num_prompts": 2, "metric": {"kind": "oracle"}, "score": "aesthetic"}
     config["align"]["spo"] |= {"watch": watch}
+    config["align"]["diffusion_dpo"] = {
+        "method": "diffusion_dpo", "epochs": STEPS, "updates_per_epoch": 1, "batch_size": 4, "beta": 100.0,
+        "lora": {"rank": 2}, "watch": watch,
+    }  # fmt: skip
     path.write_text(yaml.safe_dump(config))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "tests" / "stages" / "killed.py", root, str(KILLS), "0"]
@@ -88,9 +92,10 @@ def test_a_preference_model_killed_at_random_moments_is_that_of_a_run_left_alone
     assert_same(project, stage)
 
 
-def test_a_policy_killed_at_random_moments_is_that_of_a_run_left_alone(project: Path) -> None:
-    assert_killed_in_many_ways(project, "align")
-    stage = Path("runs/own/align/spo/seed-0")
+@pytest.mark.parametrize("method", ["spo", "diffusion_dpo"])
+def test_a_policy_killed_at_random_moments_is_that_of_a_run_left_alone(project: Path, method: str) -> None:
+    assert_killed_in_many_ways(project, f"align {method}")
+    stage = Path("runs/own/align") / method / "seed-0"
     history = contents(project / "killed" / stage / "history.csv")
     assert [int(row["update"]) for row in history] == [*range(1, len(history) + 1)]
     assert {int(row["round"]) for row in history} == {*range(1, STEPS + 1)}
