@@ -31,10 +31,11 @@ def share_sweep(score: str) -> str:
 
 
 def dpo_curve() -> str:
-    """Gain on validation prompts against UNet forwards: Diffusion-DPO at three rates, and SPO."""
+    """Gain on validation prompts against UNet forwards: Diffusion-DPO by its learning rate, and SPO."""
     runs: dict[str, list[dict[str, str]]] = {}
     for row in read("dpo_curve"):
-        runs.setdefault(f"{row['method']} {float(row['learning_rate']):g}", []).append(row)
+        name = f"{float(row['learning_rate']):g}" if row["method"] == "diffusion_dpo" else row["method"]
+        runs.setdefault(name, []).append(row)
     lines = [
         Line(name, [float(row["unet_forwards"]) for row in rows], [float(row["aesthetic_difference"]) for row in rows],
              markers=True, slot=slot)
