@@ -3,11 +3,21 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from spo.stopping import SIGNALS, Stopped, run_group, stoppable, uninterrupted
+
+
+@pytest.fixture(autouse=True)
+def none_ignored() -> Iterator[None]:
+    """The handlers of a process that nobody started by nohup or in the background, where some signals are ignored."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def send(number: int) -> None:
