@@ -42,11 +42,12 @@ def curve(config: Config, runs: Sequence[Config], *, seed: int, against: Sequenc
         if not folder.exists():
             align.run(run, METHOD, seed, root=work, tracker=NullTracker())
         rows += _measured(run, METHOD, folder, work, seed=seed)
+    scored = work  # other methods' scores are kept beside the last run's
     for name in against:
         folder = root / config.aligned(name, seed)
         if not checkpoints(folder):
             raise SpoError(f"{folder} has no checkpoints; run `python -m spo align {name} --seed {seed}`")
-        rows += _measured(config, name, folder, work, seed=seed)
+        rows += _measured(config, name, folder, scored, seed=seed)
     return rows
 
 

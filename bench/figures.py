@@ -1,7 +1,4 @@
-"""The figures of docs/experiments.md, from the tables in docs/experiments.
-
-python -m bench.figures
-"""
+"""The figures of docs/experiments.md, from the tables in docs/experiments: `python -m bench.figures`."""
 
 import csv
 import sys
