@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bench.systems import System, attach_lora
@@ -35,6 +36,15 @@ class OurPath:
 
         self.method.collect = recorded  # type: ignore[method-assign]
 
+    def rehearse(self) -> None:
+        """Run the batch once, and leave no trace: what compiles when it is first called is then compiled."""
+        parameters = self.policy.parameters()
+        before = [parameter.detach().clone() for parameter in parameters]
+        self.run()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
     def run(self) -> tuple[dict[str, Tensor], list[float]]:
         """Align for one batch: its pairs (x_t, x_prev, t, t_prev) and each update's loss."""
         with tempfile.TemporaryDirectory() as folder:
@@ -42,4 +52,5 @@ class OurPath:
             with (Path(folder) / "history.csv").open(newline="", encoding="utf-8") as file:
                 losses = [float(row["loss"]) for row in csv.DictReader(file)]
         (pairs,) = self.pairs
+        self.pairs.clear()
         return {"x_t": pairs.x_t, "x_prev": pairs.x_prev, "t": pairs.t, "t_prev": pairs.t_prev}, losses

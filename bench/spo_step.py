@@ -23,6 +23,7 @@ from bench.measure import RESULTS, PeakMemory, clock, machine, quiet, save, tabl
 from bench.ours import OurPath
 from bench.plain import PlainPath
 from bench.systems import FULL_SIZE, SHAPES, make_system
+from spo.models.load import compile_blocks
 
 PATHS = {"plain": PlainPath, "ours": OurPath}
 SEED = 0
@@ -55,6 +56,9 @@ def run_one(options: argparse.Namespace) -> None:
     changes = {"prompts": options.prompts, "steps": options.steps, "micro_batch_size": options.micro_batch_size}
     system = make_system(options.size, device, **changes)
     path = PATHS[options.path](system, seed=SEED)
+    if options.compile and isinstance(path, OurPath):
+        compile_blocks(path.policy.unet)
+        path.rehearse()
     gc.collect()
     with PeakMemory(device) as memory:
         start = clock(device)
@@ -106,6 +110,7 @@ def summary(
         "updates": first["updates"],
         "repeats": options.repeats,
         "micro_batch_size": options.micro_batch_size,
+        "compile": options.compile,
         **medians,
         "times_faster": medians["plain"]["seconds"] / medians["ours"]["seconds"],
         "share_of_peak": medians["ours"]["peak_bytes"] / medians["plain"]["peak_bytes"],
@@ -146,6 +151,7 @@ def _in_a_process(path: str, options: argparse.Namespace, out: Path) -> dict[str
     for name in ("prompts", "steps", "micro_batch_size"):
         if (value := getattr(options, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
+    command += ["--compile"] if options.compile else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -157,6 +163,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="of the batch (default: the size's own)")
     parser.add_argument("--steps", type=int, help="of the sampler (default: the size's own)")
     parser.add_argument("--micro-batch-size", type=int, help="pairs that our updates put through the UNet at a time")
+    parser.add_argument("--compile", action="store_true", help="model.compile for our path; compiling is not timed")
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     parser.add_argument("--path", choices=PATHS, help=argparse.SUPPRESS)  # run one, in this process
     return parser.parse_args()

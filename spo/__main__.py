@@ -305,7 +305,7 @@ def _settle() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """The commands and their options; each sets `run`, which takes the parsed options."""
-    parser = argparse.ArgumentParser(prog="python -m spo", description="Step-by-step Preference Optimization.")
+    parser = argparse.ArgumentParser(prog="python -m spo", description="Step-aware Preference Optimization.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for stage, purpose in STAGES.items():
         aliases = [stage.replace("_", "-")] if "_" in stage else []

@@ -5,20 +5,19 @@
 index. Images stay the encoded bytes they came as; `spo.data.images.decode_image` makes pictures of them.
 """
 
-import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spo.data.ahead import ahead
 from spo.data.images import decode_image
 from spo.data.preference_files import RawRow, raw_rows
 from spo.data.prompts import check_prompt
@@ -35,6 +34,7 @@ SCHEMA = pa.schema(
         "label_1": pa.float64(),
     }
 )
+ROWS_AHEAD = 32  # that are checked before they are asked for
 GROUP_ROWS, GROUP_BYTES = 64, 4 * 2**20  # a row group ends at either: what one access by index reads
 
 
@@ -61,7 +61,7 @@ def read_preferences(source: str, *, root: Path = Path(), split: str = "train") 
     usable = False
     reasons: Counter[str] = Counter()
     first: Rejected | None = None
-    for item in _checked(raw_rows(source, root=root, split=split)):
+    for item in ahead(check_pair, raw_rows(source, root=root, split=split), depth=ROWS_AHEAD):
         if isinstance(item, Rejected):
             reasons[item.reason] += 1
             first = first or item
@@ -90,13 +90,6 @@ def check_pair(row: RawRow) -> PreferencePair | Rejected:
     except RowError as error:
         return error.at(row.source, row.number)
     return pair
-
-
-def _checked(rows: Iterator[RawRow]) -> Iterator[PreferencePair | Rejected]:
-    """Check rows on every core: Pillow decodes outside of Python's lock."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        while chunk := list(islice(rows, 32)):
-            yield from pool.map(check_pair, chunk)
 
 
 def _check_image(value: object) -> bytes:

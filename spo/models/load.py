@@ -3,6 +3,8 @@
 Weights are read from .safetensors only and no code of a repository is run.
 """
 
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
@@ -24,12 +27,14 @@ from transformers.utils import logging as transformers_logging
 
 from spo import hub
 from spo.config import ModelConfig, SamplingConfig
-from spo.errors import ModelError, one_line
+from spo.errors import ConfigError, ModelError, one_line
 from spo.models.base import LatentDiffusion, Pipeline
 from spo.models.sd15 import StableDiffusion
 from spo.models.sdxl import StableDiffusionXL
 
 PIPELINES: dict[str, type[Pipeline]] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+
+VARIANTS = 64  # of one block's code that torch may compile: widths, batch sizes, adapter on, off or merged, gradients
 
 
 def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:
@@ -38,6 +43,8 @@ def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | 
     _check_grid(pipeline, config, sampling)
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(pipeline.unet)
     options = {"resolution": config.resolution, **sampling.model_dump()}
     match config.family:
         case "sd15":
@@ -77,6 +84,21 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     for convolutional in (pipeline.unet, pipeline.vae):
         convolutional.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs as on GPUs
     return pipeline
+
+
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """Have torch compile the UNet's transformer blocks, alike ones once, when each is first called.
+
+    Shapes are fixed, so each new one compiles again: slices of sampling, parts of an update, last and smaller ones. The
+    compiled code is kept by torch from one process to the next. ConfigError without a C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"model.compile=true needs a C++ compiler, and {compiler} is not there; install it, or set CXX"
+        )
+    torch._dynamo.config.recompile_limit = VARIANTS
+    unet.compile_repeated_blocks(dynamic=False)
 
 
 def load_tiny_vae(path: str, policy: LatentDiffusion) -> AutoencoderTiny:

@@ -14,6 +14,7 @@ from torch import Tensor
 from spo import distributed
 from spo.checkpoint import Saver, State, StateStore, fingerprint
 from spo.config import Config, LabelsConfig
+from spo.data.ahead import ahead
 from spo.data.images import decode_image
 from spo.data.preferences import PreferencePair, PreferencePairs
 from spo.device import best_device
@@ -178,10 +179,17 @@ def load_pairs(path: Path, base: LatentDiffusion, config: Config, *, limit: int 
     latents, label = [], []
     shared_out = num_pairs >= distributed.count()
     mine = torch.arange(num_pairs)[distributed.share(num_pairs) if shared_out else slice(None)]
-    for part in progress(mine.split(PAIRS_AT_A_TIME), label=f"encode {path.stem} pairs"):
-        pairs = [stored[i] for i in part.tolist()]
+
+    def read(pairs: list[PreferencePair]) -> tuple[list[PreferencePair], Tensor]:
         images = torch.stack([_pixels(image, resolution) for pair in pairs for image in (pair.image_0, pair.image_1)])
-        latents.append(base.encode_images(images.to(base.device)).cpu().unflatten(0, (-1, 2)))
+        return pairs, images.pin_memory() if base.device.type == "cuda" else images
+
+    parts = mine.split(PAIRS_AT_A_TIME)
+    stored_parts = ([stored[i] for i in part.tolist()] for part in parts)
+    decoded = ahead(read, stored_parts, depth=2)
+    for pairs, pixels in progress(decoded, total=len(parts), label=f"encode {path.stem} pairs"):
+        images = pixels.to(base.device, non_blocking=True).float() / 255
+        latents.append(base.encode_images(images).cpu().unflatten(0, (-1, 2)))
         label.append(_opinion(judge, images, pairs, labels) if judge else _votes(pairs))
     captions = stored.captions[:num_pairs]
     encoded = torch.cat(latents), torch.cat(label)
@@ -209,6 +217,6 @@ def _opinion(judge: PreferenceScorer, images: Tensor, pairs: list[PreferencePair
 
 
 def _pixels(data: bytes, resolution: int) -> Tensor:
-    """Image bytes as (3, resolution, resolution) in [0, 1]: shortest side resized, centre cropped."""
+    """Image bytes as (3, resolution, resolution) of 8 bits: shortest side resized, centre cropped."""
     image = ImageOps.fit(decode_image(data), (resolution, resolution), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

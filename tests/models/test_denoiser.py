@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from spo.config import LoraConfig, SamplingConfig
 from spo.core.types import Conditioning
-from spo.errors import ModelError
+from spo.errors import ConfigError, ModelError
 from spo.models.lora import add_lora
 from tests.models.tiny import RESOLUTION, draw_latents, make_tiny_denoiser, sample_ddim, shake
 
@@ -228,6 +228,32 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_folder):
             denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(PROMPTS))
         gradients.append(torch.autograd.grad(loss, denoiser.parameters()))
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder):
+    found = []
+    for compiled in (False, True):
+        denoiser = make_tiny_denoiser("sd15", tiny_folder("sd15"), compile=compiled)
+        add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+        shake(denoiser)
+        cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
+        with torch.no_grad(), denoiser.merged():
+            sampled = denoiser.predict(x_t, T, cond)
+        policy = denoiser.predict(x_t, T, cond)
+        with torch.no_grad(), denoiser.reference():
+            reference = denoiser.predict(x_t, T, cond)
+        gradients = torch.autograd.grad(policy.square().mean(), denoiser.parameters())
+        found.append((sampled, policy, reference, *gradients))
+        blocks = [module for module in denoiser.unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
+        assert blocks and all((block._compiled_call_impl is not None) == compiled for block in blocks)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+def test_compiling_without_a_compiler_says_what_to_install(tiny_folder, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="no-such-compiler is not there"):
+        make_tiny_denoiser("sd15", tiny_folder("sd15"), compile=True)
 
 
 def test_bfloat16_stays_near_float32_with_trainable_weights_in_float32(family, tiny_folder):
