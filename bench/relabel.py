@@ -1,80 +1,65 @@
-"""The prepared preference pairs under another opinion: same pictures, same comparisons, new labels.
+"""Preference pairs under another opinion: pictures of the drawn world, compared and labelled anew.
 
 The opinion is the one that labels the embedded default's pairs (spo/pretrain/opinion.py), with another share of finish
-in it or more noise. So the pictures must be of the drawn world.
+in it or more noise.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from spo.data.images import decode_image
+from bench.pictures import Pictures
 from spo.data.preferences import PairWriter, PreferencePair, PreferencePairs
-from spo.evaluation.metrics import score
-from spo.evaluation.oracle import judge
 from spo.files import atomic_path
-from spo.pretrain.opinion import combine, label
+from spo.pretrain.opinion import label
 from spo.pretrain.preference import Opinion
-
-SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Different pictures, and what the opinion of them is made of."""
+class Comparisons:
+    """Which pictures are compared with which."""
 
-    pixels: Tensor  # (n, 3, side, side) of 8 bits
-    prompts: list[str]  # n
-    finish: Tensor  # (n,)
-    alignment: Tensor  # (n,)
-    layout: Tensor  # (n,)
-    images: list[bytes]  # n, as they are stored; none where they come from no file
-
-    def utility(self, share: float) -> Tensor:
-        return combine(self.finish, self.alignment, self.layout, share=share)
+    pictures: Pictures
+    one: Tensor  # (m,) index
+    other: Tensor  # (m,) index
 
 
-def judged(pixels: Tensor, prompts: Sequence[str], images: Sequence[bytes] = ()) -> Pictures:
-    """8-bit pictures (n, 3, side, side) of n prompts, with the oracle's judgement of them."""
-    seen = score([judge], pixels / 255, prompts)
-    finish = seen["vivid"] + seen["crisp"] + seen["clean"]
-    return Pictures(pixels, list(prompts), finish, seen["alignment"], seen["centred"], list(images))
+def prepared_comparisons(file: Path, pictures: Pictures) -> Comparisons:
+    """Those of a prepared file, whose pictures are among `pictures`."""
+    row = {key: i for i, key in enumerate(zip(pictures.prompts, pictures.images, strict=True))}
+    stored = PreferencePairs(file)
+    pairs = [stored[i] for i in range(len(stored))]
+    one = torch.tensor([row[pair.caption, pair.image_0] for pair in pairs])
+    other = torch.tensor([row[pair.caption, pair.image_1] for pair in pairs])
+    return Comparisons(pictures, one, other)
 
 
-def read_pictures(prepared: Path) -> Pictures:
-    """The pictures of the prepared training and validation pairs; of one size, being the drawn world's."""
-    known: dict[tuple[str, bytes], None] = {}
-    for split in SPLITS:
-        stored = PreferencePairs(prepared / "preferences" / f"{split}.parquet")
-        for i in range(len(stored)):
-            pair = stored[i]
-            known |= {(pair.caption, pair.image_0): None, (pair.caption, pair.image_1): None}
-    prompts, images = [prompt for prompt, _ in known], [image for _, image in known]
-    pixels = torch.from_numpy(np.stack([np.array(decode_image(image)) for image in images])).permute(0, 3, 1, 2)
-    return judged(pixels, prompts, images)
+def rings(pictures: Pictures, generator: Generator) -> Comparisons:
+    """Each picture with another one of its prompt, in a ring, as the shipped pairs were made; in random order."""
+    members: dict[str, list[int]] = {}
+    for i, prompt in enumerate(pictures.prompts):
+        members.setdefault(prompt, []).append(i)
+    one = torch.cat([torch.tensor(rows) for rows in members.values()])
+    other = torch.cat([torch.tensor(rows).roll(-1) for rows in members.values()])
+    order = torch.randperm(len(one), generator=generator)
+    return Comparisons(pictures, one[order], other[order])
 
 
-def relabel(prepared: Path, target: Path, pictures: Pictures, opinion: Opinion, *, seed: int) -> dict[str, float]:
-    """Write train.parquet and validation.parquet to `target`; returns how the new labels are made up.
+def write_pairs(splits: Mapping[str, Comparisons], target: Path, opinion: Opinion, *, seed: int) -> dict[str, float]:
+    """Label the splits' comparisons and write <split>.parquet of each to `target`; how the labels are made up.
 
     `ties`, and of the decided pairs `agrees_finish` and `agrees_content`: how often the preferred picture is also the
-    better finished one, and the one that fits prompt and layout better.
+    better finished one, and the one that fits prompt and layout better; all of the first split.
     """
-    utility = pictures.utility(opinion.share)
-    content = pictures.utility(0.0)
-    row = {key: i for i, key in enumerate(zip(pictures.prompts, pictures.images, strict=True))}
-    ties, finish, fits = [], [], []
+    made: list[dict[str, float]] = []
     with atomic_path(target) as folder:
         folder.mkdir(parents=True)
-        for number, split in enumerate(SPLITS):
-            stored = PreferencePairs(prepared / "preferences" / f"{split}.parquet")
-            pairs = [stored[i] for i in range(len(stored))]
-            one = torch.tensor([row[pair.caption, pair.image_0] for pair in pairs])
-            other = torch.tensor([row[pair.caption, pair.image_1] for pair in pairs])
+        for number, (split, compared) in enumerate(splits.items()):
+            pictures, one, other = compared.pictures, compared.one, compared.other
+            utility, content = pictures.utility(opinion.share), pictures.utility(0.0)
             labels = label(
                 utility[one],
                 utility[other],
@@ -82,17 +67,21 @@ def relabel(prepared: Path, target: Path, pictures: Pictures, opinion: Opinion, 
                 tie=opinion.tie,
                 generator=Generator().manual_seed(1000 * seed + number),
             )
-            write_labels(folder / f"{split}.parquet", pairs, labels)
+            with PairWriter(folder / f"{split}.parquet") as writer:
+                for i, j, first in zip(one.tolist(), other.tolist(), labels.tolist(), strict=True):
+                    caption, images = pictures.prompts[i], (pictures.images[i], pictures.images[j])
+                    writer.write(PreferencePair(caption, *images, first, 1 - first))
             decided = labels != 0.5
-            first = labels[decided] == 1
-            ties.append(~decided)
-            finish.append(first == (pictures.finish[one] > pictures.finish[other])[decided])
-            fits.append(first == (content[one] > content[other])[decided])
-    named = {"ties": ties, "agrees_finish": finish, "agrees_content": fits}
-    return {name: torch.cat(parts).float().mean().item() for name, parts in named.items()}
+            first_wins = labels[decided] == 1
+            made.append(
+                {
+                    "ties": 1 - decided.float().mean().item(),
+                    "agrees_finish": _agreement(first_wins, (pictures.finish[one] > pictures.finish[other])[decided]),
+                    "agrees_content": _agreement(first_wins, (content[one] > content[other])[decided]),
+                }
+            )
+    return made[0]
 
 
-def write_labels(file: Path, pairs: Sequence[PreferencePair], labels: Tensor) -> None:
-    with PairWriter(file) as writer:
-        for pair, first in zip(pairs, labels.tolist(), strict=True):
-            writer.write(replace(pair, label_0=first, label_1=1 - first))
+def _agreement(one: Tensor, other: Tensor) -> float:
+    return (one == other).float().mean().item()

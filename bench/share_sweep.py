@@ -1,13 +1,15 @@
 """SPO's and Diffusion-DPO's gains against the share of finish in the labels, and against the labels' noise.
 
     python -m bench.share_sweep [--shares 0.05 0.1 0.25 0.5 0.7] [--temperatures 0.3] [--seeds 0]
-        [--preference-steps 2700] [--step-aware-steps 200] [--quick]
+        [--pairs prepared base] [--methods spo diffusion_dpo] [--preference-steps 2700] [--step-aware-steps 200]
+        [--quick]
 
 The claim that it tests: generic labels are dominated by what a picture shows, so the signal of finish in a pair of
-different pictures drowns, while candidates of one x_t differ in little else. For each cell the prepared pairs are
-labelled anew by an opinion with that share and noise; a clean-image preference model that can see but prefers nothing
-is taught that opinion; then come the pipeline's own train_preference and align stages. Gains are of the test prompts,
-at the checkpoint that the pipeline's rule takes on the validation prompts.
+different pictures drowns, while candidates of one x_t differ in little else. For each cell pairs are labelled anew by
+an opinion with that share and noise: the prepared ones, whose pictures are of better and worse checkpoints, or as many
+of the base's own pictures, which luck alone tells apart. A clean-image preference model that can see but prefers
+nothing is taught that opinion; then come the pipeline's own train_preference and align stages. Gains are of the test
+prompts, at the checkpoint that the pipeline's rule takes on the validation prompts.
 
 A cell's finished parts are kept under .cache/bench, so that a killed sweep goes on; the table is written anew after
 every cell.
@@ -18,14 +20,18 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Generator
+
 from bench.measure import quiet
-from bench.relabel import read_pictures, relabel
-from bench.taste import Effort, Teacher, read_lessons
-from bench.workbench import Ruler, adopt, digest, place
-from spo.config import Config, load_config
+from bench.pictures import lessons, like_pictures, prepared_pictures
+from bench.relabel import Comparisons, prepared_comparisons, rings, write_pairs
+from bench.taste import Effort, Teacher
+from bench.workbench import Ruler, adopt, place
+from spo.config import Config, SampledConfig, load_config
 from spo.errors import SpoError
 from spo.files import atomic_path, read_json, write_json
 from spo.pretrain.preference import Opinion
@@ -35,7 +41,6 @@ from spo.stages import train_preference as preference_stage
 from spo.tables import write_csv
 from spo.tracking import NullTracker
 
-LESSONS = Path(".cache/pretrain/lessons")  # left by `python -m spo pretrain`
 METHODS = ("spo", "diffusion_dpo")
 
 
@@ -44,9 +49,14 @@ class Cell:
     share: float  # of the opinion's variance that is owed to finish
     temperature: float  # of its logistic error, in standard deviations of utility
     seed: int  # of labels and trainings
+    pairs: str = "prepared"  # or "base": whose pictures are compared
 
     @property
     def name(self) -> str:
+        return f"{self.pairs}_{self.taste}"
+
+    @property
+    def taste(self) -> str:
         return f"share-{self.share:g}_temperature-{self.temperature:g}_seed-{self.seed}"
 
     @property
@@ -57,49 +67,65 @@ class Cell:
 class Sweep:
     """The cells' common ground: the pictures, the teacher of preference models, the measure."""
 
-    def __init__(self, config: Config, methods: Sequence[str], lessons: Path, *, effort: Effort, root: Path):
+    def __init__(self, config: Config, methods: Sequence[str], *, effort: Effort, root: Path):
         missing = [name for name in methods if name not in config.align]
         if missing:
             raise SpoError(f"profile {config.profile} has no method {missing}; it has {sorted(config.align)}")
-        vae = Path(config.model.path) / "vae"
-        if not vae.is_dir():
-            raise SpoError(f"{vae} is missing; the sweep is of the drawn world, whose model lies in a folder here")
+        self.base = Path(config.model.path)
+        if not (self.base / "vae").is_dir():
+            raise SpoError(f"{self.base}/vae is missing; the sweep is of the drawn world, whose model lies in a folder")
         self.config = config.model_copy(update={"align": {name: config.align[name] for name in methods}})
         self.methods = methods
-        more = {"lessons": digest(lessons), "effort": asdict(effort)}
-        self.work = place("share_sweep", self.config, more, root=root)
+        self.effort = effort
+        self.work = place("share_sweep", config, {"effort": asdict(effort)}, root=root)
         adopt("prepare", config, source=root, target=self.work)
         self.prepared = self.work / config.folder("prepare")
-        self.pictures = read_pictures(self.prepared)
-        prompts = (self.prepared / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
-        further = [read_lessons(lessons, prompts)] if lessons.is_dir() else []
-        self.teacher = Teacher(vae, prompts, [self.pictures, *further], self.work / "sight", effort)
+        self.prompts = (self.prepared / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
+        self.pictures = prepared_pictures(self.prepared)
         self.ruler = Ruler(config, self.prepared, self.work / "scores")
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        file, per_prompt = self.work / "lessons.safetensors", self.effort.lessons_per_prompt
+        pools = [self.pictures, lessons(self.base, self.prompts, file, per_prompt=per_prompt)]
+        return Teacher(self.base / "vae", self.prompts, pools, self.work / "sight", self.effort)
+
+    def comparisons(self, pairs: str, seed: int) -> dict[str, Comparisons]:
+        """Those to train on, and to validate by."""
+        found = {
+            split: prepared_comparisons(self.prepared / "preferences" / f"{split}.parquet", self.pictures)
+            for split in ("train", "validation")
+        }
+        if pairs == "base":
+            file, steps = self.work / "base.safetensors", self.config.evaluate.steps
+            own = like_pictures(self.base, self.prompts, file, per_prompt=RECIPE.pictures_per_prompt, steps=steps)
+            found["train"] = rings(own, Generator().manual_seed(seed))
+        return found
 
     def rows(self, cell: Cell) -> list[dict[str, Any]]:
         """The cell's results: a row for each method against the base, and one for the first against each other."""
         folder = self.work / cell.name
-        if not (folder / "rows.json").exists():
-            write_json(folder / "rows.json", self._measure(cell, folder, self._train(cell, folder)))
-        return read_json(folder / "rows.json")
+        file = folder / f"{'-'.join(self.methods)}.json"
+        if not file.exists():
+            write_json(file, self._measure(cell, folder, self._train(cell, folder)))
+        return read_json(file)
 
     def _train(self, cell: Cell, folder: Path) -> Config:
         """Labels, start, preference model and methods; the cell's configuration."""
         if not (folder / "labels.json").exists():
             target = folder / self.config.folder("prepare") / "preferences"
-            write_json(
-                folder / "labels.json",
-                relabel(self.prepared, target, self.pictures, cell.opinion, seed=cell.seed),
-            )
+            splits = self.comparisons(cell.pairs, cell.seed)
+            write_json(folder / "labels.json", write_pairs(splits, target, cell.opinion, seed=cell.seed))
             adopt_prompts(self.prepared, folder / self.config.folder("prepare"))
-        if not (folder / "start").exists():
-            self.teacher.teach(cell.opinion, folder / "start", seed=cell.seed)
-        preference = self.config.train_preference.model_copy(
-            update={"start_from": str(folder / "start"), "checkpoint": None}
-        )
-        config = self.config.model_copy(update={"train_preference": preference, "seed": cell.seed})
-        if not (folder / config.folder("train_preference")).exists():
-            preference_stage.run(config, root=folder, tracker=NullTracker())
+        config = self.config.model_copy(update={"seed": cell.seed})
+        if any(isinstance(settings, SampledConfig) for settings in config.align.values()):
+            judge = self.work / "judges" / cell.taste
+            if not judge.exists():
+                self.teacher.teach(cell.opinion, judge, seed=cell.seed)
+            preference = config.train_preference.model_copy(update={"start_from": str(judge), "checkpoint": None})
+            config = config.model_copy(update={"train_preference": preference})
+            if not (folder / config.folder("train_preference")).exists():
+                preference_stage.run(config, root=folder, tracker=NullTracker())
         for name in self.methods:
             if not (folder / config.aligned(name, cell.seed)).exists():
                 align.run(config, name, cell.seed, root=folder, tracker=NullTracker())
@@ -122,6 +148,8 @@ class Sweep:
                 if score in (config.evaluate.primary, *config.evaluate.guarded):
                     rows.append(
                         {
+                            "preference_steps": self.effort.preference_steps,
+                            "pairs": cell.pairs,
                             "share": cell.share,
                             "temperature": cell.temperature,
                             "seed": cell.seed,
@@ -169,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--methods", nargs="+", default=list(METHODS), help="the first is also compared with the others"
     )
     parser.add_argument(
-        "--lessons", type=Path, default=LESSONS, help=f"more pictures to teach by, if there ({LESSONS})"
+        "--pairs", nargs="+", choices=["prepared", "base"], default=["prepared"], help="whose pictures are compared"
     )
     parser.add_argument(
         "--preference-steps", type=int, default=RECIPE.preference_steps, help="to teach a cell's opinion by"
@@ -188,12 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = config.train_preference.model_copy(update={"steps": options.step_aware_steps})
             config = config.model_copy(update={"train_preference": settings})
         if options.quick:
-            effort = Effort(sight_pictures=96, sight_steps=4, preference_steps=4)
+            effort = Effort(sight_pictures=96, sight_steps=4, lessons_per_prompt=1, preference_steps=4)
             config = quickened(config)
-        sweep = Sweep(config, options.methods, options.lessons, effort=effort, root=Path())
+        sweep = Sweep(config, options.methods, effort=effort, root=Path())
         rows: list[dict[str, Any]] = []
-        for share, temperature, seed in itertools.product(options.shares, options.temperatures, options.seeds):
-            rows += sweep.rows(Cell(share, temperature, seed))
+        grid = itertools.product(options.pairs, options.shares, options.temperatures, options.seeds)
+        for pairs, share, temperature, seed in grid:
+            rows += sweep.rows(Cell(share, temperature, seed, pairs))
             write_csv(options.out, rows)
         print(options.out)
     except SpoError as error:

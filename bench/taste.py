@@ -1,7 +1,7 @@
 """The clean-image preference model of a cell: one that can see and prefers nothing, taught the cell's opinion.
 
-As `python -m spo pretrain` makes the embedded default's, from the same lessons: generated pictures of the training
-prompts, those of the prepared pairs and more where they are at hand, and drawn ones.
+As `python -m spo pretrain` makes the embedded default's, from the same kinds of lessons: generated pictures of the
+training prompts, those of the prepared pairs and more of the base's, and drawn ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Generator
 from transformers import CLIPModel, CLIPTokenizer
 
-from bench.relabel import Pictures, judged
+from bench.pictures import Pictures
 from spo.data.world import Scene
 from spo.files import atomic_path
 from spo.pretrain import parts
@@ -29,6 +28,7 @@ class Effort:
 
     sight_pictures: int = RECIPE.sight_pictures
     sight_steps: int = RECIPE.sight_steps
+    lessons_per_prompt: int = RECIPE.lessons_per_prompt
     preference_steps: int = RECIPE.preference_steps
 
 
@@ -68,12 +68,6 @@ class Teacher:
                 utility = pool.utility(share)
                 sources.append(generated_groups(pool.pixels, list(enough.values()), list(enough), utility, num))
         return sources
-
-
-def read_lessons(folder: Path, prompts: Sequence[str]) -> Pictures:
-    """The further pictures that `python -m spo pretrain` left of the training prompts."""
-    stored = load_file(folder / "lessons.safetensors")
-    return judged(stored["pictures"], [prompts[i] for i in stored["prompt"].tolist()])
 
 
 def _save(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:

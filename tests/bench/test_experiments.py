@@ -12,8 +12,9 @@ import pytest
 import yaml
 from torch import Generator
 
-from bench import dpo_curve, share_sweep
-from bench.relabel import read_pictures, relabel
+from bench import dpo_curve, methods, share_sweep
+from bench.pictures import Pictures, prepared_pictures
+from bench.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from spo.config import load_config
 from spo.data.preferences import read_pairs
 from spo.data.world import all_scenes, draw_attributes, draw_quality, render
@@ -117,11 +118,17 @@ def test_the_saving_is_read_off_the_rows() -> None:
     assert "does not reach" in line
 
 
+def comparisons(prepared: Path, pictures: Pictures) -> dict[str, Comparisons]:
+    files = {split: prepared / "preferences" / f"{split}.parquet" for split in ("train", "validation")}
+    return {split: prepared_comparisons(file, pictures) for split, file in files.items()}
+
+
 @pytest.mark.parametrize(("share", "agreement"), [(1.0, "agrees_finish"), (0.0, "agrees_content")])
 def test_new_labels_are_the_opinions_and_nothing_else_changes(project: Path, tmp_path, share, agreement) -> None:
     prepared = project / "runs" / "own" / "prepare"
-    pictures = read_pictures(prepared)
-    found = relabel(prepared, tmp_path / "preferences", pictures, Opinion(share, temperature=0.0, tie=0.0), seed=0)
+    pictures = prepared_pictures(prepared)
+    opinion = Opinion(share, temperature=0.0, tie=0.0)
+    found = write_pairs(comparisons(prepared, pictures), tmp_path / "preferences", opinion, seed=0)
     assert found[agreement] > 0.99  # but for pictures that are equally good
     for split in ("train", "validation"):
         before = list(read_pairs(prepared / "preferences" / f"{split}.parquet"))
@@ -132,14 +139,38 @@ def test_new_labels_are_the_opinions_and_nothing_else_changes(project: Path, tmp
 
 def test_labels_follow_the_share_and_noise_blurs_them(project: Path, tmp_path) -> None:
     prepared = project / "runs" / "own" / "prepare"
-    pictures = read_pictures(prepared)
+    pictures = prepared_pictures(prepared)
 
     def agreement(share: float, temperature: float) -> float:
         target = tmp_path / f"{share}-{temperature}"
-        return relabel(prepared, target, pictures, Opinion(share, temperature, 0.0), seed=0)["agrees_finish"]
+        opinion = Opinion(share, temperature, 0.0)
+        return write_pairs(comparisons(prepared, pictures), target, opinion, seed=0)["agrees_finish"]
 
     assert agreement(0.05, 0.1) < agreement(0.5, 0.1) < agreement(0.95, 0.1)
     assert agreement(0.95, 5.0) < agreement(0.95, 0.1)
+
+
+def test_rings_compare_each_picture_with_two_others_of_its_prompt(project: Path) -> None:
+    pictures = prepared_pictures(project / "runs" / "own" / "prepare")
+    found = rings(pictures, Generator().manual_seed(0))
+    assert sorted(found.one.tolist()) == sorted(found.other.tolist()) == list(range(len(pictures.prompts)))
+    for i, j in zip(found.one.tolist(), found.other.tolist(), strict=True):
+        assert i != j
+        assert pictures.prompts[i] == pictures.prompts[j]
+
+
+def test_the_sweep_of_the_base_s_own_pictures_needs_no_judge_for_diffusion_dpo(project: Path, monkeypatch) -> None:
+    monkeypatch.chdir(project)
+    command = ["--quick", "--out", "base.csv", "--pairs", "base", "--methods", "diffusion_dpo", "--shares", "0.05"]
+    assert share_sweep.main(command) == 0
+    assert [row["pairs"] for row in rows(project / "base.csv")] == ["base"] * 2
+    [work] = (project / ".cache" / "bench" / "share_sweep").iterdir()
+    assert not (work / "sight").exists()
+    [cell] = work.glob("base_share-0.05*")
+    pairs = list(read_pairs(cell / "runs" / "own" / "prepare" / "preferences" / "train.parquet"))
+    prepared = {p.image_0 for p in read_pairs(project / "runs/own/prepare/preferences/train.parquet")}
+    assert pairs
+    assert not prepared & {pair.image_0 for pair in pairs}
 
 
 def test_the_sweep_has_a_row_for_every_comparison_and_goes_on_where_it_stopped(project: Path, monkeypatch) -> None:
@@ -155,7 +186,7 @@ def test_the_sweep_has_a_row_for_every_comparison_and_goes_on_where_it_stopped(p
     for row in first:
         assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
     [work] = (project / ".cache" / "bench" / "share_sweep").iterdir()
-    [start] = work.glob("share-0.1*/start/model.safetensors")
+    [start] = work.glob("judges/share-0.1*/model.safetensors")
     assert start.read_bytes() != (work / "sight" / "model.safetensors").read_bytes()
 
     monkeypatch.setattr(align, "run", no_training)
@@ -170,3 +201,26 @@ def test_the_sweep_says_what_it_lacks(project: Path, monkeypatch, capsys) -> Non
     monkeypatch.chdir(project)
     assert share_sweep.main(["--quick", "--methods", "spo", "ddpo"]) == 1
     assert "has no method ['ddpo']" in capsys.readouterr().err
+
+
+def test_methods_are_compared_by_their_best_trials_and_no_trial_is_made_twice(project: Path, monkeypatch) -> None:
+    monkeypatch.chdir(project)
+    command = ["--quick", "--methods", "spo", "diffusion_dpo", "--factors", "1", "0.5", "--out", "compared"]
+    assert methods.main(command) == 0
+    trials, table = rows(project / "compared" / "trials.csv"), rows(project / "compared" / "methods.csv")
+    assert [row["method"] for row in trials] == ["spo", "diffusion_dpo"] * 2
+    for full, half in ((trials[0], trials[2]), (trials[1], trials[3])):
+        assert float(half["learning_rate"]) == pytest.approx(float(full["learning_rate"]) / 2)
+    assert [(row["method"], row["against"], row["trials"]) for row in table] == [
+        ("spo", "base", "2"),
+        ("diffusion_dpo", "base", "2"),
+        ("diffusion_dpo", "spo", "2"),
+    ]
+    for row in table:
+        own = {each["learning_rate"]: each for each in trials if each["method"] == row["method"]}
+        assert own[row["learning_rate"]]["checkpoint"] == row["checkpoint"]
+
+    monkeypatch.setattr(align, "run", no_training)
+    assert methods.main(command) == 0
+    assert rows(project / "compared" / "methods.csv") == table
+    assert methods.main(["--quick", "--methods", "ddpo"]) == 1
