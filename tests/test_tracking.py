@@ -344,11 +344,15 @@ def test_commands_of_one_shell_share_a_pipeline_and_another_shell_has_another(
 
 
 @pytest.mark.slow
-def test_stages_that_start_at_once_make_one_database_and_one_parent(config: Config, tmp_path: Path) -> None:
+def test_stages_that_run_at_once_make_one_database_and_one_parent_and_lose_nothing(
+    config: Config, tmp_path: Path
+) -> None:
+    steps = 3000  # three of the store's batches a process, sent while the others send theirs
     program = (
         "import sys; from pathlib import Path; from spo import tracking; from spo.config import load_config\n"
         "config = load_config(Path(sys.argv[1]), 'tiny')\n"
-        "with tracking.start(config, 'align', Path(sys.argv[2]), method=sys.argv[3]): pass"
+        "with tracking.start(config, 'align', Path(sys.argv[2]), method=sys.argv[3]) as tracker:\n"
+        f"    for step in range({steps}): tracker.log_metrics({{'loss': step}}, step=step)"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", program, str(ROOT), str(tmp_path), name]) for name in ("a", "b", "c")
@@ -356,3 +360,7 @@ def test_stages_that_start_at_once_make_one_database_and_one_parent(config: Conf
     assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
     found = runs(tmp_path, config.model_copy(update={"profile": "tiny"}))
     assert sorted(found) == ["align a", "align b", "align c", "parent"]
+    client = connect(tmp_path)
+    for name in ("align a", "align b", "align c"):
+        history = client.get_metric_history(found[name].info.run_id, "loss")
+        assert sorted(row.step for row in history) == list(range(steps))
