@@ -74,7 +74,8 @@ class Sweep:
         self.base = Path(config.model.path)
         if not (self.base / "vae").is_dir():
             raise SpoError(f"{self.base}/vae is missing; the sweep is of the drawn world, whose model lies in a folder")
-        self.config = config.model_copy(update={"align": {name: config.align[name] for name in methods}})
+        unwatched = {name: config.align[name].model_copy(update={"watch": None}) for name in methods}
+        self.config = config.model_copy(update={"align": unwatched})
         self.methods = methods
         self.effort = effort
         self.work = place("share_sweep", config, {"effort": asdict(effort)}, root=root)
@@ -174,7 +175,7 @@ def adopt_prompts(prepared: Path, target: Path) -> None:
 def quickened(config: Config) -> Config:
     """As little of everything as runs at all."""
     align_settings = {
-        name: settings.model_copy(update={"epochs": 1, "checkpoints": 2, "watch": None})
+        name: settings.model_copy(update={"epochs": 1, "checkpoints": 2})
         for name, settings in config.align.items()
     }
     small = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
