@@ -8,7 +8,7 @@ from spo.evaluation.plots import Line, Span, interval_chart, line_chart
 from spo.files import write_text
 
 FOLDER = Path("docs/experiments")
-METHODS = ("spo", "diffusion_dpo")
+FULL = "2700"  # preference_steps of a judge that learns as long as the shipped one
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -16,15 +16,43 @@ def read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def share_sweep(score: str) -> str:
-    """Both methods' gains over the base by the share of finish in the labels, with intervals; * with the full judge."""
-    spans = [
-        Span(f"{row['method']}, {row['share']}{'*' if row['preference_steps'] == '2700' else ''}",
-             float(row["difference"]), float(row["low"]), float(row["high"]), METHODS.index(row["method"]))
+def series(row: dict[str, str]) -> str:
+    """Which of the sweep's series a row belongs to."""
+    if row["method"] == "diffusion_dpo":
+        return "Diffusion-DPO" if row["pairs"] == "prepared" else "Diffusion-DPO, one checkpoint"
+    return "SPO" if row["preference_steps"] == FULL else "SPO, short judge"
+
+
+SERIES = ("SPO", "SPO, short judge", "Diffusion-DPO", "Diffusion-DPO, one checkpoint")
+
+
+def sweep(name: str, score: str, *, over: str, share: str | None = None, temperature: str | None = None) -> str:
+    """Gains over the base against the column `over`, a row a cell, with intervals."""
+    rows = [
+        row
         for row in read("share_sweep")
-        if row["against"] == "base" and row["score"] == score
+        if row["against"] == "base"
+        and row["score"] == score
+        and share in (None, row["share"])
+        and temperature in (None, row["temperature"])
+    ]
+    rows.sort(key=lambda row: (float(row[over]), SERIES.index(series(row))))
+    spans = [
+        Span(f"{series(row)}, {row[over]}", *(float(row[key]) for key in ("difference", "low", "high")),
+             SERIES.index(series(row)))
+        for row in rows
     ]  # fmt: skip
-    return interval_chart(f"share-{score}", spans, x_label=f"{score}: gain over the base")
+    return interval_chart(name, spans, x_label=f"{score}: gain over the base, by {over}")
+
+
+def methods() -> str:
+    """Each method's gain over the base on the test prompts, at its best trial."""
+    rows = [row for row in read("methods") if row["against"] == "base"]
+    spans = [
+        Span(row["method"], *(float(row[f"aesthetic_{key}"]) for key in ("difference", "low", "high")), 0)
+        for row in rows
+    ]
+    return interval_chart("methods", spans, x_label="aesthetic: gain over the base")
 
 
 def dpo_curve() -> str:
@@ -42,8 +70,14 @@ def dpo_curve() -> str:
 
 
 def main() -> int:
-    drawn = {"share_sweep": share_sweep("aesthetic"), "share_sweep_alignment": share_sweep("alignment")}
-    for name, svg in {**drawn, "dpo_curve": dpo_curve()}.items():
+    drawn = {
+        "share_sweep": sweep("share", "aesthetic", over="share", temperature="0.3"),
+        "share_sweep_alignment": sweep("share-alignment", "alignment", over="share", temperature="0.3"),
+        "noise_sweep": sweep("noise", "aesthetic", over="temperature", share="0.25"),
+        "methods": methods(),
+        "dpo_curve": dpo_curve(),
+    }
+    for name, svg in drawn.items():
         write_text(FOLDER / f"{name}.svg", svg)
         print(FOLDER / f"{name}.svg")
     return 0

@@ -11,14 +11,14 @@ different pictures, which the pipeline measures, says little of this: such pairs
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure import quiet, table
+from bench.measure import at_least, quiet, table
 from spo.config import Config, SpoConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
@@ -26,8 +26,10 @@ from spo.core.selection import select_pairs, take
 from spo.core.types import Scorer, Selection
 from spo.device import best_device
 from spo.errors import SpoError
-from spo.evaluation.metrics import build_metrics, score
+from spo.evaluation.metrics import Scores, build_metrics
+from spo.evaluation.metrics import score as metric_scores
 from spo.evaluation.statistics import mean_interval
+from spo.methods.spo import BlindScorer
 from spo.models.load import build
 from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
@@ -37,18 +39,19 @@ Row = dict[str, Any]
 
 
 class Recorder:
-    """A scorer that remembers what it was shown and what it said."""
+    """A scorer that remembers what it said of images, and what independent metrics say."""
 
-    def __init__(self, scorer: Scorer):
+    def __init__(self, scorer: Scorer, others: Callable[[Tensor], Scores]):
         self.scorer = scorer
-        self.seen: list[tuple[int, Tensor, Tensor]] = []  # t, images (k * b, 3, H, W), scores (k * b,)
+        self.others = others
+        self.seen: list[tuple[int, Tensor, Scores]] = []  # t, scores (k * b,) of the scorer, and of the metrics by name
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         return self.scorer.encode(prompts)
 
     def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
         scores = self.scorer(images, text, t)
-        self.seen.append((int(t), images.cpu(), scores.cpu()))
+        self.seen.append((int(t), scores.cpu(), self.others(images)))
         return scores
 
 
@@ -57,7 +60,8 @@ def measure(config: Config, scorer: Scorer, prompts: Sequence[str], settings: Sp
     model = build(config.model, config.sampling, best_device())
     needed = (config.evaluate.primary, *config.evaluate.guarded)
     judges = build_metrics(config.evaluate.metrics, model.device, needed=needed)
-    recorder = Recorder(scorer)
+    k = settings.candidates
+    recorder = Recorder(scorer, lambda images: metric_scores(judges, images, [*prompts] * k))
     noise = KeyedNoise(config.evaluate.seed, 0, range(len(prompts)), model.timesteps.device)
     with torch.no_grad():
         for _ in rollout(
@@ -65,7 +69,7 @@ def measure(config: Config, scorer: Scorer, prompts: Sequence[str], settings: Sp
             recorder,
             model.encode(prompts),
             recorder.encode(prompts),
-            candidates=settings.candidates,
+            candidates=k,
             first_step=settings.first_step,
             branch_steps=settings.branch_steps,
             threshold=settings.threshold,
@@ -74,10 +78,9 @@ def measure(config: Config, scorer: Scorer, prompts: Sequence[str], settings: Sp
             pass
     agreements: dict[int, dict[str, Tensor]] = {}
     kept: dict[int, Tensor] = {}
-    for t, images, scores in recorder.seen:
-        selection = select_pairs(scores.unflatten(0, (settings.candidates, -1)), threshold=settings.threshold)
-        found = score(judges, images, [*prompts] * settings.candidates)
-        by_candidate = {name: found[name].unflatten(0, (settings.candidates, -1)) for name in needed}
+    for t, scores, found in recorder.seen:
+        selection = select_pairs(scores.unflatten(0, (k, -1)), threshold=settings.threshold)
+        by_candidate = {name: found[name].unflatten(0, (k, -1)) for name in needed}
         agreements[t] = {name: _agreement(each, selection) for name, each in by_candidate.items()}
         kept[t] = selection.keep
     rows = [_row(t, agreements[t], kept[t], list(prompts)) for t in kept]
@@ -113,9 +116,13 @@ def show(rows: Sequence[Row], names: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.judge_order", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path, help="folders (default: what train_preference left)")
-    parser.add_argument("--method", default="spo", help="key of the profile's `align` whose settings are taken")
-    parser.add_argument("--prompts", type=int, help="of the validation prompts (default: all)")
-    parser.add_argument("--candidates", type=int, help="(default: the method's own)")
+    parser.add_argument(
+        "--method",
+        default="spo",
+        help="an SPO of the profile's `align`: its steps, candidates, threshold, what its judge is told",
+    )
+    parser.add_argument("--prompts", type=at_least(2), help="of the validation prompts (default: all)")
+    parser.add_argument("--candidates", type=at_least(2), help="(default: the method's own)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/judge_order.csv"))
     options = parser.parse_args(arguments)
     quiet()
@@ -134,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompts = file.read_text(encoding="utf-8").splitlines()[: options.prompts]
         everything: list[Row] = []
         for folder in options.models or [Path(config.folder("train_preference")) / "model"]:
-            scorer = PreferenceScorer(load_preference_model(folder), device=best_device())
+            scorer: Scorer = PreferenceScorer(load_preference_model(folder), device=best_device())
+            told = 0 if config.train_preference.blind else settings.judged_at
+            scorer = scorer if told is None else BlindScorer(scorer, told)
             rows = measure(config, scorer, prompts, settings)
             everything += [{"model": str(folder), **row} for row in rows]
             print(f"{folder}\n\n{show(rows, (config.evaluate.primary, *config.evaluate.guarded))}\n")

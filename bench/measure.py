@@ -1,5 +1,6 @@
 """Clocks, memory and the machine's own rate: what the benchmarks measure with."""
 
+import argparse
 import os
 import platform
 import resource
@@ -119,6 +120,18 @@ def table(rows: list[list[str]]) -> str:
 def save(path: Path, result: dict[str, Any]) -> None:
     write_json(path, result)
     print(f"\nall figures: {path}")
+
+
+def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """A command line's number that must not be smaller, for argparse's `type`."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    return number
 
 
 def quiet() -> None:

@@ -5,8 +5,8 @@
 A trial trains a method with its own learning rate times a factor. Of its checkpoints the pipeline's rule takes one on
 the validation prompts, and of the method's trials the same rule takes the best one; that one is measured on the test
 prompts, against the base and against the first method. A table of trials and a table of methods are written anew
-after every trial. What is finished is not done again: a killed run goes on, and several with different --methods may
-run side by side.
+after every trial. What is finished is not done again: a killed run goes on. Several with different --methods and --out
+may run side by side, and one with all of them then makes the table.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import quiet
-from bench.workbench import Ruler, adopt, cells, means_of, place
-from spo.config import Config, load_config
+from bench.measure import at_least, quiet
+from bench.workbench import Ruler, adopt, cells, digest, means_of, place
+from spo.config import Config, SampledConfig, load_config
 from spo.errors import SpoError
 from spo.evaluation.choice import choose_checkpoint
 from spo.evaluation.metrics import Scores
@@ -61,7 +61,9 @@ class Comparison:
         optimizer = settings.optimizer.model_copy(update={"learning_rate": factor * settings.optimizer.learning_rate})
         settings = settings.model_copy(update={"optimizer": optimizer, "watch": None})
         config = self.config.model_copy(update={"align": {method: settings}})
-        work = place("methods", config, {"seed": self.seed}, root=self.root)
+        judge = digest(self.root / config.folder("train_preference") / "model")
+        more = {"seed": self.seed, **({"judge": judge} if isinstance(settings, SampledConfig) else {})}
+        work = place("methods", config, more, root=self.root)
         folder = work / config.aligned(method, self.seed)
         if not folder.exists():
             for stage in ("prepare", "train_preference"):
@@ -129,7 +131,9 @@ def quickened(config: Config) -> Config:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.methods", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", help="keys of the profile's `align` (default: all)")
-    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 0.5], help="of each method's learning rate")
+    parser.add_argument(
+        "--factors", type=at_least(0.001, float), nargs="+", default=[1.0, 0.5], help="of each method's learning rate"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the two tables")
     parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Generator
 
-from bench.measure import quiet
+from bench.measure import at_least, quiet
 from bench.pictures import lessons, like_pictures, prepared_pictures
 from bench.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from bench.taste import Effort, Teacher
@@ -116,8 +116,8 @@ class Sweep:
         if not (folder / "labels.json").exists():
             target = folder / self.config.folder("prepare") / "preferences"
             splits = self.comparisons(cell.pairs, cell.seed)
-            write_json(folder / "labels.json", write_pairs(splits, target, cell.opinion, seed=cell.seed))
             adopt_prompts(self.prepared, folder / self.config.folder("prepare"))
+            write_json(folder / "labels.json", write_pairs(splits, target, cell.opinion, seed=cell.seed))
         config = self.config.model_copy(update={"seed": cell.seed})
         if any(isinstance(settings, SampledConfig) for settings in config.align.values()):
             judge = self.work / "judges" / cell.taste
@@ -172,11 +172,18 @@ def adopt_prompts(prepared: Path, target: Path) -> None:
             temporary.write_bytes((prepared / "prompts" / f"{split}.txt").read_bytes())
 
 
+def fraction(text: str) -> float:
+    """A share in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; use one from 0 to 1")
+    return value
+
+
 def quickened(config: Config) -> Config:
     """As little of everything as runs at all."""
     align_settings = {
-        name: settings.model_copy(update={"epochs": 1, "checkpoints": 2})
-        for name, settings in config.align.items()
+        name: settings.model_copy(update={"epochs": 1, "checkpoints": 2}) for name, settings in config.align.items()
     }
     small = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
     preference = config.train_preference.model_copy(update={"steps": 4, "evaluate_pairs": 16})
@@ -191,8 +198,8 @@ def quickened(config: Config) -> Config:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.share_sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5, 0.7])
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[RECIPE.temperature])
+    parser.add_argument("--shares", type=fraction, nargs="+", default=[0.05, 0.1, 0.25, 0.5, 0.7])
+    parser.add_argument("--temperatures", type=at_least(0, float), nargs="+", default=[RECIPE.temperature])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), help="the first is also compared with the others"

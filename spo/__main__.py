@@ -16,8 +16,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from spo.config import Config, LaunchConfig, load_config
-from spo.errors import SpoError
+from spo.errors import SpoError, is_disk_full, is_out_of_memory, one_line
 from spo.locking import locked
 from spo.preflight import Finding, require
 from spo.stopping import Stopped, run_group, stoppable
@@ -51,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return options.run(options) or 0
     except SpoError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+        if is_disk_full(error):
+            mend = "make room and run the same command again; what was being written is not there in part"
+        elif is_out_of_memory(error):
+            mend = "use a smaller batch or resolution, or a smaller model; `python -m spo check` measures a miniature"
+        else:
+            raise
+        print(f"error: {one_line(error)}; {mend}", file=sys.stderr)
         return 1
     except Stopped as stop:
         print(f"ended by {stop}", file=sys.stderr)

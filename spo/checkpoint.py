@@ -228,6 +228,11 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fingerprints(paths: Mapping[str, str | Path | None]) -> dict[str, str]:
+    """The fingerprint of each path that is here; a name of the hub's is not, and an unset one has none."""
+    return {what: fingerprint(Path(path)) for what, path in paths.items() if path and Path(path).exists()}
+
+
 def _read(path: Path) -> tuple[State, dict[str, Any]]:
     manifest = read_json(path / "manifest.json")
     if manifest["version"] != VERSION:

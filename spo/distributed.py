@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+BLOCK = 4096  # rows of a process that are gathered at a time
 PATIENCE = timedelta(hours=2)  # that a process waits for the others, e.g. while the first one writes
 
 
@@ -59,18 +60,26 @@ def share(n: int) -> slice:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows (n, ...) of all processes in the order of ranks; n may differ and be 0, the rest of the shape not."""
+    """The rows (n, ...) of all processes in the order of ranks; n may differ and be 0, the rest of the shape not.
+
+    They go `BLOCK` rows of a process at a time, so that a data set on the CPU need not fit on a GPU.
+    """
     if count() == 1:
         return rows
-    home = rows.device
+    home = away = rows.device
     if dist.get_backend() == "nccl":  # which knows no CPU
-        rows = rows.to(torch.device("cuda", torch.cuda.current_device()))
+        away = torch.device("cuda", torch.cuda.current_device())
     sizes = gather_objects(len(rows))
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(home)
+    parts: list[list[Tensor]] = [[rows[:0]] for _ in sizes]
+    for start in range(0, max(sizes), BLOCK):
+        own = rows[start : start + BLOCK]
+        padded = torch.zeros(min(BLOCK, max(sizes) - start), *rows.shape[1:], dtype=rows.dtype, device=away)
+        padded[: len(own)] = own
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded)
+        for part, block, size in zip(parts, received, sizes, strict=True):
+            part.append(block[: max(0, size - start)].to(home))
+    return torch.cat([block for part in parts for block in part])
 
 
 def gather_objects(value: T) -> list[T]:

@@ -10,6 +10,8 @@
 A message says what, got, allowed, and how to mend it.
 """
 
+import errno
+
 
 class SpoError(Exception):
     """Base of the errors that are shown as one line."""
@@ -33,6 +35,19 @@ class TrainingError(SpoError):
 
 class LockedError(SpoError):
     """Another process is running the stage."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or the machine had no more memory, in any library's words."""
+    signs = ("out of memory", "DefaultCPUAllocator", f"Error code {errno.ENOMEM}")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether the disk, a quota or a size limit left no room for a file, in any library's words."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = ("No space left", "Disk quota exceeded", "File too large")
+    return getattr(error, "errno", None) in numbers or any(word in str(error) for word in words)
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

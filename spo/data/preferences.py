@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         "label_1": pa.float64(),
     }
 )
-ROWS_AHEAD = 32  # that are checked before they are asked for
+ROWS_AHEAD = 8  # that are checked before they are asked for, each of two pictures in full
 GROUP_ROWS, GROUP_BYTES = 64, 4 * 2**20  # a row group ends at either: what one access by index reads
 
 

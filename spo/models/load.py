@@ -34,7 +34,7 @@ from spo.models.sdxl import StableDiffusionXL
 
 PIPELINES: dict[str, type[Pipeline]] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
-VARIANTS = 64  # of one block's code that torch may compile: widths, batch sizes, adapter on, off or merged, gradients
+VARIANTS = 256  # of one block's code that torch may compile: widths, batch sizes, adapter on, off or merged, gradients
 
 
 def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:

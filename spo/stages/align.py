@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from spo import distributed
-from spo.checkpoint import StateStore, fingerprint
+from spo.checkpoint import StateStore, fingerprints
 from spo.config import Config, D3poConfig, DiffusionDpoConfig, ScoringConfig, SpoConfig
 from spo.core.types import Scorer
 from spo.device import best_device
@@ -72,13 +72,14 @@ def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
     settings = config.model_dump(mode="json", include={"model", "sampling"})
     settings |= {"align": {name: config.align[name].model_dump(mode="json")}, "training_seed": seed}
     prepared = root / config.folder("prepare")
+    inputs: dict[str, str | Path | None] = {"model": config.model.path, "vae": config.model.vae}
     if isinstance(config.align[name], DiffusionDpoConfig):
-        inputs = {"pairs": prepared / "preferences" / "train.parquet"}
+        inputs |= {"pairs": prepared / "preferences" / "train.parquet"}
     else:
         model = root / config.folder("train_preference") / "model"
-        inputs = {"prompts": prepared / "prompts" / "train.txt", "preference_model": model}
-    prints = {what: fingerprint(path) for what, path in inputs.items() if path.exists()}
-    return StateStore(root / config.state_folder("align", name, f"seed-{seed}"), {**settings, "inputs": prints})
+        inputs |= {"prompts": prepared / "prompts" / "train.txt", "preference_model": model}
+    settings |= {"inputs": fingerprints(inputs)}
+    return StateStore(root / config.state_folder("align", name, f"seed-{seed}"), settings)
 
 
 def build_policy(config: Config, name: str) -> LatentDiffusion:

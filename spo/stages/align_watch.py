@@ -34,16 +34,18 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     text = preference.encode(prompts)
 
     def paint() -> Tensor:
-        return generate(
-            policy,
-            prompts,
-            [image_seed(settings.seed, prompt, 0) for prompt in prompts],
-            steps=config.sampling.steps,
-            guidance_scale=config.sampling.guidance_scale,
-            eta=0.0,
-            batch_size=BATCH,
-            label="watch",
-        )
+        # full fine-tuning trains a UNet in float32 between parts of half precision
+        with torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
+            return generate(
+                policy,
+                prompts,
+                [image_seed(settings.seed, prompt, 0) for prompt in prompts],
+                steps=config.sampling.steps,
+                guidance_scale=config.sampling.guidance_scale,
+                eta=0.0,
+                batch_size=BATCH,
+                label="watch",
+            )
 
     def favour(pictures: Tensor) -> Tensor:
         return preference(pictures, text, torch.zeros((), dtype=torch.long)).cpu()

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from spo import distributed
-from spo.checkpoint import Saver, State, StateStore, fingerprint
+from spo.checkpoint import Saver, State, StateStore, fingerprints
 from spo.config import Config, LabelsConfig
 from spo.data.ahead import ahead
 from spo.data.images import decode_image
@@ -89,8 +89,15 @@ class Done:
 def state_store(config: Config, root: Path) -> StateStore:
     """Where the stage's states are, and what they depend on."""
     settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "train_preference"})
-    pairs = fingerprint(root / config.folder("prepare") / "preferences" / "train.parquet")
-    return StateStore(root / config.state_folder("train_preference"), {**settings, "pairs": pairs})
+    inputs: dict[str, str | Path | None] = {
+        "pairs": root / config.folder("prepare") / "preferences" / "train.parquet",
+        "model": config.model.path,
+        "vae": config.model.vae,
+        "start_from": config.train_preference.start_from,
+        "labels": config.train_preference.labels.model,
+    }
+    settings |= {"inputs": fingerprints(inputs)}
+    return StateStore(root / config.state_folder("train_preference"), settings)
 
 
 def _restored(training: StepAwareTraining, store: StateStore) -> Done | None:

@@ -88,10 +88,12 @@ def _rounds(
 ) -> bool:
     """All rounds that are left; whether the watch ended them early.
 
-    A signal ends a round anywhere, unless it is of one update; what is saved is the end of the round before.
+    A signal ends a round anywhere, unless it goes through the networks at once; what is saved is the end of the round
+    before.
     """
     per_epoch = method.rounds_per_epoch
     num_rounds = config.epochs * per_epoch
+    at_once = min(config.batch_size, config.micro_batch_size or config.batch_size)
     save_at = {-(-num_rounds * i // config.checkpoints) for i in range(1, config.checkpoints + 1)}
     if _is_over(watch, state, policy, folder, tracker):
         return True
@@ -99,7 +101,7 @@ def _rounds(
         for epoch in range(state.cost.rounds // per_epoch, config.epochs):
             start = time.perf_counter()
             for round_ in method.collect(epoch, skip=state.cost.rounds % per_epoch):
-                several = round_.pairs is not None and len(round_.pairs) > config.batch_size
+                several = round_.pairs is not None and len(round_.pairs) > at_once
                 with saver.holding() if several else saver.whole():
                     rows = _train(method, policy, config, state, round_, seed=seed)
                     if state.cost.rounds % per_epoch == 0:
@@ -134,15 +136,21 @@ def _finish(state: State, folder: Path, *, stopped_early: bool) -> dict[str, Any
 def _is_over(watch: Watch | None, state: State, policy: LatentDiffusion, folder: Path, tracker: Tracker) -> bool:
     """Let the watch look if it is time; whether it ends the run, which then leaves a checkpoint.
 
-    What it takes is not counted as training. A look that a stopped run still owed is taken by the one that goes on.
+    What it takes is not counted as training. A look that a stopped run still owed is taken by the one that goes on, and
+    the verdict of one that it had taken is kept. Of several processes the first one's eyes count.
     """
-    if watch is None or not watch.is_due(state.cost, state.history.looks):
+    looks = state.history.looks
+    if watch is None:
         return False
-    row, pictures = watch.look(state.cost, state.history.looks)
-    state.history.looks.append(row)
-    _log_look(row, tracker)
-    tracker.log_image(f"watch/round-{state.cost.rounds:06d}", plain_sheet([[to_picture(each) for each in pictures]]))
-    over = watch.ends(state.history.looks)
+    if watch.is_due(state.cost, looks):
+        row, pictures = watch.look(state.cost, looks)
+        looks.append(row)
+        _log_look(row, tracker)
+        sheet = plain_sheet([[to_picture(each) for each in pictures]])
+        tracker.log_image(f"watch/round-{state.cost.rounds:06d}", sheet)
+    elif not looks or looks[-1]["round"] != state.cost.rounds:
+        return False
+    over = distributed.gather_objects(watch.ends(looks))[0]
     if over:
         save_checkpoint(policy, state.cost, folder / "checkpoints")
     return over

@@ -1,15 +1,12 @@
 """What watches over a training run: updates that must not be made, and signs that nothing is being learned."""
 
-import errno
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
-from spo.errors import TrainingError, one_line
+from spo.errors import TrainingError, is_out_of_memory, one_line
 
 AT_THE_CLIP = 0.9  # share of ratios at the clamp from which on an update teaches next to nothing
 NO_MARGIN = 1e-6  # below which scores count as all alike
@@ -92,14 +89,7 @@ def memory_advice(advice: str) -> Iterator[None]:
     """Turn running out of memory, on a GPU or not, into a TrainingError that gives the setting to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(f"out of memory: {advice} ({one_line(error, 160)})") from None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    signs = ("DefaultCPUAllocator", "CUDA out of memory", f"Error code {errno.ENOMEM}")
-    return any(sign in str(error) for sign in signs)

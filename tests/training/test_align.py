@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -41,9 +42,11 @@ SETTINGS = {
 }
 
 
-def train(pipeline: Path, folder: Path, name: str = "spo", *, seed: int = 0, watched=None, **settings) -> dict:
-    """`watched`: the values of an independent metric, look by look."""
-    folder.mkdir()
+def train(
+    pipeline: Path, folder: Path, name: str = "spo", *, seed: int = 0, watched=None, store=None, **settings
+) -> dict:
+    """`watched`: the values of an independent metric, look by look; store: a folder of states to go on from."""
+    folder.mkdir(exist_ok=store is not None)
     values = {
         "epochs": 2,
         "checkpoints": 2,
@@ -64,7 +67,8 @@ def train(pipeline: Path, folder: Path, name: str = "spo", *, seed: int = 0, wat
             lambda pictures: pictures.mean(dim=(1, 2, 3)),
             lambda pictures: torch.full((len(pictures),), next(values)),
         )
-    return align(method, policy, method.config, folder, NullTracker(), seed=seed, watch=watch)
+    states = StateStore(store, {"method": name}) if store else None
+    return align(method, policy, method.config, folder, NullTracker(), seed=seed, watch=watch, store=states)
 
 
 def paint(policy: LatentDiffusion) -> torch.Tensor:
@@ -193,6 +197,22 @@ def test_a_watch_that_sees_it_get_worse_ends_the_run_with_a_checkpoint(pipeline,
     assert [float(row["independent"]) for row in rows(tmp_path / "run" / "watch.csv")] == [0.5, 0.6, 0.55, 0.5]
 
 
+def test_a_verdict_that_was_stopped_before_its_checkpoint_is_kept_by_the_run_that_goes_on(
+    pipeline, tmp_path, monkeypatch
+):
+    module = sys.modules["spo.training.align"]
+    save = module.save_checkpoint
+    settings = {"epochs": 5, "checkpoints": 1, "watched": [0.5, 0.6, 0.55, 0.5, 0.9], "store": tmp_path / "states"}
+    monkeypatch.setattr(module, "save_checkpoint", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped), stoppable():
+        train(pipeline, tmp_path / "run", **settings)
+    monkeypatch.setattr(module, "save_checkpoint", save)
+    metrics = train(pipeline, tmp_path / "run", **settings)
+    assert metrics["stopped_early"]
+    assert metrics["rounds"] == 3
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+
+
 def poisoned(pipeline: Path, bad: tuple[int, ...]) -> tuple[Method, AlignConfig]:
     """SPO whose loss is nan at the updates of these numbers."""
     policy = make_tiny_denoiser("sd15", pipeline)
@@ -245,9 +265,10 @@ def test_running_out_of_memory_while_sampling_names_the_prompts(pipeline, tmp_pa
         align(method, method.policy, config, tmp_path, NullTracker())
 
 
+@pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_that_a_signal_ends_in_an_update_goes_on_to_the_same_weights_and_history(pipeline, tmp_path, name):
-    settings = {**SETTINGS[name], "epochs": 2, "checkpoints": 2, "lora": LoraConfig(rank=2)}
+def test_a_run_that_a_signal_ends_in_an_update_goes_on_to_the_same_weights_and_history(pipeline, tmp_path, name, micro):
+    settings = {**SETTINGS[name], "epochs": 2, "checkpoints": 2, "lora": LoraConfig(rank=2), "micro_batch_size": micro}
 
     def run(folder: Path, *, cut_at: int | None = None) -> dict:
         policy = make_tiny_denoiser("sd15", pipeline)
