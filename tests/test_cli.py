@@ -1,3 +1,4 @@
+import errno
 import importlib
 import os
 import re
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from spo import tracking
 from spo.__main__ import STAGES, main, only_one, settings
@@ -156,6 +158,35 @@ def test_a_users_mistake_is_one_line_and_code_1(
     run_fails_with(monkeypatch, DataError("no.txt is missing"))
     assert main(["prepare"]) == 1
     assert capsys.readouterr().err == "error: no.txt is missing\n"
+
+
+@pytest.mark.usefixtures("tracker")
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "make room"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "smaller batch"),
+        (MemoryError(), "smaller batch"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_with_the_mend(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, mend: str
+) -> None:
+    run_fails_with(monkeypatch, error)
+    assert main(["prepare"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and mend in said and said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("tracker")
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("shapes differ")])
+def test_other_errors_of_the_system_are_not_hidden(
+    project: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run_fails_with(monkeypatch, error)
+    with pytest.raises(type(error)):
+        main(["prepare"])
 
 
 @pytest.mark.usefixtures("tracker")

@@ -78,6 +78,11 @@ class Config(Section):
         """Where a job (stage, method, seed) keeps what it goes on from when stopped; nothing that DVC looks at."""
         return Path(".cache") / "state" / Path(self.profile, *job)
 
+    @property
+    def latents_folder(self) -> Path:
+        """Where the prepared pairs' latents and labels are kept; nothing that DVC looks at."""
+        return Path(".cache") / "latents" / self.profile
+
 
 def load_config(root: Path = Path(), profile: str | None = None) -> Config:
     """Read params.yaml and the profile it names (or `profile`); ConfigError in one line if anything is wrong."""

@@ -23,8 +23,8 @@ from spo.models.base import LatentDiffusion
 from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
 from spo.stages.align_watch import build_watch
+from spo.stages.pairs import load_pairs
 from spo.stages.preference_scorer import load_scorer
-from spo.stages.train_preference import load_pairs
 from spo.tracking import Tracker
 from spo.training.align import align
 from spo.training.history import Cost
@@ -100,7 +100,8 @@ def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: in
         case D3poConfig() as settings:
             return D3po(settings, policy, build_judge(config, settings.scoring, policy, root), prompts, seed=seed)
         case DiffusionDpoConfig() as settings:
-            pairs = load_pairs(prepared / "preferences" / "train.parquet", policy, config)
+            file, cache = prepared / "preferences" / "train.parquet", root / config.latents_folder
+            pairs = load_pairs(file, policy, config, cache=cache)
             return DiffusionDpo(settings, policy, pairs.latents, pairs.label, pairs.captions, seed=seed)
 
 

@@ -6,32 +6,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 
 from spo import distributed
 from spo.checkpoint import Saver, State, StateStore, fingerprints
-from spo.config import Config, LabelsConfig
-from spo.data.ahead import ahead
-from spo.data.images import decode_image
-from spo.data.preferences import PreferencePair, PreferencePairs
+from spo.config import Config
 from spo.device import best_device
-from spo.errors import DataError
 from spo.files import atomic_path, write_json
-from spo.models.base import LatentDiffusion
 from spo.models.load import build
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
-from spo.preference.labels import human_labels, prompt_weights, pseudo_labels
-from spo.preference.score import PreferenceScorer
 from spo.progress import Progress, progress
+from spo.stages.pairs import load_pairs
 from spo.tables import write_csv
 from spo.tracking import Tracker
 from spo.training.guards import memory_advice
 from spo.training.preference import LabelledPairs, StepAwareTraining
-
-PAIRS_AT_A_TIME = 32
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
@@ -39,11 +28,13 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     start = time.perf_counter()
     settings = config.train_preference
     prepared = root / config.folder("prepare") / "preferences"
-    device = best_device()
+    cache, device = root / config.latents_folder, best_device()
     base = build(config.model, config.sampling, device)
     validation = None
     if config.prepare.preferences is not None:
-        validation = load_pairs(prepared / "validation.parquet", base, config, limit=settings.evaluate_pairs)
+        validation = load_pairs(
+            prepared / "validation.parquet", base, config, cache=cache, limit=settings.evaluate_pairs
+        )
     if settings.checkpoint is not None:
         preference = load_preference_model(settings.checkpoint)
     else:
@@ -59,7 +50,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     else:
         store = state_store(config, root)
         done = _restored(training, store) or Done(accuracy=_accuracies(training, validation, "start", config))
-        _train(training, load_pairs(prepared / "train.parquet", base, config), config, store, done, tracker)
+        pairs = load_pairs(prepared / "train.parquet", base, config, cache=cache)
+        _train(training, pairs, config, store, done, tracker)
         done.accuracy += _accuracies(training, validation, "trained", config)
     with distributed.written_by_main(atomic_path(root / config.folder("train_preference"))) as folder:
         save_preference_model(preference.model.cpu(), preference.tokenizer, preference.preprocess, folder / "model")
@@ -172,58 +164,3 @@ def _metrics(accuracy: list[dict[str, Any]], history: list[dict[str, float]]) ->
     tail = history[-50:]
     loss = {"loss": round(sum(row["loss"] for row in tail) / len(tail), 4)} if tail else {}
     return {"accuracy": by_model, "pairs": accuracy[0]["n"] if accuracy else 0, "steps": len(history), **loss}
-
-
-def load_pairs(path: Path, base: LatentDiffusion, config: Config, *, limit: int | None = None) -> LabelledPairs:
-    """Prepared pairs (the first `limit`) with their images encoded once, and their labels: people's, or a model's.
-
-    Raises DataError where no pair is decided, for then there is nothing to learn or to measure.
-    """
-    labels, resolution = config.train_preference.labels, config.model.resolution
-    stored = PreferencePairs(path)
-    num_pairs = min(len(stored), limit or len(stored))
-    judge = _judge(labels, base) if labels.model else None
-    latents, label = [], []
-    shared_out = num_pairs >= distributed.count()
-    mine = torch.arange(num_pairs)[distributed.share(num_pairs) if shared_out else slice(None)]
-
-    def read(pairs: list[PreferencePair]) -> tuple[list[PreferencePair], Tensor]:
-        images = torch.stack([_pixels(image, resolution) for pair in pairs for image in (pair.image_0, pair.image_1)])
-        return pairs, images.pin_memory() if base.device.type == "cuda" else images
-
-    parts = mine.split(PAIRS_AT_A_TIME)
-    stored_parts = ([stored[i] for i in part.tolist()] for part in parts)
-    decoded = ahead(read, stored_parts, depth=2)
-    for pairs, pixels in progress(decoded, total=len(parts), label=f"encode {path.stem} pairs"):
-        images = pixels.to(base.device, non_blocking=True).float() / 255
-        latents.append(base.encode_images(images).cpu().unflatten(0, (-1, 2)))
-        label.append(_opinion(judge, images, pairs, labels) if judge else _votes(pairs))
-    captions = stored.captions[:num_pairs]
-    encoded = torch.cat(latents), torch.cat(label)
-    if shared_out:
-        encoded = distributed.gather(encoded[0]), distributed.gather(encoded[1])
-    result = LabelledPairs(*encoded, prompt_weights(captions), captions)
-    if not (result.label[:, 0] != result.label[:, 1]).any():
-        raise DataError(f"{path}: all {len(result)} pairs are ties; there must be decided ones")
-    return result
-
-
-def _judge(labels: LabelsConfig, base: LatentDiffusion) -> PreferenceScorer:
-    assert labels.model is not None  # the configuration sees to it
-    return PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
-
-
-def _votes(pairs: list[PreferencePair]) -> Tensor:
-    return human_labels(torch.tensor([[pair.label_0, pair.label_1] for pair in pairs]))
-
-
-def _opinion(judge: PreferenceScorer, images: Tensor, pairs: list[PreferencePair], labels: LabelsConfig) -> Tensor:
-    text = judge.encode([pair.caption for pair in pairs]).repeat_interleave(2, dim=0)
-    scores = judge(images, text, torch.zeros(len(images), dtype=torch.long)).cpu()
-    return pseudo_labels(scores.unflatten(0, (-1, 2)), tie_margin=labels.tie_margin)
-
-
-def _pixels(data: bytes, resolution: int) -> Tensor:
-    """Image bytes as (3, resolution, resolution) of 8 bits: shortest side resized, centre cropped."""
-    image = ImageOps.fit(decode_image(data), (resolution, resolution), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

@@ -2,8 +2,8 @@
 
     python tests/soak/memory.py [MINUTES] [FILE]
 
-Each turn is the stage `align` of the profile tiny as `make repro` runs it, with tracker, watch, checkpoints and a state
-after every round; a line a round goes to FILE (build/soak.csv) as CSV. All pairs are kept, so that updates have the
+Each turn is the stage `align` of the profile tiny at its full size, with tracker, watch, checkpoints and a state after
+every round; a line a round goes to FILE (build/soak.csv) as CSV. All pairs are kept, so that updates have the
 same few sizes: oneDNN keeps machine code for each new size, up to a limit, which is no leak and would hide one. Memory
 is what is resident once the C library's allocator has given back what is free (glibc's malloc_trim): it keeps hundreds
 of MiB by it, more or less from round to round. Exit code 1 where the last third of the rounds took more than the first

@@ -114,3 +114,16 @@ def test_a_watched_method_tells_what_the_judge_saw(project: Path, config: Config
         looks = list(csv.DictReader(file))
     assert float(looks[0]["gap"]) == 0
     assert len(looks) > 1 and all(0 <= float(look["independent"]) <= 1 for look in looks)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_of_a_base_in_half_precision_can_be_watched(project: Path, config: Config) -> None:
+    half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    with contextlib.chdir(project):
+        policy = align.build_policy(half, "dpo")
+        policy.unfreeze()
+        watch = align.build_watch(half, "dpo", policy, root=Path())
+        assert watch is not None
+        pictures = watch.paint()
+    assert pictures.shape[0] == 2
+    assert pictures.isfinite().all()
