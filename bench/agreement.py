@@ -54,7 +54,7 @@ def agreement(size: str, *, prompts: int | None, tiny_vae: str | None) -> dict[s
             "pairs": same.all(dim=1).float().mean().item(),
             "wins": same[:, 0].float().mean().item(),
             "loses": same[:, 1].float().mean().item(),
-            "clear_pairs": same.all(dim=1)[exact.margin > 0.2].float().mean().item(),  # threshold of the default
+            "clear_pairs": same.all(dim=1)[exact.margin > 0.2].float().mean().item(),
             "seconds": clock(device) - start,
         }
     return result

@@ -1,0 +1,108 @@
+"""The prepared pairs as training sees them."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from spo.config import Config, load_config
+from spo.models.base import LatentDiffusion
+from spo.models.load import build
+from spo.stages import pairs as module
+from spo.stages import prepare
+from spo.stages.pairs import load_pairs
+from spo.tracking import NullTracker
+from spo.training.preference import LabelledPairs
+from tests.test_pipeline import make_project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_project(tmp_path_factory.mktemp("pairs") / "project", "sd15")
+    with contextlib.chdir(root):
+        prepare.run(load_config(), tracker=NullTracker())
+    return root
+
+
+@pytest.fixture
+def config(project: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.chdir(project)
+    return load_config()
+
+
+@pytest.fixture
+def base(config: Config) -> LatentDiffusion:
+    return build(config.model, config.sampling, "cpu")
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each call of the autoencoder got."""
+    counts: list[int] = []
+    encode = LatentDiffusion.encode_images
+
+    def counted(self: LatentDiffusion, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        counts.append(len(images))
+        return encode(self, images, generator)
+
+    monkeypatch.setattr(LatentDiffusion, "encode_images", counted)
+    return counts
+
+
+def load(config: Config, base: LatentDiffusion, cache: Path, *, split: str = "train") -> LabelledPairs:
+    return load_pairs(config.folder("prepare") / "preferences" / f"{split}.parquet", base, config, cache=cache)
+
+
+def same(one: LabelledPairs, other: LabelledPairs) -> bool:
+    return torch.equal(one.latents, other.latents) and torch.equal(one.label, other.label)
+
+
+def test_pictures_are_encoded_once_and_the_same_latents_come_back(
+    config: Config, base: LatentDiffusion, encoded: list[int], tmp_path: Path
+) -> None:
+    first = load(config, base, tmp_path)
+    assert sum(encoded) == 2 * len(first)
+    encoded.clear()
+    assert same(load(config, base, tmp_path), first)
+    assert encoded == []
+    load(config, base, tmp_path, split="validation")
+    assert encoded  # another data set
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_autoencoder_or_resolution_is_encoded_anew_in_place_of_the_old(
+    config: Config, base: LatentDiffusion, encoded: list[int], tmp_path: Path
+) -> None:
+    first = load(config, base, tmp_path)
+    encoded.clear()
+    with torch.no_grad():
+        next(base.vae.parameters()).mul_(1.5)
+    second = load(config, base, tmp_path)
+    assert encoded and not same(first, second)
+    encoded.clear()
+    smaller = config.model_copy(update={"model": config.model.model_copy(update={"resolution": 8})})
+    assert load(smaller, base, tmp_path).latents.shape != second.latents.shape
+    assert encoded
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_kept_and_damaged_is_made_anew(
+    config: Config, base: LatentDiffusion, encoded: list[int], tmp_path: Path
+) -> None:
+    first = load(config, base, tmp_path)
+    encoded.clear()
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert same(load(config, base, tmp_path), first)
+    assert encoded
+    encoded.clear()
+    assert same(load(config, base, tmp_path), first)
+    assert not encoded
+
+
+def test_a_picture_is_cut_to_a_square_of_eight_bits(config: Config) -> None:
+    stored = module.PreferencePairs(config.folder("prepare") / "preferences" / "train.parquet")
+    pixels = module._pixels(stored[0].image_0, 24)
+    assert (pixels.shape, pixels.dtype) == ((3, 24, 24), torch.uint8)
