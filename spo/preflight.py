@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from spo.config import ClipMetricConfig, Config
+from spo.config import ClipMetricConfig, Config, SampledConfig
 from spo.errors import ConfigError
 
 PROMPTS, PAIRS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"), (".jsonl", ".parquet")
 WITH_MODEL = ("train_preference", "align", "evaluate")
 GIB = 2**30
+CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, where the hub's are not here to be measured
+UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # where it is not here
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,16 @@ def _models(config: Config) -> Iterator[Finding]:
     for metric in evaluate.metrics:
         if isinstance(metric, ClipMetricConfig) and metric.name in needed:
             yield _repository(f"evaluate.metrics.{metric.name}", metric.model, "config.json", ("evaluate",))
+    for name in config.methods:
+        method = config.align[name]
+        if isinstance(method, SampledConfig) and method.scoring.tiny_vae:
+            yield _repository(f"align.{name}.scoring.tiny_vae", method.scoring.tiny_vae, "config.json", ("align",))
+        if method.watch and isinstance(method.watch.metric, ClipMetricConfig):
+            yield _repository(f"align.{name}.watch.metric", method.watch.metric.model, "config.json", ("align",))
+    if config.launch.accelerate_config:
+        path = Path(config.launch.accelerate_config)
+        good, detail = _file(path, (".yaml", ".yml", ".json"))
+        yield Finding("launch.accelerate_config", good, f"{path} {detail}", ("train_preference", "align", "evaluate"))
 
 
 def _repository(what: str, name: str, file: str, stages: tuple[str, ...]) -> Finding:
@@ -113,16 +125,33 @@ def _hub(name: str, file: str | None = None) -> tuple[bool, str]:
 
 
 def _disk(config: Config, root: Path) -> Finding:
-    """Room for three states of the preference model (weights and two moments each), its result and the images."""
-    weights = Path(config.train_preference.start_from)
-    states = 0 if config.train_preference.checkpoint or not weights.is_dir() else 10 * _bytes(weights)
+    """Room for three states (weights and two moments each) and the results of each training, and for the images.
+
+    Trainings follow one another, so of states the largest count. A LoRA's are small, and left out.
+    """
+    start = Path(config.train_preference.start_from)
+    weights = _bytes(start) if start.is_dir() else CLIP_BYTES
+    preference = 0 if config.train_preference.checkpoint else weights
+    whole = [config.align[name] for name in config.methods if config.align[name].full_fine_tuning]
+    unet = _unet_bytes(config) if whole else 0
+    kept = preference + unet * sum(method.checkpoints for method in whole) * len(config.training_seeds)
+    copied = unet * max((method.checkpoints for method in whole), default=0)  # while checkpoints become the output
+    states = kept + max(9 * preference, 9 * unet + copied)
     evaluate = config.evaluate
     columns = 2 + len(config.methods) * len(config.training_seeds) + len(evaluate.loras)
     images = evaluate.num_prompts * evaluate.images_per_prompt * columns * 2 * config.model.resolution**2
     needed, free = states + images, shutil.disk_usage(root).free
     detail = f"{_size(free)} are free, about {_size(needed)} will be needed"
     mend = "" if free > needed else "; make room, or move the project"
-    return Finding("disk", free > needed, f"{detail}{mend}", ("train_preference", "evaluate"))
+    return Finding("disk", free > needed, f"{detail}{mend}", ("train_preference", "align", "evaluate"))
+
+
+def _unet_bytes(config: Config) -> int:
+    """Of the UNet in float32, in which it is trained."""
+    folder = Path(config.model.path) / "unet"
+    if not folder.is_dir():
+        return UNET_BYTES[config.model.family]
+    return _bytes(folder) * (1 if config.model.dtype == "float32" else 2)
 
 
 def _bytes(folder: Path) -> int:

@@ -48,6 +48,8 @@ def test_the_shipped_default_lacks_nothing(
         ("model.vae", "./no-vae", "is no folder here", "train_preference"),
         ("train_preference.start_from", "nowhere", "is no folder here", "train_preference"),
         ("train_preference.checkpoint", "data/prompts", "has no config.json", "train_preference"),
+        ("align.spo.scoring.tiny_vae", "nowhere", "is no folder here", "align"),
+        ("launch.accelerate_config", "no.yaml", "no.yaml does not exist", "align"),
     ],
 )
 def test_what_is_missing_ends_its_stage_and_is_a_warning_to_the_others(
@@ -91,3 +93,21 @@ def test_a_disk_too_small_for_the_states_is_said_with_both_sizes(
     [finding] = [finding for finding in findings(config, ROOT) if not finding.good]
     assert finding.what == "disk"
     assert "977 KiB are free, about " in finding.detail
+
+
+def test_full_fine_tuning_needs_room_for_its_checkpoints(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+    def needed(config: Config) -> float:
+        [detail] = [finding.detail for finding in findings(config, ROOT) if finding.what == "disk"]
+        number, unit = detail.split("about ")[1].split()[:2]
+        return float(number) * {"MiB": 2**20, "GiB": 2**30}[unit]
+
+    whole = changed(config, "align.diffusion_dpo.full_fine_tuning", True)
+    checkpoints = config.align["diffusion_dpo"].checkpoints
+    unet = sum(file.stat().st_size for file in (ROOT / config.model.path / "unet").iterdir())
+    rounding = 2 * 2**20
+    assert needed(whole) - needed(config) > 2 * checkpoints * unet - rounding  # kept, and copied once more
+    assert needed(changed(whole, "training_seeds", [0, 1])) - needed(whole) > checkpoints * unet - rounding
+    hub = changed(whole, "model.path", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert needed(hub) > 2 * checkpoints * 4 * 860e6

@@ -5,6 +5,7 @@ temporary folder, over the profile's own models and data: a few prompts and pair
 What that takes tells what the whole will take.
 """
 
+import math
 import shutil
 import tempfile
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import torch
 
 from spo.config import Config, DiffusionDpoConfig, MethodConfig, SampledConfig
@@ -138,15 +140,40 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
             most = (method.rollouts_per_epoch or num_prompts) * method.prompts_per_rollout
             sampled = method.epochs * min(num_prompts, most)
             counts[f"align {name}"] = seeds * sampled * _cost(config, folder, name)["unet_forwards"] / SAMPLED
-        if isinstance(method, DiffusionDpoConfig) and method.updates_per_epoch:
-            pairs = seeds * method.epochs * method.updates_per_epoch * method.batch_size
-            counts[f"align {name}"] = 4.0 * pairs  # two images, policy and reference
+        if isinstance(method, DiffusionDpoConfig):
+            pairs = _num_pairs(config, root)
+            if method.updates_per_epoch:
+                pairs = min(pairs or math.inf, method.updates_per_epoch * method.batch_size)
+            counts[f"align {name}"] = 4.0 * seeds * method.epochs * (pairs or 0)  # two images, policy and reference
     evaluate = config.evaluate
     columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
     checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)
     images = evaluate.num_prompts * evaluate.images_per_prompt * len(evaluate.etas) * columns
     images += evaluate.num_validation_prompts * (1 + checkpoints)
     return {**counts, "evaluate": 2.0 * evaluate.steps * images}
+
+
+def _num_pairs(config: Config, root: Path) -> float | None:
+    """About how many pairs will be trained on; None where that is known only when they have been fetched."""
+    preferences = config.prepare.preferences
+    if preferences is None or (preferences.source.startswith("hub:") and not preferences.max_pairs):
+        return None
+    counted = math.inf
+    if not preferences.source.startswith("hub:"):
+        source = root / preferences.source
+        files = [source] if source.is_file() else sorted(source.iterdir())
+        counted = sum(_num_rows(file) for file in files)
+    share = 1 - config.prepare.validation_fraction - config.prepare.test_fraction
+    return min(counted, preferences.max_pairs or math.inf) * share
+
+
+def _num_rows(file: Path) -> int:
+    if file.suffix.lower() == ".parquet":
+        return pq.read_metadata(file).num_rows
+    if file.suffix.lower() == ".jsonl":
+        with file.open("rb") as lines:
+            return sum(1 for _ in lines)
+    return 0
 
 
 def _seconds_a_forward(config: Config, folder: Path) -> float:

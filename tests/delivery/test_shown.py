@@ -26,11 +26,11 @@ def test_metrics_have_every_stage_and_a_change_shows_as_a_difference(ran: Path, 
 
     project = tmp_path / "project"
     shutil.copytree(ran, project, symlinks=True)
-    assert shown("dvc metrics diff --json", project).get("diff", {}) == {}
+    assert shown("dvc metrics diff --json", project) == {}
     values = json.loads((project / EVALUATION).read_text())
     values["spo"]["aesthetic"] = before + 0.25
     (project / EVALUATION).write_text(json.dumps(values))
-    [(name, change)] = shown("dvc metrics diff --json", project)["diff"][EVALUATION].items()
+    [(name, change)] = shown("dvc metrics diff --json", project)[EVALUATION].items()
     assert name == "spo.aesthetic"
     assert change["diff"] == pytest.approx(0.25)
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from spo.__main__ import main
-from spo.config import SampledConfig, load_config
-from spo.stages.check import miniature
+from spo.config import Config, SampledConfig, load_config
+from spo.stages.check import forwards, miniature
 from tests.test_pipeline import make_project
 
 ROOT = Path(__file__).parents[2]
@@ -78,3 +78,13 @@ def test_every_profile_has_a_miniature_with_the_same_models_and_samplers(profile
     for method in small.align.values():
         assert method.epochs == 1
         assert not isinstance(method, SampledConfig) or method.rollouts_per_epoch == 1
+
+
+def test_the_time_of_diffusion_dpo_is_told_from_the_pairs_there_are(tmp_path: Path) -> None:
+    config = load_config(ROOT, "tiny").model_copy(update={"methods": ("diffusion_dpo",)})
+    share = 1 - config.prepare.validation_fraction - config.prepare.test_fraction
+    whole = forwards(config, ROOT, tmp_path)["align diffusion_dpo"]
+    assert whole == pytest.approx(4 * config.align["diffusion_dpo"].epochs * 4608 * share)
+    fewer = config.model_dump()
+    fewer["prepare"]["preferences"]["max_pairs"] = 1000
+    assert forwards(Config.model_validate(fewer), ROOT, tmp_path)["align diffusion_dpo"] < whole / 4
