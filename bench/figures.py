@@ -19,11 +19,11 @@ def read(name: str) -> list[dict[str, str]]:
 def series(row: dict[str, str]) -> str:
     """Which of the sweep's series a row belongs to."""
     if row["method"] == "diffusion_dpo":
-        return "Diffusion-DPO" if row["pairs"] == "prepared" else "Diffusion-DPO, one checkpoint"
-    return "SPO" if row["preference_steps"] == FULL else "SPO, short judge"
+        return "DPO mixed" if row["pairs"] == "prepared" else "DPO one"
+    return "SPO" if row["preference_steps"] == FULL else "SPO short"
 
 
-SERIES = ("SPO", "SPO, short judge", "Diffusion-DPO", "Diffusion-DPO, one checkpoint")
+SERIES = ("SPO", "SPO short", "DPO mixed", "DPO one")  # of judge, and of the pairs' checkpoints
 
 
 def sweep(name: str, score: str, *, over: str, share: str | None = None, temperature: str | None = None) -> str:
@@ -38,11 +38,11 @@ def sweep(name: str, score: str, *, over: str, share: str | None = None, tempera
     ]
     rows.sort(key=lambda row: (float(row[over]), SERIES.index(series(row))))
     spans = [
-        Span(f"{series(row)}, {row[over]}", *(float(row[key]) for key in ("difference", "low", "high")),
+        Span(f"{row[over]} {series(row)}", *(float(row[key]) for key in ("difference", "low", "high")),
              SERIES.index(series(row)))
         for row in rows
     ]  # fmt: skip
-    return interval_chart(name, spans, x_label=f"{score}: gain over the base, by {over}")
+    return interval_chart(name, spans, x_label=f"{score}: gain by {over}")
 
 
 def methods() -> str:

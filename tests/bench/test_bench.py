@@ -1,8 +1,12 @@
 """The benchmarks measure what they say: both paths do the same, and every second is counted once."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
+from bench import figures
 from bench.flops import count
 from bench.measure import Stopwatch
 from bench.ours import OurPath
@@ -10,6 +14,8 @@ from bench.plain import PlainPath
 from bench.profile_step import REST, SECTIONS, profile, show
 from bench.spo_step import compare
 from bench.systems import make_system
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(path):
@@ -56,3 +62,14 @@ def test_operations_grow_with_backward_and_with_the_adapter():
     few, many = count("mini", 2), count("mini", 8)
     assert 0 < few.unet == many.unet
     assert 1.5 * few.unet < few.unet_train < many.unet_train < 4 * many.unet
+
+
+def test_the_committed_figures_are_of_the_committed_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "experiments"
+    shutil.copytree(ROOT / figures.FOLDER, folder)
+    monkeypatch.setattr(figures, "FOLDER", folder)
+    assert figures.main() == 0
+    drawn = sorted(folder.glob("*.svg"))
+    assert drawn
+    for file in drawn:
+        assert file.read_bytes() == (ROOT / "docs" / "experiments" / file.name).read_bytes(), f"{file.name} is stale"
