@@ -39,7 +39,7 @@ class LatentDiffusion(ABC):
         unet_batch_size: samples, each half of the guidance counted, that the UNet takes at a time without gradients;
             None: 64, and fewer where they would have more than 32 times 64 x 64 positions
         vae_batch_size: images that the VAE takes at a time; None: 16, and fewer where they would have more than 8 times
-            512 x 512 pixels
+            512 x 512 pixels, or on a CPU 128 x 128
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class LatentDiffusion(ABC):
         self.preview: AutoencoderTiny | None = None  # decodes in the VAE's place
         self.dtype = pipeline.unet.dtype
         self.device = pipeline.unet.device
-        self.vae_batch_size = vae_batch_size or min(16, max(1, 8 * 512**2 // resolution**2))
+        pixels = 8 * (128 if self.device.type == "cpu" else 512) ** 2
+        self.vae_batch_size = vae_batch_size or min(16, max(1, pixels // resolution**2))
         self.forwards = 0  # samples that went through the UNet, each half of the guidance counted
         self.decodes = 0  # images that `decode` made
         size = resolution // pipeline.vae_scale_factor
