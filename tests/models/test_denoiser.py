@@ -1,5 +1,8 @@
 """The contract of every model family, on random tiny weights."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -231,6 +234,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder):
     found = []
     for compiled in (False, True):
