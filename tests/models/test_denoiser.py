@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from tests.models.tiny import RESOLUTION, draw_latents, make_tiny_denoiser, samp
 
 PROMPTS = ["a red house", "two cats on a mat", "fog"]
 T = torch.tensor([801, 401, 1])
+HEADERS = Path(sysconfig.get_path("include"), "Python.h")
+CAN_COMPILE = HEADERS.is_file() and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def test_both_halves_of_the_guidance_in_one_call_equal_two_calls(denoiser):
@@ -234,7 +238,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a C++ compiler and Python's headers")
 def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder):
     found = []
     for compiled in (False, True):
