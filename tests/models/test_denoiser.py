@@ -238,6 +238,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what torch does to compile
 @pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a C++ compiler and Python's headers")
 def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder):
     found = []
