@@ -22,7 +22,7 @@ test: $(STAMP)
 bench: $(STAMP)  # on the CPU; docs/performance.md has the commands for a GPU
 	$(BIN)/python -m bench.profile_step --size tiny
 	$(BIN)/python -m bench.profile_step --size small --micro-batch-size 5
-	$(BIN)/python -m bench.spo_step --size small --micro-batch-size 5
+	$(BIN)/python -m bench.spo_step --size small --micro-batch-size 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check
