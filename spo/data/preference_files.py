@@ -119,7 +119,7 @@ def _parquet_rows(file: Path | BinaryIO, source: str, buffer_size: int) -> Itera
                     yield RawRow(source, number, {key: _unwrap(row[name]) for key, name in names.items()})
     except RowError as error:
         yield RawRow(source, None, error)
-    except pa.ArrowException as error:
+    except (UnicodeDecodeError, pa.ArrowException) as error:
         yield RawRow(source, None, RowError("file broken", f"after row {number}: {_one_line(error)}"))
 
 

@@ -190,7 +190,7 @@ def _column(path: Path, field: str | None) -> Iterator[Row]:
                 raise _no_field(chosen, schema.names, path)
             batches = file.iter_batches(batch_size=1024, columns=[chosen])
             yield from enumerate((value for batch in batches for value in batch.column(0).to_pylist()), start=1)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from None
 
 
