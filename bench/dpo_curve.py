@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.measure import quiet
-from bench.workbench import Ruler, adopt, cells, checkpoints, means_of, place
+from bench.measure import mistakes_in_one_line, quiet
+from bench.workbench import QUICK, Ruler, adopt, cells, checkpoints, means_of, place
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.evaluation.cost import Point, saving
@@ -28,7 +28,6 @@ from spo.tracking import NullTracker
 
 Row = dict[str, Any]
 METHOD = "diffusion_dpo"
-QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
 
 
 def curve(config: Config, runs: Sequence[Config], *, seed: int, against: Sequence[str], root: Path) -> list[Row]:
@@ -130,6 +129,7 @@ def longer(
     return config.model_copy(update={"align": {**config.align, METHOD: settings}, "evaluate": evaluate})
 
 
+@mistakes_in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.dpo_curve", description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
@@ -144,18 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     epochs, num_checkpoints = (1, 2) if options.quick else (options.epochs, options.checkpoints)
     size: dict[str, Any] = {"epochs": epochs, "num_checkpoints": num_checkpoints, "quick": options.quick}
-    try:
-        config = load_config()
-        runs = [
-            longer(config, **size, rate=rate, schedule=options.schedule) for rate in options.learning_rates or [None]
-        ]
-        config = config.model_copy(update={"evaluate": runs[0].evaluate})
-        rows = curve(config, runs, seed=options.seed, against=options.against, root=Path())
-        write_csv(options.out, rows)
-        print("\n".join([*told(rows, config), str(options.out)]))
-    except SpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = load_config()
+    runs = [longer(config, **size, rate=rate, schedule=options.schedule) for rate in options.learning_rates or [None]]
+    config = config.model_copy(update={"evaluate": runs[0].evaluate})
+    rows = curve(config, runs, seed=options.seed, against=options.against, root=Path())
+    write_csv(options.out, rows)
+    print("\n".join([*told(rows, config), str(options.out)]))
     return 0
 
 

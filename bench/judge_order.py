@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import at_least, quiet, table
+from bench.measure import at_least, mistakes_in_one_line, quiet, table
 from spo.config import Config, SpoConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
@@ -113,6 +113,7 @@ def show(rows: Sequence[Row], names: Sequence[str]) -> str:
     return table([["t", "pairs kept", *names], *lines])
 
 
+@mistakes_in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.judge_order", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path, help="folders (default: what train_preference left)")
@@ -126,32 +127,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/judge_order.csv"))
     options = parser.parse_args(arguments)
     quiet()
-    try:
-        config = load_config()
-        settings = config.align.get(options.method)
-        if not isinstance(settings, SpoConfig):
-            raise SpoError(
-                f"profile {config.profile} has no SPO called {options.method}; it has {sorted(config.align)}"
-            )
-        if options.candidates is not None:
-            settings = SpoConfig.model_validate({**settings.model_dump(), "candidates": options.candidates})
-        file = Path(config.folder("prepare")) / "prompts" / "validation.txt"
-        if not file.is_file():
-            raise SpoError(f"{file} is missing; run `python -m spo prepare`")
-        prompts = file.read_text(encoding="utf-8").splitlines()[: options.prompts]
-        everything: list[Row] = []
-        for folder in options.models or [Path(config.folder("train_preference")) / "model"]:
-            scorer: Scorer = PreferenceScorer(load_preference_model(folder), device=best_device())
-            told = 0 if config.train_preference.blind else settings.judged_at
-            scorer = scorer if told is None else BlindScorer(scorer, told)
-            rows = measure(config, scorer, prompts, settings)
-            everything += [{"model": str(folder), **row} for row in rows]
-            print(f"{folder}\n\n{show(rows, (config.evaluate.primary, *config.evaluate.guarded))}\n")
-            write_csv(options.out, everything)
-        print(options.out)
-    except SpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = load_config()
+    settings = config.align.get(options.method)
+    if not isinstance(settings, SpoConfig):
+        raise SpoError(f"profile {config.profile} has no SPO called {options.method}; it has {sorted(config.align)}")
+    if options.candidates is not None:
+        settings = SpoConfig.model_validate({**settings.model_dump(), "candidates": options.candidates})
+    file = Path(config.folder("prepare")) / "prompts" / "validation.txt"
+    if not file.is_file():
+        raise SpoError(f"{file} is missing; run `python -m spo prepare`")
+    prompts = file.read_text(encoding="utf-8").splitlines()[: options.prompts]
+    everything: list[Row] = []
+    for folder in options.models or [Path(config.folder("train_preference")) / "model"]:
+        scorer: Scorer = PreferenceScorer(load_preference_model(folder), device=best_device())
+        told = 0 if config.train_preference.blind else settings.judged_at
+        scorer = scorer if told is None else BlindScorer(scorer, told)
+        rows = measure(config, scorer, prompts, settings)
+        everything += [{"model": str(folder), **row} for row in rows]
+        print(f"{folder}\n\n{show(rows, (config.evaluate.primary, *config.evaluate.guarded))}\n")
+        write_csv(options.out, everything)
+    print(options.out)
     return 0
 
 

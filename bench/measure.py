@@ -1,23 +1,27 @@
 """Clocks, memory and the machine's own rate: what the benchmarks measure with."""
 
 import argparse
+import functools
 import os
 import platform
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import diffusers
 import psutil
 import torch
 import transformers
 
+from spo.errors import SpoError
 from spo.files import write_json
 
+P = ParamSpec("P")
 RESULTS = Path("bench/results")
 
 
@@ -122,16 +126,32 @@ def save(path: Path, result: dict[str, Any]) -> None:
     print(f"\nall figures: {path}")
 
 
-def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
-    """A command line's number that must not be smaller, for argparse's `type`."""
+def at_least(
+    least: float, kind: type[int] | type[float] = int, *, most: float = sys.float_info.max
+) -> Callable[[str], Any]:
+    """A command line's number from `least` to `most`, for argparse's `type`."""
 
     def number(text: str) -> Any:
         value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
         return value
 
     return number
+
+
+def mistakes_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
+    """A command that tells a user's mistake in its one line, and ends with code 1."""
+
+    @functools.wraps(main)
+    def told(*arguments: P.args, **options: P.kwargs) -> int:
+        try:
+            return main(*arguments, **options)
+        except SpoError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return told
 
 
 def quiet() -> None:

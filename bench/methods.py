@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import at_least, quiet
-from bench.workbench import Ruler, adopt, cells, digest, means_of, place
+from bench.measure import at_least, mistakes_in_one_line, quiet
+from bench.workbench import Ruler, adopt, cells, digest, means_of, place, quickened
 from spo.config import Config, SampledConfig, load_config
 from spo.errors import SpoError
 from spo.evaluation.choice import choose_checkpoint
@@ -28,7 +28,6 @@ from spo.tables import write_csv
 from spo.tracking import NullTracker
 
 Row = dict[str, Any]
-QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,7 @@ class Comparison:
         ]
 
 
-def quickened(config: Config) -> Config:
-    """As little of everything as runs at all."""
-    settings = {name: each.model_copy(update={"epochs": 1, "checkpoints": 2}) for name, each in config.align.items()}
-    return config.model_copy(update={"align": settings, "evaluate": config.evaluate.model_copy(update=QUICK)})
-
-
+@mistakes_in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.methods", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", help="keys of the profile's `align` (default: all)")
@@ -139,22 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")
     options = parser.parse_args(arguments)
     quiet()
-    try:
-        config = load_config()
-        methods = options.methods or list(config.align)
-        if unknown := [name for name in methods if name not in config.align]:
-            raise SpoError(f"profile {config.profile} has no method {unknown}; it has {sorted(config.align)}")
-        comparison = Comparison(quickened(config) if options.quick else config, seed=options.seed, root=Path())
-        trials, table = options.out / "trials.csv", options.out / "methods.csv"
-        for factor in options.factors:
-            for method in methods:
-                comparison.try_out(method, factor)
-                write_csv(trials, [trial.row for trial in comparison.trials])
-                write_csv(table, comparison.rows())
-        print(f"{trials}\n{table}")
-    except SpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = load_config()
+    methods = options.methods or list(config.align)
+    if unknown := [name for name in methods if name not in config.align]:
+        raise SpoError(f"profile {config.profile} has no method {unknown}; it has {sorted(config.align)}")
+    comparison = Comparison(quickened(config) if options.quick else config, seed=options.seed, root=Path())
+    trials, table = options.out / "trials.csv", options.out / "methods.csv"
+    for factor in options.factors:
+        for method in methods:
+            comparison.try_out(method, factor)
+            write_csv(trials, [trial.row for trial in comparison.trials])
+            write_csv(table, comparison.rows())
+    print(f"{trials}\n{table}")
     return 0
 
 

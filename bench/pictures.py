@@ -68,7 +68,7 @@ def lessons(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int) 
     if not file.exists():
         made = list(sample_pool([base], prompts, per_prompt=per_prompt, chunk=RECIPE.chunk, generator=generator(7)))
         _keep(file, torch.cat([pictures for _, pictures in made]), torch.cat([rows for rows, _ in made]))
-    return _kept(file, prompts)
+    return judged(*_kept(file, prompts))
 
 
 def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int, steps: int) -> Pictures:
@@ -88,8 +88,8 @@ def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt:
             label="pictures of the base",
         )
         _keep(file, eight_bits(pictures), rows)
-    found = _kept(file, prompts)
-    return judged(found.pixels, found.prompts, [to_jpeg(picture / 255) for picture in found.pixels])
+    pixels, names = _kept(file, prompts)
+    return judged(pixels, names, [to_jpeg(picture / 255) for picture in pixels])
 
 
 def _keep(file: Path, pictures: Tensor, rows: Tensor) -> None:
@@ -97,6 +97,6 @@ def _keep(file: Path, pictures: Tensor, rows: Tensor) -> None:
         save_file({"pictures": (pictures * 255).round().byte(), "prompt": rows}, temporary)
 
 
-def _kept(file: Path, prompts: Sequence[str]) -> Pictures:
+def _kept(file: Path, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
     stored = load_file(file)
-    return judged(stored["pictures"], [prompts[i] for i in stored["prompt"].tolist()])
+    return stored["pictures"], [prompts[i] for i in stored["prompt"].tolist()]

@@ -26,11 +26,11 @@ from typing import Any
 
 from torch import Generator
 
-from bench.measure import at_least, quiet
+from bench.measure import at_least, mistakes_in_one_line, quiet
 from bench.pictures import lessons, like_pictures, prepared_pictures
 from bench.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from bench.taste import Effort, Teacher
-from bench.workbench import Ruler, adopt, place
+from bench.workbench import Ruler, adopt, place, quickened
 from spo.config import Config, SampledConfig, load_config
 from spo.errors import SpoError
 from spo.files import atomic_path, read_json, write_json
@@ -172,33 +172,10 @@ def adopt_prompts(prepared: Path, target: Path) -> None:
             temporary.write_bytes((prepared / "prompts" / f"{split}.txt").read_bytes())
 
 
-def fraction(text: str) -> float:
-    """A share in [0, 1]."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share; use one from 0 to 1")
-    return value
-
-
-def quickened(config: Config) -> Config:
-    """As little of everything as runs at all."""
-    align_settings = {
-        name: settings.model_copy(update={"epochs": 1, "checkpoints": 2}) for name, settings in config.align.items()
-    }
-    small = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
-    preference = config.train_preference.model_copy(update={"steps": 4, "evaluate_pairs": 16})
-    return config.model_copy(
-        update={
-            "align": align_settings,
-            "evaluate": config.evaluate.model_copy(update=small),
-            "train_preference": preference,
-        }
-    )
-
-
+@mistakes_in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.share_sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--shares", type=fraction, nargs="+", default=[0.05, 0.1, 0.25, 0.5, 0.7])
+    parser.add_argument("--shares", type=at_least(0, float, most=1), nargs="+", default=[0.05, 0.1, 0.25, 0.5, 0.7])
     parser.add_argument("--temperatures", type=at_least(0, float), nargs="+", default=[RECIPE.temperature])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
@@ -218,24 +195,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quiet()
     effort = Effort(preference_steps=options.preference_steps)
-    try:
-        config = load_config()
-        if options.step_aware_steps is not None:
-            settings = config.train_preference.model_copy(update={"steps": options.step_aware_steps})
-            config = config.model_copy(update={"train_preference": settings})
-        if options.quick:
-            effort = Effort(sight_pictures=96, sight_steps=4, lessons_per_prompt=1, preference_steps=4)
-            config = quickened(config)
-        sweep = Sweep(config, options.methods, effort=effort, root=Path())
-        rows: list[dict[str, Any]] = []
-        grid = itertools.product(options.pairs, options.shares, options.temperatures, options.seeds)
-        for pairs, share, temperature, seed in grid:
-            rows += sweep.rows(Cell(share, temperature, seed, pairs))
-            write_csv(options.out, rows)
-        print(options.out)
-    except SpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = load_config()
+    if options.step_aware_steps is not None:
+        settings = config.train_preference.model_copy(update={"steps": options.step_aware_steps})
+        config = config.model_copy(update={"train_preference": settings})
+    if options.quick:
+        effort = Effort(sight_pictures=96, sight_steps=4, lessons_per_prompt=1, preference_steps=4)
+        config = quickened(config)
+    sweep = Sweep(config, options.methods, effort=effort, root=Path())
+    rows: list[dict[str, Any]] = []
+    grid = itertools.product(options.pairs, options.shares, options.temperatures, options.seeds)
+    for pairs, share, temperature, seed in grid:
+        rows += sweep.rows(Cell(share, temperature, seed, pairs))
+        write_csv(options.out, rows)
+    print(options.out)
     return 0
 
 

@@ -27,6 +27,7 @@ from spo.models.load import build
 from spo.models.policy import load_policy
 
 SPLITS = ("validation", "test")
+QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
 
 
 def place(name: str, config: Config, more: Mapping[str, Any], *, root: Path) -> Path:
@@ -143,3 +144,11 @@ def cells(differences: Mapping[str, Difference], names: Sequence[str]) -> dict[s
         for figure, value in asdict(differences[name]).items()
         if figure not in ("ties", "n")
     }
+
+
+def quickened(config: Config) -> Config:
+    """As little of everything as runs at all."""
+    settings = {name: each.model_copy(update={"epochs": 1, "checkpoints": 2}) for name, each in config.align.items()}
+    preference = config.train_preference.model_copy(update={"steps": 4, "evaluate_pairs": 16})
+    evaluate = config.evaluate.model_copy(update=QUICK)
+    return config.model_copy(update={"align": settings, "train_preference": preference, "evaluate": evaluate})
