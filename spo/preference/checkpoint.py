@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -104,7 +103,7 @@ def read_published(file: str | Path, config: CLIPConfig) -> StepAwareCLIP:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist; give the path of a published preference model (.bin)") from None
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle has torch's reader fail in any way
         raise ModelError(
             f"{file} cannot be read as a file of tensors alone, so nothing of it was run: {one_line(error, 120)}; "
             "download the published .bin again"
