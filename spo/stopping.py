@@ -4,11 +4,15 @@ with stoppable():              # around a command: the signals raise Stopped
     for step in ...:
         with uninterrupted():  # around a step or a save: a signal waits for its end
             ...
+
+Python drops what is raised in a destructor or in a weak reference's callback, where a signal may find the program as
+anywhere else. So a signal is remembered, and where its Stopped was dropped, the next `uninterrupted` raises it again.
 """
 
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +37,7 @@ class Stopped(KeyboardInterrupt):
 
 class _State:
     depth = 0  # of nested `uninterrupted` blocks
-    pending: int | None = None
+    asked: int | None = None  # the signal that came last
 
 
 @contextmanager
@@ -46,7 +50,7 @@ def stoppable() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _State.depth, _State.pending = 0, None
+    _State.depth, _State.asked = 0, None
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -56,6 +60,7 @@ def stoppable() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
+        _State.asked = None
 
 
 @contextmanager
@@ -66,9 +71,8 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         _State.depth -= 1
-    if _State.depth == 0 and _State.pending is not None:
-        number, _State.pending = _State.pending, None
-        raise Stopped(number)
+    if _State.depth == 0 and _State.asked is not None and not isinstance(sys.exception(), Stopped):
+        raise Stopped(_State.asked)
 
 
 def run_group(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -98,7 +102,6 @@ def _group_lives(leader: subprocess.Popen[bytes]) -> bool:
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    if _State.depth:
-        _State.pending = number
-    else:
+    _State.asked = number
+    if not _State.depth:
         raise Stopped(number)

@@ -57,6 +57,42 @@ def test_it_is_no_exception_that_a_library_swallows() -> None:
             pytest.fail("swallowed")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_came_in_a_destructor_ends_the_run_all_the_same() -> None:
+    class Object:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)
+
+    done = []
+    with pytest.raises(Stopped), stoppable():
+        Object()
+        done.append("dropped")
+        with uninterrupted():
+            done.append("step")
+        done.append("after")
+    assert done == ["dropped", "step"]
+
+
+def test_what_is_saved_because_of_a_signal_is_not_ended_by_it_again() -> None:
+    done = []
+    with pytest.raises(Stopped), stoppable():
+        try:
+            send(signal.SIGTERM)
+        except Stopped:
+            for name in ("state", "tracker"):
+                with uninterrupted():
+                    done.append(name)
+            raise
+    assert done == ["state", "tracker"]
+
+
+def test_a_signal_of_one_command_does_not_end_the_next() -> None:
+    with pytest.raises(Stopped), stoppable():
+        send(signal.SIGTERM)
+    with stoppable(), uninterrupted():
+        pass
+
+
 def test_handlers_are_as_before_afterwards() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with stoppable():
