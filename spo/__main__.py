@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_disk_full(error):
             mend = "make room and run the same command again; what was being written is not there in part"
         elif is_out_of_memory(error):
-            mend = "use a smaller batch or resolution, or a smaller model; `python -m spo check` measures a miniature"
+            mend = "use a smaller batch or resolution, or a smaller model; `python -m spo check` measures its memory"
         else:
             raise
         print(f"error: {one_line(error)}; {mend}", file=sys.stderr)
@@ -193,7 +193,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _print_finding(finding: Finding) -> None:
-    print(f"{'ok  ' if finding.good else 'FAIL'}  {finding.what:<31}{finding.detail}", flush=True)
+    print(f"{'ok  ' if finding.good else 'FAIL'}  {finding.what:<34} {finding.detail}", flush=True)
 
 
 def mlflow_ui(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from spo.errors import one_line
 
 FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".jsonl", ".parquet")  # no names of repositories
 SECONDS = 5.0  # to wait for an answer
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def is_name(source: str | Path) -> bool:

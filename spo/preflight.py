@@ -12,6 +12,7 @@ from pathlib import Path
 
 from spo.config import ClipMetricConfig, Config, SampledConfig
 from spo.errors import ConfigError
+from spo.hub import is_name
 
 PROMPTS, PAIRS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"), (".jsonl", ".parquet")
 WITH_MODEL = ("train_preference", "align", "evaluate")
@@ -84,6 +85,8 @@ def _models(config: Config) -> Iterator[Finding]:
         if preference.labels.model:
             key = "train_preference.labels.model"
             yield _repository(key, preference.labels.model, "config.json", ("train_preference",))
+        if preference.processor:
+            yield _repository("train_preference.processor", preference.processor, None, ("train_preference",))
     needed = {evaluate.primary, *evaluate.guarded}
     for metric in evaluate.metrics:
         if isinstance(metric, ClipMetricConfig) and metric.name in needed:
@@ -94,19 +97,27 @@ def _models(config: Config) -> Iterator[Finding]:
             yield _repository(f"align.{name}.scoring.tiny_vae", method.scoring.tiny_vae, "config.json", ("align",))
         if method.watch and isinstance(method.watch.metric, ClipMetricConfig):
             yield _repository(f"align.{name}.watch.metric", method.watch.metric.model, "config.json", ("align",))
+    for name, lora in evaluate.loras.items():
+        path = Path(lora.source)
+        if path.is_file():
+            yield Finding(
+                f"evaluate.loras.{name}", True, f"{path} is there, {_size(path.stat().st_size)}", ("evaluate",)
+            )
+        else:
+            yield _repository(f"evaluate.loras.{name}", lora.source, None, ("evaluate",))
     if config.launch.accelerate_config:
         path = Path(config.launch.accelerate_config)
         good, detail = _file(path, (".yaml", ".yml", ".json"))
         yield Finding("launch.accelerate_config", good, f"{path} {detail}", ("train_preference", "align", "evaluate"))
 
 
-def _repository(what: str, name: str, file: str, stages: tuple[str, ...]) -> Finding:
-    """A folder that has `file`, or else a name of the hub."""
+def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...]) -> Finding:
+    """A folder that has `file`, if that is given, or else a name of the hub."""
     path = Path(name)
     if path.is_dir():
-        good = (path / file).is_file()
+        good = file is None or (path / file).is_file()
         detail = f"is there, {_size(_bytes(path))}" if good else f"has no {file}; it is no model's folder"
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    elif is_name(name):
         good, detail = _hub(name, file)
     else:
         good, detail = False, "is no folder here; put the model there, or name one of the hub as OWNER/NAME"

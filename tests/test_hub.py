@@ -56,6 +56,7 @@ def test_without_an_answer_only_the_cache_is_used(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("source", "is_name"),
     [
+        ("./folder", False),
         ("owner/name", True),
         ("stable-diffusion-v1-5/stable-diffusion-v1.5", True),
         ("name", False),

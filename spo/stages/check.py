@@ -1,8 +1,8 @@
 """Find out in a minute what would else end a run after hours.
 
 First what can be seen without a model: the settings, files, models and disk. Then all stages run in miniature, in a
-temporary folder, over the profile's own models and data: a few prompts and pairs, one step, one rollout, one update.
-What that takes tells what the whole will take.
+temporary folder, over the profile's own models and data: a few prompts and pairs, one rollout, one step or update, of
+as many pairs at a time as in training. What that takes tells what the whole will take.
 """
 
 import math
@@ -26,7 +26,7 @@ from spo.preflight import Finding, findings
 from spo.stages import align, evaluate, prepare, report, train_preference
 from spo.tracking import NullTracker
 
-PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 4
+PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
 GIB = 2**30
 
 
@@ -55,18 +55,19 @@ def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Find
         ("evaluate", lambda: evaluate.run(small, root=folder, tracker=tracker)),
         ("report", lambda: report.run(small, root=folder, tracker=tracker)),
     ]
+    taken = {}
     for stage, run in stages:
         start = time.perf_counter()
         try:
-            run()
+            taken[stage] = _taken(run)
             if stage == "prepare":
                 _shorten(folder / small.folder("prepare") / "preferences")
         except SpoError as error:
             say(Finding(f"{stage} in miniature", False, str(error), ()))
             return False
         say(Finding(f"{stage} in miniature", True, f"{time.perf_counter() - start:.1f} s", ()))
-    for finding in _estimates(config, root, folder):
-        say(finding)
+    say(Finding("time", True, _time(config, root, folder), ()))
+    say(Finding("memory", True, _memory(taken), ()))
     return True
 
 
@@ -82,7 +83,8 @@ def miniature(config: Config, root: Path) -> Config:
         if not source.startswith("hub:"):
             source = str((root / source).resolve())
         values["prepare"]["preferences"] |= {"source": source, "max_pairs": PAIRS_READ}
-    values["train_preference"] |= {"steps": 1, "batch_size": 2, "evaluate_pairs": 2}
+    values["train_preference"] |= {"steps": 1, "evaluate_pairs": 2}
+    values["train_preference"] |= {"batch_size": min(config.train_preference.batch_size, PAIRS)}
     values["train_preference"]["evaluate_timesteps"] = config.train_preference.evaluate_timesteps[:1]
     values["align"] = {name: _one_update(method) for name, method in config.align.items()}
     values["evaluate"] |= {"num_prompts": 2, "num_validation_prompts": 2, "images_per_prompt": 1}
@@ -91,8 +93,9 @@ def miniature(config: Config, root: Path) -> Config:
 
 
 def _one_update(method: MethodConfig) -> dict[str, Any]:
-    """Settings under which a method collects once, from two prompts or pairs, and updates on two pairs at a time."""
-    small: dict[str, Any] = {"epochs": 1, "batch_size": 2, "micro_batch_size": None, "checkpoints": 1}
+    """Settings under which a method collects once and updates on as many pairs as are in memory at a time."""
+    at_a_time = min(method.micro_batch_size or method.batch_size, PAIRS)
+    small: dict[str, Any] = {"epochs": 1, "batch_size": at_a_time, "micro_batch_size": None, "checkpoints": 1}
     if isinstance(method, SampledConfig):
         small |= {"rollouts_per_epoch": 1, "prompts_per_rollout": SAMPLED, "threshold": 0.0}
     if isinstance(method, DiffusionDpoConfig):
@@ -103,7 +106,7 @@ def _one_update(method: MethodConfig) -> dict[str, Any]:
 
 
 def _shorten(folder: Path) -> None:
-    """Leave a few pairs of each side, decided ones first: there must be some."""
+    """Leave as many pairs as a batch has, decided ones first: there must be some."""
     for path in folder.glob("*.parquet"):
         pairs = sorted(read_pairs(path), key=lambda pair: pair.is_tie)[:PAIRS]
         shorter = path.with_suffix(".short")
@@ -113,18 +116,30 @@ def _shorten(folder: Path) -> None:
         shutil.move(shorter, path)
 
 
-def _estimates(config: Config, root: Path, folder: Path) -> list[Finding]:
-    """The time of the whole, and how much of the memory the miniature took."""
+def _time(config: Config, root: Path, folder: Path) -> str:
     parts = {stage: count for stage, count in forwards(config, root, folder).items() if count}
     rate = _seconds_a_forward(config, folder)
-    times = ", ".join(f"{stage} {_duration(count * rate)}" for stage, count in parts.items())
+    return "at most about: " + ", ".join(f"{stage} {_duration(count * rate)}" for stage, count in parts.items())
+
+
+def _taken(stage: Callable[[], object]) -> int:
+    """Run a stage; the most bytes that tensors took on the GPU, or what the process holds where there is none."""
+    if not torch.cuda.is_available():
+        stage()
+        return psutil.Process().memory_info().rss
+    torch.cuda.reset_peak_memory_stats()
+    stage()
+    return torch.cuda.max_memory_allocated()
+
+
+def _memory(taken: dict[str, int]) -> str:
+    stage = max(taken, key=taken.__getitem__)
     if torch.cuda.is_available():
-        taken, there = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
-        whose = "the GPU's"
+        there, whose = torch.cuda.get_device_properties(0).total_memory, "the GPU's"
     else:
-        taken, there, whose = psutil.Process().memory_info().rss, psutil.virtual_memory().total, "(no GPU)"
-    memory = f"the miniature took {taken / GIB:.1f} of {whose} {there / GIB:.1f} GiB; batches take more"
-    return [Finding("time", True, f"at most about: {times}", ()), Finding("memory", True, memory, ())]
+        there, whose = psutil.virtual_memory().total, "this machine's"
+    how = f"with as many pairs at a time as in training (at most {PAIRS}), but rollouts of {SAMPLED} prompts"
+    return f"{stage} took {taken[stage] / GIB:.1f} of {whose} {there / GIB:.1f} GiB, {how}"
 
 
 def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:

@@ -32,7 +32,7 @@ def test_a_sound_project_goes_through_every_stage_in_miniature_and_is_left_as_it
     assert names(project) == before
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok  ") for line in lines[:-1])
-    found = [line[6:37].strip() for line in lines[:-1]]
+    found = [line[6:41].strip() for line in lines[:-1]]
     stages = ["prepare", "train_preference", "align spo", "evaluate", "report"]
     assert [name for name in found if name.endswith("in miniature")] == [f"{stage} in miniature" for stage in stages]
     assert found[-2:] == ["time", "memory"]
@@ -54,7 +54,7 @@ def test_a_missing_file_is_found_before_anything_is_loaded(
     profile = with_setting(project, "prepare", prompts={"source": "no.txt"})
     assert main(["check", "--profile", profile]) == 1
     out = capsys.readouterr().out
-    assert "FAIL  prepare.prompts.source         no.txt does not exist" in out
+    assert "FAIL  prepare.prompts.source             no.txt does not exist" in out
     assert "in miniature" not in out
     assert out.splitlines()[-1] == "profile changed cannot run yet: mend the lines marked FAIL"
 
@@ -66,7 +66,9 @@ def test_a_mistake_that_only_a_run_shows_is_found_by_the_miniature(
     monkeypatch.chdir(project)
     profile = with_setting(project, "model", resolution=17)
     assert main(["check", "--profile", profile]) == 1
-    assert "FAIL  train_preference in miniature  model.resolution=17 must be a multiple of" in capsys.readouterr().out
+    assert (
+        "FAIL  train_preference in miniature      model.resolution=17 must be a multiple of" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("profile", [path.stem for path in sorted((ROOT / "configs").glob("*.yaml"))])
@@ -88,3 +90,12 @@ def test_the_time_of_diffusion_dpo_is_told_from_the_pairs_there_are(tmp_path: Pa
     fewer = config.model_dump()
     fewer["prepare"]["preferences"]["max_pairs"] = 1000
     assert forwards(Config.model_validate(fewer), ROOT, tmp_path)["align diffusion_dpo"] < whole / 4
+
+
+def test_the_miniature_has_as_many_pairs_at_a_time_as_the_training() -> None:
+    """So that what does not fit into memory shows in the first minute."""
+    sd15, tiny = (miniature(load_config(ROOT, profile), ROOT) for profile in ("sd15", "tiny"))
+    assert sd15.train_preference.batch_size == 64
+    assert sd15.align["spo"].batch_size == 10  # of updates of 40 pairs
+    assert tiny.align["diffusion_dpo"].batch_size == 32
+    assert tiny.align["spo"].batch_size == 64  # the most that it tries, of 96
