@@ -17,11 +17,14 @@ from spo.models.base import LatentDiffusion
 from spo.stages.preference_scorer import load_scorer
 from spo.training.watch import Watch
 
-BATCH = 32  # pictures painted at a time
+BATCH = 32  # pictures painted at a time, or as many as `evaluate` takes where that is less
 
 
 def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Watch | None:
-    """The watch of the method called `name`, None where it has none; it paints the first validation prompts, eta 0."""
+    """The watch of the method called `name`, which paints the first validation prompts, eta 0.
+
+    None where it has none, or its metric's weights are absent: that is a ModelError only if the watch may end the run.
+    """
     settings = config.align[name].watch
     if settings is None:
         return None
@@ -29,8 +32,12 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     if not path.is_file():
         raise DataError(f"{path} is missing; run `python -m spo prepare`")
     prompts = path.read_text(encoding="utf-8").splitlines()[: settings.num_prompts]
+    needed = (settings.score,) if settings.stop_after_worse else ()
+    metrics = build_metrics([settings.metric], policy.device, needed=needed)
+    if not metrics:
+        print(f"align {name} goes on unwatched", flush=True)
+        return None
     preference = load_scorer(config, root, policy.device)
-    metrics = build_metrics([settings.metric], policy.device)
     text = preference.encode(prompts)
 
     def paint() -> Tensor:
@@ -43,7 +50,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
                 steps=config.sampling.steps,
                 guidance_scale=config.sampling.guidance_scale,
                 eta=0.0,
-                batch_size=BATCH,
+                batch_size=min(BATCH, config.evaluate.batch_size),
                 label="watch",
             )
 

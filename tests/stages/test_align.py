@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from spo.config import Config, load_config
+from spo.errors import ModelError
 from spo.models.lora import WEIGHTS
 from spo.stages import align, evaluate, prepare, train_preference
 from spo.tracking import NullTracker
@@ -127,3 +129,23 @@ def test_full_fine_tuning_of_a_base_in_half_precision_can_be_watched(project: Pa
         pictures = watch.paint()
     assert pictures.shape[0] == 2
     assert pictures.isfinite().all()
+
+
+@pytest.mark.slow
+def test_without_its_judges_weights_a_run_goes_on_unwatched_unless_the_watch_may_end_it(
+    project: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def watched(**settings: Any) -> Config:
+        values = config.model_dump()
+        metric = {"kind": "laion_aesthetic", "head": "nowhere.pth"}
+        values["align"]["dpo"]["watch"] |= {"metric": metric, "score": "laion_aesthetic", **settings}
+        return Config.model_validate(values)
+
+    with contextlib.chdir(project):
+        policy = align.build_policy(config, "dpo")
+        assert align.build_watch(watched(), "dpo", policy, root=Path()) is None
+        with pytest.raises(ModelError, match="clip-vit-large-patch14"):
+            align.build_watch(watched(stop_after_worse=2), "dpo", policy, root=Path())
+    left_out, unwatched = capsys.readouterr().out.splitlines()[-2:]
+    assert left_out.startswith("laion_aesthetic: left out, ")
+    assert unwatched == "align dpo goes on unwatched"
