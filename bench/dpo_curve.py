@@ -52,7 +52,7 @@ def curve(config: Config, runs: Sequence[Config], *, seed: int, against: Sequenc
 
 def _measured(config: Config, name: str, folder: Path, work: Path, *, seed: int) -> list[Row]:
     """A row for each checkpoint of a run."""
-    ruler = Ruler(config, work / config.folder("prepare"), work / "scores")
+    ruler = Ruler(config, work / config.folder("prepare"), work)
     base = ruler.scores("base", None, "validation")
     main = (config.evaluate.primary, *config.evaluate.guarded)
     settings = config.align[name]

@@ -51,7 +51,7 @@ class Comparison:
         self.names = (config.evaluate.primary, *config.evaluate.guarded)
         work = place("methods", config.model_copy(update={"align": {}}), {"seed": seed}, root=root)
         adopt("prepare", config, source=root, target=work)
-        self.ruler = Ruler(config, work / config.folder("prepare"), work / "scores")
+        self.ruler = Ruler(config, work / config.folder("prepare"), work)
         self.trials: list[Trial] = []
 
     def try_out(self, method: str, factor: float) -> None:

@@ -83,7 +83,7 @@ class Sweep:
         self.prepared = self.work / config.folder("prepare")
         self.prompts = (self.prepared / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
         self.pictures = prepared_pictures(self.prepared)
-        self.ruler = Ruler(config, self.prepared, self.work / "scores")
+        self.ruler = Ruler(config, self.prepared, self.work)
 
     @cached_property
     def teacher(self) -> Teacher:

@@ -12,19 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from spo.config import Config
-from spo.device import best_device
 from spo.errors import DataError
 from spo.evaluation.choice import choose_checkpoint
-from spo.evaluation.generate import eight_bits, generate, image_seed
-from spo.evaluation.metrics import Scores, build_metrics, score
+from spo.evaluation.metrics import Scores
 from spo.evaluation.statistics import Difference, paired_difference
-from spo.files import atomic_path, read_json, write_json
-from spo.models.load import build
-from spo.models.policy import load_policy
+from spo.evaluation.studio import Studio
+from spo.evaluation.subjects import Subject, tasks
+from spo.files import atomic_path
 
 SPLITS = ("validation", "test")
 QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
@@ -63,58 +58,30 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 class Ruler:
-    """Scores of the base and of checkpoints on a split's prompts, same seeds; kept in `folder`, a file each."""
+    """Scores of the base and of checkpoints as `evaluate` has them: one picture a prompt, the sampler that decides.
 
-    def __init__(self, config: Config, prepared: Path, folder: Path):
+    What is finished is kept in `root`, under `.cache`.
+    """
+
+    def __init__(self, config: Config, prepared: Path, root: Path):
         self.config = config.evaluate
-        self.folder = folder
         counts = (self.config.num_validation_prompts, self.config.num_prompts)
-        self.prompts = {
-            split: (prepared / "prompts" / f"{split}.txt").read_text(encoding="utf-8").splitlines()[:count]
+        self.tasks = {
+            split: tasks(prepared / "prompts" / f"{split}.txt", count, 1, self.config.seed)
             for split, count in zip(SPLITS, counts, strict=True)
         }
-        device = best_device()
-        self.model = build(config.model, config.sampling, device)
-        needed = (self.config.primary, *self.config.guarded)
-        self.judges = build_metrics(self.config.metrics, device, needed=needed)
+        self.studio = Studio(config, root)
 
     def scores(self, name: str, checkpoint: Path | None, split: str) -> Scores:
-        """Scores (n,) by name; None is the base."""
-        version = "" if checkpoint is None else f"-{digest(checkpoint)}"
-        file = self.folder / split / f"{name}{version}.json"
-        if not file.exists():
-            images = self._images(checkpoint, split, f"{split}: {name}")
-            found = score(self.judges, images, self.prompts[split])
-            write_json(file, {key: values.tolist() for key, values in found.items()})
-        return {key: torch.tensor(values) for key, values in read_json(file).items()}
-
-    def _images(self, checkpoint: Path | None, split: str, label: str) -> Tensor:
-        prompts, settings = self.prompts[split], self.config
-        if checkpoint is not None:
-            load_policy(self.model, checkpoint)
-
-        def make() -> Tensor:
-            return generate(
-                self.model,
-                prompts,
-                [image_seed(settings.seed, prompt, 0) for prompt in prompts],
-                steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                eta=settings.etas[0],
-                batch_size=settings.batch_size,
-                label=label,
-            )
-
-        if checkpoint is None:
-            with self.model.reference():
-                return eight_bits(make())
-        return eight_bits(make())
+        """Scores (n,) by name; without a checkpoint the base's."""
+        subject = Subject(name, checkpoint=checkpoint)
+        return self.studio.scores(subject, self.tasks[split], self.config.etas[0], split=split)
 
     def differences(self, scores: Scores, other: Scores, split: str) -> dict[str, Difference]:
         """How far `scores` are above `other`, by name, with 95% intervals over prompts."""
-        samples = self.config.bootstrap_samples
+        samples, prompts = self.config.bootstrap_samples, [task.prompt for task in self.tasks[split]]
         return {
-            key: paired_difference(values.numpy(), other[key].numpy(), self.prompts[split], samples=samples)
+            key: paired_difference(values.numpy(), other[key].numpy(), prompts, samples=samples)
             for key, values in scores.items()
         }
 
