@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mend = "make room and run the same command again; what was being written is not there in part"
         elif is_out_of_memory(error):
             mend = "use a smaller batch or resolution, or a smaller model; `python -m spo check` measures its memory"
+        elif isinstance(error, OSError) and error.filename is not None:
+            mend = "see to it that this path can be read, or written, and run the same command again"
         else:
             raise
         print(f"error: {one_line(error)}; {mend}", file=sys.stderr)

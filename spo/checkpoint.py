@@ -59,10 +59,6 @@ class StateStore:
         self.folder = folder
         self.made_by = json.loads(json.dumps(dict(made_by)))  # as it comes back from a file
 
-    def has_any(self) -> bool:
-        """Whether there is a state, whole or not."""
-        return bool(self._paths())
-
     def load(self) -> State | None:
         """The newest state that is whole, or None; one that is not is named on stderr and removed.
 

@@ -50,7 +50,7 @@ def is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in numbers or any(word in str(error) for word in words)
 
 
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An error's message without line breaks, cut at `limit` characters."""
+def one_line(error: object, limit: int = 300) -> str:
+    """An error's message, or what somebody else has named, without line breaks, cut at `limit` characters."""
     message = " ".join(str(error).split()) or type(error).__name__
     return message if len(message) <= limit else message[: limit - 3] + "..."

@@ -13,12 +13,10 @@ from pathlib import Path
 from spo.config import ClipMetricConfig, Config, SampledConfig
 from spo.errors import ConfigError
 from spo.hub import is_name
+from spo.room import room, size_of
 
 PROMPTS, PAIRS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"), (".jsonl", ".parquet")
 WITH_MODEL = ("train_preference", "align", "evaluate")
-GIB = 2**30
-CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, where the hub's are not here to be measured
-UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # where it is not here
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def require(config: Config, stage: str, root: Path) -> None:
 
 def findings(config: Config, root: Path) -> list[Finding]:
     """All there is to say about the profile's files, models and disk."""
-    return [*_data(config, root), *_models(config), _disk(config, root)]
+    return [*_data(config, root), *_models(config), *_disk(config, root)]
 
 
 def _data(config: Config, root: Path) -> Iterator[Finding]:
@@ -116,7 +114,7 @@ def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...])
     path = Path(name)
     if path.is_dir():
         good = file is None or (path / file).is_file()
-        detail = f"is there, {_size(_bytes(path))}" if good else f"has no {file}; it is no model's folder"
+        detail = f"is there, {_size(size_of(path))}" if good else f"has no {file}; it is no model's folder"
     elif is_name(name):
         good, detail = _hub(name, file)
     else:
@@ -135,38 +133,15 @@ def _hub(name: str, file: str | None = None) -> tuple[bool, str]:
     return True, "will be fetched from the hub"
 
 
-def _disk(config: Config, root: Path) -> Finding:
-    """Room for three states (weights and two moments each) and the results of each training, and for the images.
-
-    Trainings follow one another, so of states the largest count. A LoRA's are small, and left out.
-    """
-    start = Path(config.train_preference.start_from)
-    weights = _bytes(start) if start.is_dir() else CLIP_BYTES
-    preference = 0 if config.train_preference.checkpoint else weights
-    whole = [config.align[name] for name in config.methods if config.align[name].full_fine_tuning]
-    unet = _unet_bytes(config) if whole else 0
-    kept = preference + unet * sum(method.checkpoints for method in whole) * len(config.training_seeds)
-    copied = unet * max((method.checkpoints for method in whole), default=0)  # while checkpoints become the output
-    states = kept + max(9 * preference, 9 * unet + copied)
-    evaluate = config.evaluate
-    columns = 2 + len(config.methods) * len(config.training_seeds) + len(evaluate.loras)
-    images = evaluate.num_prompts * evaluate.images_per_prompt * columns * 2 * config.model.resolution**2
-    needed, free = states + images, shutil.disk_usage(root).free
-    detail = f"{_size(free)} are free, about {_size(needed)} will be needed"
-    mend = "" if free > needed else "; make room, or move the project"
-    return Finding("disk", free > needed, f"{detail}{mend}", ("train_preference", "align", "evaluate"))
-
-
-def _unet_bytes(config: Config) -> int:
-    """Of the UNet in float32, in which it is trained."""
-    folder = Path(config.model.path) / "unet"
-    if not folder.is_dir():
-        return UNET_BYTES[config.model.family]
-    return _bytes(folder) * (1 if config.model.dtype == "float32" else 2)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _disk(config: Config, root: Path) -> Iterator[Finding]:
+    """Room for each stage beside what those before it will leave; what is there of them is not wanted again."""
+    free, left = shutil.disk_usage(root).free, 0.0
+    for stage, wanted in room(config, root).items():
+        needed = left + max(0.0, wanted.kept + wanted.passing - wanted.there)
+        left += 0.0 if wanted.there else wanted.kept
+        mend = "" if free > needed else "; make room, or move the project"
+        detail = f"{_size(free)} are free, about {_size(needed)} will be needed{mend}"
+        yield Finding(f"disk for {stage}", free > needed, detail, (stage,))
 
 
 def _size(count: float) -> str:

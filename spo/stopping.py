@@ -65,7 +65,13 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A signal that comes in the block raises Stopped at its end, unless the block itself raises."""
+    """A signal that comes in the block raises Stopped at its end, unless the block itself raises.
+
+    Outside of the main thread, where no signal arrives, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _State.depth += 1
     try:
         yield

@@ -13,6 +13,7 @@ from spo.__main__ import SECTIONS, STAGES
 ROOT = Path(__file__).parents[1]
 # What serves every stage: a change of it changes no result.
 SERVICES = {
+    "cache",
     "checkpoint",
     "config",
     "device",
@@ -24,6 +25,7 @@ SERVICES = {
     "locking",
     "preflight",
     "progress",
+    "room",
     "stopping",
     "tables",
     "tracking",

@@ -8,6 +8,7 @@ from spo import preflight
 from spo.config import Config, load_config
 from spo.errors import ConfigError
 from spo.preflight import findings, require
+from spo.room import room
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,30 +87,57 @@ def test_a_needed_metrics_model_is_looked_for_and_another_one_is_not(
     assert [finding.what for finding in findings(config, ROOT) if not finding.good] == ["evaluate.metrics.a"]
 
 
-def test_a_disk_too_small_for_the_states_is_said_with_both_sizes(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_too_small_is_said_with_both_sizes(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(100, 99, 1_000_000))
-    [finding] = [finding for finding in findings(config, ROOT) if not finding.good]
-    assert finding.what == "disk"
-    assert "977 KiB are free, about " in finding.detail
+    config = changed(config, "prepare.preferences.source", str(ROOT / "data" / "preferences" / "tiny"))
+    bad = [finding for finding in findings(config, tmp_path) if finding.what.startswith("disk")]
+    stages = ("prepare", "train_preference", "align", "evaluate")
+    assert [(finding.what, finding.stages) for finding in bad] == [(f"disk for {stage}", (stage,)) for stage in stages]
+    assert not any(finding.good for finding in bad)
+    assert all("977 KiB are free, about " in finding.detail for finding in bad)
 
 
-def test_full_fine_tuning_needs_room_for_its_checkpoints(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_stopped_run_or_an_earlier_stage_has_written_is_not_wanted_again(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+
+    def needed(stage: str) -> float:
+        [detail] = [found.detail for found in findings(config, tmp_path) if found.what == f"disk for {stage}"]
+        number, unit = detail.split("about ")[1].split()[:2]
+        return float(number) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20}[unit]
+
+    training, evaluation = needed("train_preference"), needed("evaluate")
+    state = tmp_path / config.state_folder("train_preference") / "00000001" / "tensors.safetensors"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(bytes(5 * 2**20))
+    assert training - needed("train_preference") == pytest.approx(5 * 2**20, abs=2**20)
+    assert needed("evaluate") < evaluation  # the preference model is being made, and has taken its room
+
+
+def test_prepare_wants_room_for_its_copy_of_the_pictures_and_for_dvcs(config: Config) -> None:
+    source = ROOT / "data" / "preferences" / "tiny"
+    assert room(config, ROOT)["prepare"].kept == 2 * sum(file.stat().st_size for file in source.iterdir())
+
+
+def test_full_fine_tuning_needs_room_for_its_checkpoints(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
 
     def needed(config: Config) -> float:
-        [detail] = [finding.detail for finding in findings(config, ROOT) if finding.what == "disk"]
-        number, unit = detail.split("about ")[1].split()[:2]
-        return float(number) * {"MiB": 2**20, "GiB": 2**30}[unit]
+        wanted = room(config, tmp_path)["align"]
+        return wanted.kept + wanted.passing
 
     whole = changed(config, "align.diffusion_dpo.full_fine_tuning", True)
     checkpoints = config.align["diffusion_dpo"].checkpoints
     unet = sum(file.stat().st_size for file in (ROOT / config.model.path / "unet").iterdir())
-    rounding = 2 * 2**20
-    assert needed(whole) - needed(config) > 2 * checkpoints * unet - rounding  # kept, and copied once more
-    assert needed(changed(whole, "training_seeds", [0, 1])) - needed(whole) > checkpoints * unet - rounding
+    assert needed(config) == 0
+    assert needed(whole) > 3 * checkpoints * unet  # kept, in DVC's cache too, and copied once more
+    assert needed(changed(whole, "training_seeds", [0, 1])) - needed(whole) == 2 * checkpoints * unet
     hub = changed(whole, "model.path", "stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert needed(hub) > 2 * checkpoints * 4 * 860e6
+    assert needed(hub) > 3 * checkpoints * 4 * 860e6

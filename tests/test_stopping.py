@@ -125,6 +125,26 @@ def test_outside_of_the_main_thread_it_does_nothing() -> None:
     assert not errors
 
 
+def test_a_signal_ends_the_main_thread_while_another_one_writes() -> None:
+    writing, over = threading.Event(), threading.Event()
+    done = []
+
+    def write() -> None:
+        with uninterrupted():
+            writing.set()
+            over.wait()
+        done.append("written")
+
+    thread = threading.Thread(target=write)
+    with pytest.raises(Stopped), stoppable():
+        thread.start()
+        writing.wait()
+        send(signal.SIGTERM)
+    over.set()
+    thread.join()
+    assert done == ["written"]
+
+
 def test_a_command_ends_with_its_exit_code() -> None:
     assert run_group(["sh", "-c", "exit 3"], os.environ) == 3
 

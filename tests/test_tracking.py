@@ -1,9 +1,11 @@
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -131,6 +133,30 @@ def test_a_stage_that_raises_ends_failed_with_what_it_had_logged(root: Path, con
     assert found["align"].data.metrics["loss"] == 1.0
 
 
+def test_a_stage_that_is_told_to_end_does_not_wait_for_a_server_that_hangs(
+    root: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("spo.tracking.run.STOPPED_SECONDS", 0.1)
+    send, hangs, over = Sender.send, threading.Event(), threading.Event()
+
+    def hung(sender: Sender) -> bool:
+        if hangs.is_set():
+            over.wait()
+        return send(sender)
+
+    monkeypatch.setattr(Sender, "send", hung)
+    with pytest.raises(KeyboardInterrupt), tracking.start(config, "align", root):
+        hangs.set()
+        raise KeyboardInterrupt
+    [kept] = unsent(root).iterdir()
+    assert [event["do"] for event, _ in Journal(kept).after(0)][-1] == "end"
+    assert "not all of align could be tracked" in capsys.readouterr().err
+    over.set()
+    for thread in threading.enumerate():
+        if thread.name == "tracking's end":
+            thread.join()
+
+
 class Store:
     """Stands for an MLflow client: keeps what it takes, and fails as told."""
 
@@ -201,6 +227,22 @@ def test_a_line_that_a_crash_tore_off_is_left_out(journal: Journal) -> None:
     with (journal.folder / "events.jsonl").open("a") as file:
         file.write('{"do": "metr')
     assert [event["do"] for event, _ in journal.after(0)] == ["metrics"]
+    journal.append("end", status="KILLED", time=0)
+    assert [event["do"] for event, _ in journal.after(0)] == ["metrics", "end"]
+
+
+def test_a_damaged_journal_is_told_and_keeps_nobody_from_starting(
+    root: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = Journal.create(unsent(root))
+    damaged.append("start")  # without what a start has
+    damaged.release()
+    with tracking.start(config, "prepare", root):
+        pass
+    assert runs(root, config)["prepare"].info.status == "FINISHED"
+    assert f"warning: {damaged.folder} cannot be sent" in capsys.readouterr().err
+    assert list(unsent(root).iterdir()) == [damaged.folder]
+    shutil.rmtree(damaged.folder)
 
 
 def test_a_journal_that_cannot_be_written_is_told_once_and_does_not_end_the_stage(

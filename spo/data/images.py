@@ -51,7 +51,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise RowError("image broken", "floating-point pixels have no white point; save it with 8 bits")
     if image.mode.startswith("I"):  # 16 bits, perhaps held in 32
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        pixels = np.asarray(image)
+        if pixels.dtype.itemsize > 2:
+            pixels = pixels.clip(0, 65535).astype(np.uint16)
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

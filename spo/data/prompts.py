@@ -91,10 +91,11 @@ def prompt_hash(prompt: str, seed: int) -> float:
 def split_prompts(prompts: Sequence[str], *, seed: int, validation_fraction: float, test_fraction: float) -> Split:
     """Rank distinct prompts by hash and cut: round(fraction * n) for validation, then test, the rest for training.
 
-    Each side gets one at least; DataError where that leaves none to train on.
+    Each side gets two at least, since what is compared on one prompt has no interval; DataError where that leaves none
+    to train on.
     """
     ranked = sorted(prompts, key=lambda prompt: (prompt_hash(prompt, seed), prompt))
-    num_validation, num_test = (max(1, round(share * len(ranked))) for share in (validation_fraction, test_fraction))
+    num_validation, num_test = (max(2, round(share * len(ranked))) for share in (validation_fraction, test_fraction))
     held_out = num_validation + num_test
     if held_out >= len(ranked):
         raise DataError(

@@ -11,16 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import spo
-from spo.files import atomic_path
+from spo.cache import keep, kept
 
 CODE = ("core", "models", "preference", "evaluation", "data/world.py")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-ORDER = "order"  # of an entry's tensors, in its metadata
 HASHED_WHOLE = 64 * 2**20  # bytes; a larger file of a base model is known by its size and time
 
 
@@ -35,15 +32,10 @@ class Shelf:
         """The entry, made and kept if it is not there."""
         self._used.add(key)
         path = self.folder / f"{key}.safetensors"
-        if path.is_file():
-            try:
-                return _read(path)
-            except (OSError, SafetensorError):
-                path.unlink()  # made anew
-        values = make()
-        with atomic_path(path) as temporary:
-            tensors = {name: value.contiguous() for name, value in values.items()}
-            save_file(tensors, temporary, metadata={ORDER: json.dumps(list(values))})
+        values = kept(path)
+        if values is None:
+            values = make()
+            keep(path, values)
         return values
 
     def holds(self, key: str) -> bool:
@@ -54,12 +46,6 @@ class Shelf:
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in self._used:
                 path.unlink()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The entry's tensors in the order in which they were given; the file format sorts them."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in json.loads(file.metadata()[ORDER])}
 
 
 def key_of(**parts: Any) -> str:

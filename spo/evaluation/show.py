@@ -51,13 +51,16 @@ def show_one(
 ) -> list[Path]:
     """Write `num` PNGs of the seeds from `seed` on into the folder `out`, or one to the file `out`; their paths."""
     seeds = _seeds(prompt, seed, num)
-    if out.suffix.lower() == ".png" and num > 1:
+    single = out.suffix.lower() == ".png"
+    if single and num > 1:
         raise ConfigError(f"--out {out} is one file, but --num asks for {num}; name a folder")
+    if not single:
+        _folder(out)
     source = find_source(model, config, root)
     print(f"model: {source.told}", flush=True)
     network = build(config.model, config.sampling, best_device())
     pictures = _pictures(network, source, prompt, seeds, sampler)
-    paths = [out] if out.suffix.lower() == ".png" else [out / _name(prompt, source, each) for each in seeds]
+    paths = [out] if single else [out / _name(prompt, source, each) for each in seeds]
     _save(pictures, paths, config, source, prompt, seeds, sampler, root)
     return paths
 
@@ -75,6 +78,7 @@ def show_side_by_side(
 ) -> Path:
     """Write base and models with the same seeds: a PNG each, and one sheet of all, whose path is returned."""
     seeds = _seeds(prompt, seed, num)
+    _folder(out)
     wanted: Sequence[str | None] = models or [None]
     sources = [find_source(BASE, config, root), *(find_source(name, config, root) for name in wanted)]
     sources = list({source.lora: source for source in sources}.values())
@@ -93,6 +97,12 @@ def show_side_by_side(
     facts = {**_facts(config, sampler, prompt, root), "models": ", ".join(source.told for source in sources)}
     save_png(sheet, path, {**facts, "seed": ", ".join(map(str, seeds))})
     return path
+
+
+def _folder(out: Path) -> None:
+    """ConfigError where there is something else in the folder's place, before anything is painted."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder, or one picture as NAME.png")
 
 
 def _pictures(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spo import distributed
-from spo.config import Config
+from spo.config import Config, MetricConfig
 from spo.device import best_device
 from spo.evaluation.controls import contrast
 from spo.evaluation.generate import eight_bits, from_bytes, generate, to_bytes
@@ -47,10 +47,10 @@ class Studio:
         self.judges: list[Metric] = build_metrics(self.settings.metrics, self.device, needed=needed)
         self._context = {
             "model": config.model.model_dump(mode="json"),
-            "weights": digest_of_model(config.model.path),
+            "weights": [digest_of_model(path) for path in (config.model.path, config.model.vae) if path],
             "sampler": [self.settings.steps, self.settings.guidance_scale],
             "metrics": [metric.model_dump(mode="json") for metric in self.settings.metrics],
-            "judges": len(self.judges),
+            "judges": [len(self.judges), *_files(self.settings.metrics)],
             "code": digest_of_code(),
             "device": self.device.type,
         }
@@ -131,6 +131,12 @@ class Studio:
             load_policy(self.model, subject.checkpoint)
             self._loaded = subject.checkpoint
         return self.model.merged()
+
+
+def _files(metrics: Sequence[MetricConfig]) -> list[str]:
+    """What tells the judges' files from others under the same names, where they are files here."""
+    named = [value for metric in metrics for value in metric.model_dump().values() if isinstance(value, str)]
+    return [digest_of_model(value) for value in named]
 
 
 def digest_of_subject(subject: Subject) -> list[str | None]:

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -45,14 +43,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # a damaged pickle has torch's reader fail in any way
         raise ModelError(f"{path} cannot be read as tensors alone: {one_line(error, 160)}; get it again") from None
     if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
         values = values["state_dict"]
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)} if values else {}
+    named = values.items() if isinstance(values, Mapping) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"{path} holds no named tensors; give the published file")
+    unusable = [name for name, value in tensors.items() if not _usable(value)]
+    if unusable:
+        raise ModelError(f"{path} has no usable numbers in {one_line(unusable[0], 100)}; give the published file")
     return {name.removeprefix("module."): value.float() for name, value in tensors.items()}
+
+
+def _usable(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_complex() and bool(value.isfinite().all())
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
@@ -69,15 +75,15 @@ def linear_head(state: Mapping[str, Tensor], prefix: str, source: object) -> nn.
 
     The published heads have nothing but dropout between them. ModelError if there are none or they do not chain.
     """
-    names = {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
-    if not names or not all(name.isdigit() for name in names):
-        raise ModelError(f"{source} has no layers {prefix}0, ...; give the published file")
-    order = sorted(names, key=int)
-    shapes = [state[f"{prefix}{name}.weight"].shape for name in order]
-    head = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in shapes))
-    chained = all(shapes[i][0] == shapes[i + 1][1] for i in range(len(shapes) - 1)) and shapes[-1][0] == 1
-    if not chained:
-        raise ModelError(f"{source}: layers {prefix}* of shapes {[tuple(shape) for shape in shapes]} make no score")
     fields = ("weight", "bias")
+    names = {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
+    order = sorted(names, key=int) if all(name.isdecimal() for name in names) else []
+    if not order or not all(f"{prefix}{name}.{field}" in state for name in order for field in fields):
+        raise ModelError(f"{source} has no layers {prefix}0, ...; give the published file")
+    shapes = [tuple(state[f"{prefix}{name}.weight"].shape) for name in order]
+    chained = all(len(shape) == 2 and all(shape) for shape in shapes) and shapes[-1][0] == 1
+    if not chained or any(shapes[i][0] != shapes[i + 1][1] for i in range(len(shapes) - 1)):
+        raise ModelError(f"{source}: layers {prefix}* of shapes {shapes} make no score; give the published file")
+    head = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in shapes))
     fill(head, {f"{i}.{f}": state[f"{prefix}{name}.{f}"] for i, name in enumerate(order) for f in fields}, source)
     return head

@@ -171,7 +171,7 @@ def _filled(
         "has another shape of": [name for name in shapes if name in weights and weights[name].shape != shapes[name]],
         "has no usable numbers in": [name for name in shapes if name in weights and not _usable(weights[name])],
     }
-    found = [f"{what} {names[0]} (one of {len(names)})" for what, names in problems.items() if names]
+    found = [f"{what} {one_line(names[0], 100)} (one of {len(names)})" for what, names in problems.items() if names]
     if found:
         raise ModelError(f"{source} does not fit its CLIP configuration: it {', '.join(found)}; name the CLIP it is of")
     model.load_state_dict({name: weights[name_in_file(name)] for name in model.state_dict()})

@@ -23,7 +23,7 @@ from spo.models.base import LatentDiffusion
 from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
 from spo.stages.align_watch import build_watch
-from spo.stages.pairs import load_pairs
+from spo.stages.pairs import fingerprint_of_pairs, load_pairs
 from spo.stages.preference_scorer import load_scorer
 from spo.tracking import Tracker
 from spo.training.align import align
@@ -45,8 +45,6 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     watch = build_watch(config, name, policy, root=root)
     grows = store.folder / "output"  # there, since DVC removes the outputs of a stage that it runs again
     with distributed.written_by_main(nullcontext(grows)) as made:
-        if not store.has_any():
-            shutil.rmtree(made, ignore_errors=True)
         metrics = align(
             method,
             policy,
@@ -74,7 +72,7 @@ def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
     prepared = root / config.folder("prepare")
     inputs: dict[str, str | Path | None] = {"model": config.model.path, "vae": config.model.vae}
     if isinstance(config.align[name], DiffusionDpoConfig):
-        inputs |= {"pairs": prepared / "preferences" / "train.parquet"}
+        settings |= {"pairs": fingerprint_of_pairs(prepared / "preferences" / "train.parquet")}
     else:
         model = root / config.folder("train_preference") / "model"
         inputs |= {"prompts": prepared / "prompts" / "train.txt", "preference_model": model}

@@ -6,7 +6,9 @@ as many pairs at a time as in training. What that takes tells what the whole wil
 """
 
 import math
+import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import torch
 
 from spo.config import Config, DiffusionDpoConfig, MethodConfig, SampledConfig
 from spo.data.preferences import PairWriter, read_pairs
 from spo.data.prompts import read_prompts
-from spo.errors import SpoError
+from spo.errors import DataError, SpoError
 from spo.files import read_json
 from spo.preflight import Finding, findings
+from spo.room import num_pairs
 from spo.stages import align, evaluate, prepare, report, train_preference
 from spo.tracking import NullTracker
 
@@ -46,7 +48,7 @@ def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Find
     tracker = NullTracker()
     seed = config.training_seeds[0]
     stages: list[tuple[str, Callable[[], object]]] = [
-        ("prepare", lambda: prepare.run(small, root=folder, tracker=tracker)),
+        ("prepare", lambda: _prepare(small, config, folder)),
         ("train_preference", lambda: train_preference.run(small, root=folder, tracker=tracker)),
         *[
             (f"align {name}", lambda name=name: align.run(small, name, seed, root=folder, tracker=tracker))
@@ -69,6 +71,20 @@ def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Find
     say(Finding("time", True, _time(config, root, folder), ()))
     say(Finding("memory", True, _memory(taken), ()))
     return True
+
+
+def _prepare(small: Config, config: Config, folder: Path) -> None:
+    """Read a few pairs, or all where those leave a side without any, as in a file that is sorted by caption."""
+    try:
+        prepare.run(small, root=folder, tracker=NullTracker())
+    except DataError:
+        few, wanted = small.prepare.preferences, config.prepare.preferences
+        if few is None or wanted is None:
+            raise
+        section = small.prepare.model_copy(
+            update={"preferences": few.model_copy(update={"max_pairs": wanted.max_pairs})}
+        )
+        prepare.run(small.model_copy(update={"prepare": section}), root=folder, tracker=NullTracker())
 
 
 def miniature(config: Config, root: Path) -> Config:
@@ -123,17 +139,17 @@ def _time(config: Config, root: Path, folder: Path) -> str:
 
 
 def _taken(stage: Callable[[], object]) -> int:
-    """Run a stage; the most bytes that tensors took on the GPU, or what the process holds where there is none."""
+    """Run a stage; the most bytes that tensors took on the GPU, or the process so far where there is none."""
     if not torch.cuda.is_available():
         stage()
-        return psutil.Process().memory_info().rss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     torch.cuda.reset_peak_memory_stats()
     stage()
     return torch.cuda.max_memory_allocated()
 
 
 def _memory(taken: dict[str, int]) -> str:
-    stage = max(taken, key=taken.__getitem__)
+    stage = max(taken, key=taken.__getitem__)  # of equals the first
     if torch.cuda.is_available():
         there, whose = torch.cuda.get_device_properties(0).total_memory, "the GPU's"
     else:
@@ -156,7 +172,7 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
             sampled = method.epochs * min(num_prompts, most)
             counts[f"align {name}"] = seeds * sampled * _cost(config, folder, name)["unet_forwards"] / SAMPLED
         if isinstance(method, DiffusionDpoConfig):
-            pairs = _num_pairs(config, root)
+            pairs = num_pairs(config, root)
             if method.updates_per_epoch:
                 pairs = min(pairs or math.inf, method.updates_per_epoch * method.batch_size)
             counts[f"align {name}"] = 4.0 * seeds * method.epochs * (pairs or 0)  # two images, policy and reference
@@ -166,29 +182,6 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     images = evaluate.num_prompts * evaluate.images_per_prompt * len(evaluate.etas) * columns
     images += evaluate.num_validation_prompts * (1 + checkpoints)
     return {**counts, "evaluate": 2.0 * evaluate.steps * images}
-
-
-def _num_pairs(config: Config, root: Path) -> float | None:
-    """About how many pairs will be trained on; None where that is known only when they have been fetched."""
-    preferences = config.prepare.preferences
-    if preferences is None or (preferences.source.startswith("hub:") and not preferences.max_pairs):
-        return None
-    counted = math.inf
-    if not preferences.source.startswith("hub:"):
-        source = root / preferences.source
-        files = [source] if source.is_file() else sorted(source.iterdir())
-        counted = sum(_num_rows(file) for file in files)
-    share = 1 - config.prepare.validation_fraction - config.prepare.test_fraction
-    return min(counted, preferences.max_pairs or math.inf) * share
-
-
-def _num_rows(file: Path) -> int:
-    if file.suffix.lower() == ".parquet":
-        return pq.read_metadata(file).num_rows
-    if file.suffix.lower() == ".jsonl":
-        with file.open("rb") as lines:
-            return sum(1 for _ in lines)
-    return 0
 
 
 def _seconds_a_forward(config: Config, folder: Path) -> float:

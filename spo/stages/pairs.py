@@ -11,18 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo import distributed
+from spo.cache import checksum, keep, kept
 from spo.checkpoint import fingerprint, fingerprints
 from spo.config import Config, LabelsConfig
 from spo.data.ahead import ahead
 from spo.data.images import decode_image
 from spo.data.preferences import PreferencePair, PreferencePairs
 from spo.errors import DataError
-from spo.files import atomic_path
 from spo.models.base import LatentDiffusion
 from spo.preference.checkpoint import load_clip
 from spo.preference.labels import human_labels, prompt_weights, pseudo_labels
@@ -31,7 +29,7 @@ from spo.progress import progress
 from spo.training.preference import LabelledPairs
 
 PAIRS_AT_A_TIME = 32
-VERSION = 1  # of what is kept: another one wherever the same inputs would give other latents or labels
+VERSION = 2  # of what is kept: another one wherever the same inputs would give other latents or labels
 
 
 def load_pairs(
@@ -45,16 +43,15 @@ def load_pairs(
     stored = PreferencePairs(path)
     num_pairs = min(len(stored), limit or len(stored))
     file = cache / f"{path.stem}-{_key(path, num_pairs, base, config)}.safetensors"
-    kept = _kept(file) if distributed.gather_objects(file.exists())[0] else None
-    latents, label = kept or _encode(stored, num_pairs, base, config, label=f"encode {path.stem} pairs")
-    if kept is None and distributed.is_main():
-        with atomic_path(file) as temporary:
-            save_file({"latents": latents.contiguous(), "label": label.contiguous()}, temporary)
+    had = kept(file) if distributed.gather_objects(file.exists())[0] else None
+    made = had or _encode(stored, num_pairs, base, config, label=f"encode {path.stem} pairs")
+    if had is None and distributed.is_main():
+        keep(file, made)
         for other in cache.glob(f"{path.stem}-*.safetensors"):
             if other != file:
                 other.unlink(missing_ok=True)
     captions = stored.captions[:num_pairs]
-    result = LabelledPairs(latents, label, prompt_weights(captions), captions)
+    result = LabelledPairs(made["latents"], made["label"], prompt_weights(captions), captions)
     if not (result.label[:, 0] != result.label[:, 1]).any():
         raise DataError(f"{path}: all {len(result)} pairs are ties; there must be decided ones")
     return result
@@ -65,38 +62,27 @@ def _key(path: Path, num_pairs: int, base: LatentDiffusion, config: Config) -> s
     labels = config.train_preference.labels
     made_of = {
         "version": VERSION,
-        "pairs": fingerprint(path),
+        "pairs": fingerprint_of_pairs(path),
         "num_pairs": num_pairs,
         "resolution": config.model.resolution,
-        "vae": [_digest(base.vae), base.vae.config.scaling_factor, base.vae.config.shift_factor],
+        "vae": [checksum(base.vae.state_dict()), base.vae.config.scaling_factor, base.vae.config.shift_factor],
         "labels": labels.model_dump(mode="json"),
         "models": fingerprints({"labels": labels.model, "processor": labels.processor}),
     }
     return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def _digest(module: nn.Module) -> str:
-    """Of a network's weights, to the bit."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _kept(file: Path) -> tuple[Tensor, Tensor] | None:
-    """What an earlier run left; None where it is damaged."""
-    try:
-        tensors = load_file(file)
-        return tensors["latents"], tensors["label"]
-    except (OSError, KeyError, SafetensorError):
-        return None
+def fingerprint_of_pairs(path: Path) -> str:
+    """Tells prepared pairs from others: by every caption and label, and of big files by a part of the images."""
+    stored = PreferencePairs(path)
+    read = json.dumps([stored.captions, stored.labels]).encode()
+    return f"{fingerprint(path)} {hashlib.blake2b(read, digest_size=12).hexdigest()}"
 
 
 def _encode(
     stored: PreferencePairs, num_pairs: int, base: LatentDiffusion, config: Config, *, label: str
-) -> tuple[Tensor, Tensor]:
-    """Latents (n, 2, c, h, w) and labels (n, 2) of the first n pairs; of several processes each makes its share."""
+) -> dict[str, Tensor]:
+    """`latents` (n, 2, c, h, w) and `label` (n, 2) of the first n pairs; of several processes each makes its share."""
     labels, resolution = config.train_preference.labels, config.model.resolution
     judge = _judge(labels, base) if labels.model else None
     latents, opinions = [], []
@@ -113,8 +99,8 @@ def _encode(
         images = pixels.to(base.device, non_blocking=True).float() / 255
         latents.append(base.encode_images(images).cpu().unflatten(0, (-1, 2)))
         opinions.append(_opinion(judge, images, pairs, labels) if judge else _votes(pairs))
-    made = torch.cat(latents), torch.cat(opinions)
-    return (distributed.gather(made[0]), distributed.gather(made[1])) if shared_out else made
+    made = {"latents": torch.cat(latents), "label": torch.cat(opinions)}
+    return {name: distributed.gather(tensor) for name, tensor in made.items()} if shared_out else made
 
 
 def _judge(labels: LabelsConfig, base: LatentDiffusion) -> PreferenceScorer:

@@ -16,7 +16,7 @@ from spo.files import atomic_path, write_json
 from spo.models.load import build
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.progress import Progress, progress
-from spo.stages.pairs import load_pairs
+from spo.stages.pairs import fingerprint_of_pairs, load_pairs
 from spo.tables import write_csv
 from spo.tracking import Tracker
 from spo.training.guards import memory_advice
@@ -82,13 +82,13 @@ def state_store(config: Config, root: Path) -> StateStore:
     """Where the stage's states are, and what they depend on."""
     settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "train_preference"})
     inputs: dict[str, str | Path | None] = {
-        "pairs": root / config.folder("prepare") / "preferences" / "train.parquet",
         "model": config.model.path,
         "vae": config.model.vae,
         "start_from": config.train_preference.start_from,
         "labels": config.train_preference.labels.model,
     }
-    settings |= {"inputs": fingerprints(inputs)}
+    pairs = root / config.folder("prepare") / "preferences" / "train.parquet"
+    settings |= {"inputs": {"pairs": fingerprint_of_pairs(pairs), **fingerprints(inputs)}}
     return StateStore(root / config.state_folder("train_preference"), settings)
 
 

@@ -26,10 +26,13 @@ class Heartbeat(threading.Thread):
             self._measure()
             self._sender.send()
 
-    def stop(self) -> None:
-        """End it, after one more measurement; what is not sent yet is left to the caller."""
+    def stop(self, seconds: float | None = None) -> None:
+        """End it, after one more measurement; what is not sent yet is left to the caller.
+
+        A server that hangs is waited for, but for `seconds` at most where they are given.
+        """
         self._over.set()
-        self.join()
+        self.join(seconds)
         self._measure()
 
     def _measure(self) -> None:

@@ -2,7 +2,7 @@
 
 A folder mlflow/unsent/<id> with events.jsonl (one event a line), files/ (copies of pictures and artifacts) and
 state.json (how far it has been sent). Its writer holds the lock; a journal whose lock is free was left behind by a
-process that has ended. What a crash tears off is the last line at most.
+process that has ended. A crash or a full disk may tear off a line, which is left out; those after it are read.
 """
 
 import json
@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,8 +58,10 @@ class Journal:
 
     def append(self, do: str, **what: Any) -> None:
         """Write an event; it is with the system when this returns."""
-        line = json.dumps({"do": do, **what}) + "\n"
-        with self._writing, self._events.open("a", encoding="utf-8") as file:
+        line = json.dumps({"do": do, **what}).encode() + b"\n"
+        with self._writing, self._events.open("ab+") as file:
+            if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = b"\n" + line  # behind one that was torn
             file.write(line)
 
     def keep(self, source: Path, name: str) -> str:
@@ -80,7 +83,7 @@ class Journal:
         return folder
 
     def after(self, offset: int) -> Iterator[tuple[Event, int]]:
-        """The events from a byte offset on, each with the offset behind it; a line torn by a crash is left out."""
+        """The events from a byte offset on, each with the offset behind it; a torn line is left out."""
         if not self._events.is_file():
             return
         with self._events.open("rb") as file:
@@ -89,7 +92,8 @@ class Journal:
                 offset += len(line)
                 if not line.endswith(b"\n"):
                     return
-                yield json.loads(line), offset
+                with suppress(ValueError):
+                    yield json.loads(line), offset
 
     def state(self) -> Event:
         """What the sender has noted: offset, run_id and parent."""

@@ -15,6 +15,8 @@ from spo.tracking.sender import Sender, send_unsent
 from spo.tracking.store import away, connect, pipeline_id, run_url, unusable
 from spo.tracking.tracker import JournalTracker, NullTracker, Tracker
 
+STOPPED_SECONDS = 5.0  # that a stage which is told to end waits for a server that hangs, twice
+
 
 @contextmanager
 def start(
@@ -56,9 +58,10 @@ def start(
         yield tracker
         status = "FINISHED"
     finally:
-        heartbeat.stop()
+        patience = STOPPED_SECONDS if isinstance(sys.exception(), KeyboardInterrupt) else None
+        heartbeat.stop(patience)
         journal.append("end", status=status, time=_now())
-        if sender.send():
+        if sender.send_within(patience):
             journal.remove()
         else:
             journal.release()

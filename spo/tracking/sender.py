@@ -51,6 +51,16 @@ class Sender:
                 )
             return self.problem is None
 
+    def send_within(self, seconds: float | None) -> bool:
+        """Send, but leave a server that hangs alone after `seconds`; None: wait for it."""
+        if seconds is None:
+            return self.send()
+        arrived: list[bool] = []
+        thread = threading.Thread(target=lambda: arrived.append(self.send()), name="tracking's end", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return arrived == [True]
+
     def _send(self) -> None:
         """Events one by one, but neighbouring metrics together; notes how far it has come after each."""
         from mlflow.entities import Metric
@@ -128,20 +138,34 @@ class Sender:
 def send_unsent(root: Path = Path()) -> int:
     """Send the journals of processes that have ended, as far as the store takes them; how many are left.
 
-    A run whose process ended without a word is ended as KILLED.
+    A run whose process ended without a word is ended as KILLED. A journal that makes no sense is named and left.
     """
     client = connect(root)
-    left = 0
+    left = damaged = 0
     for journal in Journal.left_behind(unsent(root)):
-        sender = Sender(client, journal, root)
-        events = [event for event, _ in journal.after(0)]
-        if events and events[0]["do"] == "start" and not any(event["do"] == "end" for event in events):
-            journal.append("end", status="KILLED", time=int(time.time() * 1000))
-        if left or not sender.send():
-            left += 1
-        else:
+        try:
+            sent = not left and _send_whole(client, journal, root)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            damaged += 1
+            print(
+                f"warning: {journal.folder} cannot be sent: {one_line(error)}; remove it if it is not needed",
+                file=sys.stderr,
+                flush=True,
+            )
+            continue
+        if sent:
             journal.remove()
-    return left
+        else:
+            left += 1
+    return left + damaged
+
+
+def _send_whole(client: "MlflowClient", journal: Journal, root: Path) -> bool:
+    """Whether all of an ended process's journal has arrived."""
+    events = [event for event, _ in journal.after(0)]
+    if events and events[0]["do"] == "start" and not any(event["do"] == "end" for event in events):
+        journal.append("end", status="KILLED", time=int(time.time() * 1000))
+    return Sender(client, journal, root).send()
 
 
 def _is_the_store_s(error: Exception) -> bool:

@@ -5,6 +5,7 @@ rounds, and that clipping is done when it is asked for.
 """
 
 import math
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -58,10 +59,13 @@ def align(
     optimizer = build_optimizer(policy.parameters(), config.optimizer)
     guard = FiniteGuard(safety.max_skipped_in_a_row)
     state = State(optimizer, guard, LossScale.of(policy.dtype), cost or Cost())
-    if store and (saved := store.load()):
+    saved = store.load() if store else None
+    if saved:
         state.restore(policy, saved)
         if distributed.is_main():
             print(f"align: goes on after round {saved.number}", file=sys.stderr, flush=True)
+    elif store and distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)  # what a run left that has no whole state
     for row in state.history.updates:
         tracker.log_metrics(row, step=int(row["update"]))
     for row in state.history.looks:

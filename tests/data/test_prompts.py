@@ -180,11 +180,11 @@ def test_a_split_depends_on_the_prompts_and_the_seed_but_not_on_their_order() ->
     assert split_prompts(MANY, seed=3, **fractions) != split_prompts(MANY, seed=4, **fractions)
 
 
-def test_few_prompts_still_give_every_side_one() -> None:
-    split = split_prompts(["a", "b", "c"], seed=0, validation_fraction=0.01, test_fraction=0.01)
-    assert (len(split.train), len(split.validation), len(split.test)) == (1, 1, 1)
-    with pytest.raises(DataError, match="2 prompts cannot be split"):
-        split_prompts(["a", "b"], seed=0, validation_fraction=0.01, test_fraction=0.01)
+def test_few_prompts_still_give_every_side_what_it_needs() -> None:
+    split = split_prompts(list("abcde"), seed=0, validation_fraction=0.01, test_fraction=0.01)
+    assert (len(split.train), len(split.validation), len(split.test)) == (1, 2, 2)
+    with pytest.raises(DataError, match="4 prompts cannot be split"):
+        split_prompts(list("abcd"), seed=0, validation_fraction=0.01, test_fraction=0.01)
 
 
 def test_prompt_hashes_are_uniform_and_never_change() -> None:

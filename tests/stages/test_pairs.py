@@ -1,6 +1,8 @@
 """The prepared pairs as training sees them."""
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spo.config import Config, load_config
+from spo.data.preferences import PairWriter
 from spo.models.base import LatentDiffusion
 from spo.models.load import build
 from spo.stages import pairs as module
@@ -88,13 +91,32 @@ def test_another_autoencoder_or_resolution_is_encoded_anew_in_place_of_the_old(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_corrected_label_is_seen_in_a_file_too_large_to_be_read_whole(
+    config: Config, base: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "fingerprint", lambda _: "the same, as of the part that is read")
+    path = tmp_path / "train.parquet"
+    stored = module.PreferencePairs(config.folder("prepare") / "preferences" / "train.parquet")
+    pairs = [stored[index] for index in range(4)]
+
+    def labels(turned: bool) -> Tensor:
+        with PairWriter(path) as writer:
+            for pair in pairs:
+                labels = (pair.label_1, pair.label_0) if turned else (pair.label_0, pair.label_1)
+                writer.write(replace(pair, label_0=labels[0], label_1=labels[1]))
+        return load_pairs(path, base, config, cache=tmp_path / "cache").label
+
+    assert torch.equal(labels(turned=False), labels(turned=True).flip(1))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
 def test_what_is_kept_and_damaged_is_made_anew(
-    config: Config, base: LatentDiffusion, encoded: list[int], tmp_path: Path
+    config: Config, base: LatentDiffusion, encoded: list[int], tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     first = load(config, base, tmp_path)
     encoded.clear()
     [file] = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
+    file.write_bytes(damage(file.read_bytes()))
     assert same(load(config, base, tmp_path), first)
     assert encoded
     encoded.clear()
