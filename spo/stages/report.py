@@ -17,7 +17,7 @@ from spo.config import Config, SampledConfig
 from spo.environment import environment
 from spo.files import write_json, write_text
 from spo.stages.report_charts import Chart, all_charts
-from spo.stages.report_cost import Duel, duels, numbers, sentences
+from spo.stages.report_cost import Duel, duels, leading, numbers, sentences
 from spo.stages.report_gallery import Card, gallery
 from spo.stages.report_inputs import Inputs, read_inputs
 from spo.stages.report_results import CONTRAST, Results, direction, level
@@ -37,7 +37,8 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
         inputs.validation,
         inputs.validation_scores,
         tolerance=evaluate.guard_tolerance,
-        judge_seconds=_judge_seconds(config, inputs),
+        judge=inputs.judge,
+        judged=[name for name in config.methods if isinstance(config.align[name], SampledConfig)],
     )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
     folder = root / config.folder("report")
@@ -96,6 +97,7 @@ def page(
         charts=charts,
         cards=cards,
         costs=costs,
+        leading=leading(costs),
         chosen=_chosen(inputs),
         training=_training(config, inputs),
         seconds=inputs.seconds,
@@ -133,12 +135,6 @@ def _training(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
         for name, runs in inputs.training.items()
         for seed, metrics in zip(config.training_seeds, runs, strict=True)
     ]
-
-
-def _judge_seconds(config: Config, inputs: Inputs) -> dict[str, float]:
-    """What the preference model's training took, of each method that has its own samples judged."""
-    seconds = inputs.seconds.get("train_preference", 0.0)
-    return {name: seconds for name in config.methods if isinstance(config.align[name], SampledConfig)}
 
 
 def _chosen(inputs: Inputs) -> list[str]:

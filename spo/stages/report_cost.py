@@ -13,8 +13,7 @@ from spo.stages.report_results import BASE, Results
 
 Row = dict[str, Any]
 CURRENCIES = {"unet_forwards": "UNet forwards", "seconds": "seconds of alignment"}  # as checkpoints tell them
-WITH_JUDGE = "seconds_with_judge"
-UNITS = {**CURRENCIES, WITH_JUDGE: "seconds, the preference model's training included"}
+WITH_JUDGE = "_with_judge"
 
 
 @dataclass(frozen=True)
@@ -35,25 +34,39 @@ def duels(
     scores: Sequence[Row],
     *,
     tolerance: float,
-    judge_seconds: Mapping[str, float],
+    judge: Mapping[str, float],
+    judged: Sequence[str],
 ) -> list[Duel]:
     """Each pair of methods in each currency, read off the means of their training seeds.
 
     validation: a checkpoint a row, with its cost; scores: a checkpoint and prompt a row.
-    judge_seconds: what training the preference model took, for each method that needs one.
+    judge: what training the preference model took in each currency, where that is known; judged: methods that need it.
     """
     base = curve(scores, BASE, results.main)
     curves = {name: curve(scores, name, results.main) for name in results.methods}
     found = []
     for name, other in combinations(results.methods, 2):
-        for currency in UNITS if any(judge_seconds.values()) else CURRENCIES:
-            both = [(_compute(validation, each, currency, judge_seconds), curves[each]) for each in (name, other)]
-            if not base or not all(scores and compute[0] > 0 for compute, scores in both):
+        for currency, unit, extra in _currencies(judge if judged else {}):
+            compute = [_compute(validation, each, currency, extra if each in judged else 0) for each in (name, other)]
+            both = list(zip(compute, (curves[name], curves[other]), strict=True))
+            if not base or not all(scores and taken[0] > 0 for taken, scores in both):
                 continue
-            found.append(_duel(results.primary, name, other, currency, both, base, tolerance))
+            label = f"{currency}{WITH_JUDGE}" if extra else currency
+            found.append(_duel(results.primary, (name, other), (label, unit), both, base, tolerance))
             if found[-1].saving is None:  # nothing to reach, whatever one counts in
                 break
     return found
+
+
+def _currencies(judge: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """Name, unit and what the judge took: each currency with the judge's training, where it had one, then without."""
+    units = list(CURRENCIES.items())
+    with_judge = [
+        (name, f"{unit.removesuffix(' of alignment')}, the preference model's training included", judge[name])
+        for name, unit in units
+        if judge.get(name)
+    ]
+    return [*with_judge, *((name, unit, 0.0) for name, unit in units)]
 
 
 def curve(rows: Sequence[Row], column: str, metrics: Sequence[str]) -> Scores:
@@ -85,6 +98,12 @@ def sentences(found: Sequence[Duel]) -> list[str]:
     return [duel.sentence for duel in found]
 
 
+def leading(found: Sequence[Duel]) -> list[Duel]:
+    """The first of each pair of methods: UNet forwards, with the judge's training where there is one."""
+    pairs = dict.fromkeys((duel.method, duel.other) for duel in found)
+    return [next(duel for duel in found if (duel.method, duel.other) == pair) for pair in pairs]
+
+
 def numbers(found: Sequence[Duel]) -> dict[str, dict[str, float]]:
     """times_less_<currency> of each pair with its interval; a level that was not reached has no number."""
     table: dict[str, dict[str, float]] = {}
@@ -98,19 +117,20 @@ def numbers(found: Sequence[Duel]) -> dict[str, dict[str, float]]:
     return table
 
 
-def _compute(validation: Sequence[Row], method: str, currency: str, judge_seconds: Mapping[str, float]) -> list[float]:
-    """What each of a method's checkpoints had taken, the mean of its training seeds."""
-    key, more = ("seconds", judge_seconds.get(method, 0.0)) if currency == WITH_JUDGE else (currency, 0.0)
-    return [fmean(row[key] for row in rows) + more for rows in by_checkpoint(validation, method)] or [0.0]
+def _compute(validation: Sequence[Row], method: str, currency: str, more: float) -> list[float]:
+    """What each of a method's checkpoints had taken, the mean of its training seeds, and `more`."""
+    return [fmean(row[currency] for row in rows) + more for rows in by_checkpoint(validation, method)] or [0.0]
 
 
-def _duel(metric: str, name: str, other: str, currency: str, both: list[Any], base: Scores, tolerance: float) -> Duel:
+def _duel(
+    metric: str, names: tuple[str, str], currency: tuple[str, str], both: list[Any], base: Scores, tolerance: float
+) -> Duel:
     primary = base[metric][0]
     ones = np.ones(len(primary))
     curves = [points(compute, scores, base, ones, tolerance=tolerance) for compute, scores in both]
     found = saving(*curves, base=float(primary.mean()))
     sure = None if found is None else spread(both[0], both[1], base, tolerance=tolerance)
-    return Duel(name, other, currency, found, sure, _sentence(metric, name, other, UNITS[currency], found, sure))
+    return Duel(*names, currency[0], found, sure, _sentence(metric, *names, currency[1], found, sure))
 
 
 def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None, sure: Spread | None) -> str:

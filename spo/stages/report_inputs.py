@@ -27,6 +27,7 @@ class Inputs:
     timesteps: dict[str, OfSeeds]  # of each method that has them
     watch: dict[str, OfSeeds]  # of each method that was watched: an interval of training each
     training: dict[str, list[dict[str, Any]]]  # metrics.json of each method's training seeds
+    judge: dict[str, float]  # what the preference model's training took: seconds and unet_forwards
     accuracy: list[Row]  # of the preference model; empty where it was not measured
     seconds: dict[str, float]  # of each stage that says so, in the order of the pipeline
     images: Path
@@ -61,6 +62,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         timesteps=_of_methods(config, root, "timesteps.csv", ("timestep", "branched", "kept", "margin"), optional=True),
         watch=_of_methods(config, root, "watch.csv", ("unet_forwards", "gap"), optional=True),
         training=training,
+        judge={name: judge[name] for name in ("unet_forwards", "seconds") if name in judge},
         accuracy=read_csv(preference / "accuracy.csv", "train_preference", ("timestep", "model", "accuracy"))
         if (preference / "accuracy.csv").exists()
         else [],

@@ -58,6 +58,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         write_csv(folder / "accuracy.csv", done.accuracy)
         write_csv(folder / "history.csv", done.history)
         metrics = {**_metrics(done.accuracy, done.history), "skipped": training.guard.skipped}
+        metrics["unet_forwards"] = done.step * settings.batch_size * 2 * (1 + (config.sampling.guidance_scale > 1))
         write_json(folder / "metrics.json", {**metrics, "seconds": round(done.seconds_since(start), 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])

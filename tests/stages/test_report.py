@@ -57,7 +57,9 @@ def write_metrics(folder: Path, metrics: dict) -> None:
 
 def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generator, *, seeds) -> None:
     write_metrics(runs / "prepare", {"seconds": 1.25, "train_prompts": 360})
-    write_metrics(runs / "train_preference", {"seconds": 212.0, "accuracy": {"trained": {"t_1": 0.81}}})
+    write_metrics(
+        runs / "train_preference", {"seconds": 212.0, "unet_forwards": 10000, "accuracy": {"trained": {"t_1": 0.81}}}
+    )
     times = (1, 301, 701)
     write_csv(runs / "train_preference" / "accuracy.csv", [
         {"timestep": t, "model": model, "accuracy": 0.9 - t / (2000 if model == "trained" else 1500),
@@ -237,12 +239,17 @@ def test_a_saving_is_a_number_of_the_metrics(tmp_path):
     report.run(config, root=tmp_path, tracker=Tracker())
     folder = tmp_path / "runs/tiny/report"
     found = json.loads((folder / "metrics.json").read_text())["spo_vs_dpo"]
-    expected = {"unet_forwards": 2.0, "seconds": 2.0, "seconds_with_judge": (480 + 212) / (240 + 212)}
+    expected = {"unet_forwards": 2.0, "seconds": 2.0}
+    expected |= {"unet_forwards_with_judge": (60 + 10) / (30 + 10), "seconds_with_judge": (480 + 212) / (240 + 212)}
     for currency, times in expected.items():
         for end in ("", "_low", "_high"):
             assert found[f"times_less_{currency}{end}"] == pytest.approx(times, abs=1e-3)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "spo reaches dpo&#39;s best validation aesthetic, 0.560 at 60,000 UNet forwards, with 2.0 times less" in page
+    goal = "spo reaches dpo&#39;s best validation aesthetic, 0.560 at "
+    assert f"{goal}60,000 UNet forwards, with 2.0 times less" in page
+    assert f"{goal}70,000 UNet forwards, the preference model&#39;s training included, with 1.8 times less" in page
+    told = (folder / "summary.txt").read_text(encoding="utf-8")
+    assert "70,000 UNet forwards, the preference model's training included" in told
     assert (
         "(30,000; 4.0 times at the most, as checkpoints lie apart) [95% interval over prompts: 2.0 to 2.0 times" in page
     )
