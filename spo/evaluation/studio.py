@@ -50,7 +50,7 @@ class Studio:
             "weights": [digest_of_model(path) for path in (config.model.path, config.model.vae) if path],
             "sampler": [self.settings.steps, self.settings.guidance_scale],
             "metrics": [metric.model_dump(mode="json") for metric in self.settings.metrics],
-            "judges": [len(self.judges), *_files(self.settings.metrics)],
+            "judges": [len(self.judges), *files_of(self.settings.metrics)],
             "code": digest_of_code(),
             "device": self.device.type,
         }
@@ -133,7 +133,7 @@ class Studio:
         return self.model.merged()
 
 
-def _files(metrics: Sequence[MetricConfig]) -> list[str]:
+def files_of(metrics: Sequence[MetricConfig]) -> list[str]:
     """What tells the judges' files from others under the same names, where they are files here."""
     named = [value for metric in metrics for value in metric.model_dump().values() if isinstance(value, str)]
     return [digest_of_model(value) for value in named]
