@@ -168,6 +168,7 @@ def test_a_users_mistake_is_one_line_and_code_1(
         (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "smaller batch"),
         (MemoryError(), "smaller batch"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), "'runs/a'; see to it that this path can be"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line_with_the_mend(

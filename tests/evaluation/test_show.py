@@ -140,6 +140,7 @@ def test_a_name_of_nothing_is_told_with_what_there_is(config, root, tmp_path, mo
         ({"num": 0}, "makes no picture"),
         ({"seed": -1}, "out of range"),
         ({"out": Path("x.png"), "num": 2}, "name a folder"),
+        ({"out": Path(__file__)}, "is a file; name a folder"),
     ],
 )
 def test_wrong_options_are_told_before_anything_is_loaded(config, sampler, root, change, said):
