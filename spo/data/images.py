@@ -1,7 +1,9 @@
 """Pictures from bytes that nobody vouches for."""
 
 import io
+import threading
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,9 +13,12 @@ from spo.data.rows import RowError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: some of Pillow's readers start programs
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
+LARGE_PIXELS = 16_000_000  # of which one is decoded at a time, whatever the number of threads
 
 # Pillow only warns of a picture that unpacks to more memory than is sane; here that is always an error.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+_ONE_LARGE = threading.Lock()
 
 
 def decode_image(data: object) -> Image.Image:
@@ -35,8 +40,9 @@ def decode_image(data: object) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise RowError("image too large", f"{width} x {height} pixels, at most {MAX_PIXELS}")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            with _ONE_LARGE if width * height > LARGE_PIXELS else nullcontext():
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
     except RowError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

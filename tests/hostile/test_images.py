@@ -2,8 +2,10 @@
 
 import io
 import struct
+import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from spo.data import images
 from spo.data.images import MAX_PIXELS, decode_image
 from spo.data.rows import RowError
 from tests.hostile.trying import assert_one_line, damaged, tries
@@ -108,3 +111,34 @@ def test_a_header_that_claims_the_largest_size(size: int) -> None:
     data = bytearray(ORIGINALS[0])
     data[16:24] = struct.pack(">II", size & 0xFFFFFFFF, size & 0xFFFFFFFF)
     assert_decodes_or_explains(bytes(data))
+
+
+def test_sixteen_bits_take_no_more_than_a_few_bytes_a_pixel() -> None:
+    side = 2000
+    data = encoded(Image.fromarray(np.full((side, side), 40_000, dtype=np.uint16)), "PNG")
+    tracemalloc.start()
+    try:
+        assert decode_image(data).getpixel((0, 0)) == (156, 156, 156)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * side**2
+
+
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    to_rgb, at_once, most = images._to_rgb, 0, 0
+
+    def watched(image: Image.Image) -> Image.Image:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.02)
+        at_once -= 1
+        return to_rgb(image)
+
+    monkeypatch.setattr(images, "_to_rgb", watched)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 99)
+    data = encoded(Image.new("RGB", (10, 10)), "PNG")
+    with ThreadPoolExecutor(4) as threads:
+        assert len(list(threads.map(decode_image, [data] * 8))) == 8
+    assert most == 1
