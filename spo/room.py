@@ -1,6 +1,8 @@
 """How much of the disk the stages of a profile will want, and how much of that they have taken already."""
 
 import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +74,15 @@ def num_pairs(config: Config, root: Path) -> float | None:
 
 
 def size_of(place: Path) -> int:
-    """Bytes of a file, or of all files below a folder; none of what is not there."""
+    """Bytes of a file, or of all files below a folder; none of what is not there, or goes while it is looked at."""
     if place.is_file():
         return place.stat().st_size
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    found = 0
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with suppress(OSError):
+                found += Path(folder, name).stat().st_size
+    return found
 
 
 def _unet(config: Config) -> int:

@@ -8,7 +8,7 @@ from spo import preflight
 from spo.config import Config, load_config
 from spo.errors import ConfigError
 from spo.preflight import findings, require
-from spo.room import room
+from spo.room import room, size_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,6 +117,24 @@ def test_what_a_stopped_run_or_an_earlier_stage_has_written_is_not_wanted_again(
     state.write_bytes(bytes(5 * 2**20))
     assert training - needed("train_preference") == pytest.approx(5 * 2**20, abs=2**20)
     assert needed("evaluate") < evaluation  # the preference model is being made, and has taken its room
+
+
+def test_files_that_another_stage_removes_meanwhile_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "state").mkdir()
+    for name in ("stays", "goes"):
+        (tmp_path / "state" / name).write_bytes(bytes(10))
+    stat = Path.stat
+
+    def gone(path: Path, **options: Any) -> Any:
+        if path.name == "goes":
+            raise FileNotFoundError(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    assert size_of(tmp_path) == 10
+    assert size_of(tmp_path / "nowhere") == 0
 
 
 def test_prepare_wants_room_for_its_copy_of_the_pictures_and_for_dvcs(config: Config) -> None:
