@@ -139,19 +139,22 @@ def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | Non
     goal = f"{other}'s best validation {metric}, {found.level:.3f} at {found.compute:,.0f} {unit}"
     if found.times is None or found.reached is None:
         return f"{name} does not reach {goal}{_sureness(sure)}."
-    ratio = f"{found.times:.1f} times less" if found.times >= 1 else f"{1 / found.times:.1f} times more"
     bound = (
         ""
         if found.at_most is None or found.times < 1
         else f"; {found.at_most:.1f} times at the most, as checkpoints lie apart"
     )
-    return f"{name} reaches {goal}, with {ratio} ({found.reached:,.0f}{bound}){_sureness(sure)}."
+    return f"{name} reaches {goal}, with {_ratio(found.times)} ({found.reached:,.0f}{bound}){_sureness(sure)}."
 
 
 def _sureness(sure: Spread | None) -> str:
     if sure is None:
         return "; other prompts might leave nothing to reach"
-    low = f"{sure.low:.1f}" if sure.low else "not reached"
-    return (
-        f" [95% interval over prompts: {low} to {sure.high:.1f} times; not reached in {sure.missed:.0%} of resamples]"
-    )
+    bounds = f"{_ratio(sure.low)} to {_ratio(sure.high)}"
+    return f" [95% interval over prompts: {bounds}; not reached in {sure.missed:.0%} of resamples]"
+
+
+def _ratio(times: float) -> str:
+    if not times:
+        return "not reached"
+    return f"{times:.1f} times less" if times >= 1 else f"{1 / times:.1f} times more"

@@ -251,7 +251,8 @@ def test_a_saving_is_a_number_of_the_metrics(tmp_path):
     told = (folder / "summary.txt").read_text(encoding="utf-8")
     assert "70,000 UNet forwards, the preference model's training included" in told
     assert (
-        "(30,000; 4.0 times at the most, as checkpoints lie apart) [95% interval over prompts: 2.0 to 2.0 times" in page
+        "(30,000; 4.0 times at the most, as checkpoints lie apart) "
+        "[95% interval over prompts: 2.0 times less to 2.0 times less" in page in page
     )
 
 
