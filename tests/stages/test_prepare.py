@@ -124,7 +124,7 @@ def test_no_prompt_is_on_two_sides(project: Path) -> None:
 
 
 def test_captions_that_are_no_prompts_are_split_by_hash(project: Path) -> None:
-    (project / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (project / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
     metrics = run(make_config(validation_fraction=0.3), root=project, tracker=NullTracker())["preferences"]
     assert 0.15 < metrics["validation"] / metrics["kept"] < 0.45
 
