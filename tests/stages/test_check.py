@@ -1,5 +1,6 @@
 """`python -m spo check` over projects of one's own: what it finds, and that it leaves nothing behind."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,10 @@ import yaml
 
 from spo.__main__ import main
 from spo.config import Config, SampledConfig, load_config
+from spo.errors import DataError
+from spo.stages import check, prepare
 from spo.stages.check import forwards, miniature
+from spo.tracking import NullTracker
 from tests.test_pipeline import make_project
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +41,20 @@ def test_a_sound_project_goes_through_every_stage_in_miniature_and_is_left_as_it
     assert [name for name in found if name.endswith("in miniature")] == [f"{stage} in miniature" for stage in stages]
     assert found[-2:] == ["time", "memory"]
     assert lines[-1] == "profile own can run"
+
+
+def test_where_the_first_pairs_are_of_one_caption_all_are_read(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(check, "PAIRS_READ", 1)
+    config = load_config()
+    small = miniature(config, project)
+    with pytest.raises(DataError, match="none falls to"):
+        prepare.run(small, root=tmp_path, tracker=NullTracker())
+    check._prepare(small, config, tmp_path)
+    metrics = json.loads((tmp_path / small.folder("prepare") / "metrics.json").read_text())["preferences"]
+    assert metrics["train"] and metrics["validation"]
 
 
 def with_setting(project: Path, section: str, **values: object) -> str:

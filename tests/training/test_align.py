@@ -213,6 +213,16 @@ def test_a_verdict_that_was_stopped_before_its_checkpoint_is_kept_by_the_run_tha
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
 
 
+def test_what_a_run_left_without_a_whole_state_is_no_part_of_the_next(pipeline, tmp_path):
+    old = tmp_path / "run" / "checkpoints" / "step-000099"
+    old.mkdir(parents=True)
+    damaged = tmp_path / "states" / "00000001"
+    damaged.mkdir(parents=True)
+    train(pipeline, tmp_path / "run", store=tmp_path / "states")
+    assert not damaged.exists() or (damaged / "manifest.json").is_file()
+    assert [folder.name for folder in sorted(old.parent.iterdir())] == ["step-000002", "step-000004"]
+
+
 def poisoned(pipeline: Path, bad: tuple[int, ...]) -> tuple[Method, AlignConfig]:
     """SPO whose loss is nan at the updates of these numbers."""
     policy = make_tiny_denoiser("sd15", pipeline)
