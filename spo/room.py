@@ -55,7 +55,9 @@ def room(config: Config, root: Path) -> dict[str, Room]:
 
 
 def num_pairs(config: Config, root: Path) -> float | None:
-    """About how many pairs will be trained on; None where that is known only when they have been fetched or mended."""
+    """About how many pairs will be trained on; None where they are yet to be fetched, or a file is broken."""
+    from pyarrow import ArrowException  # slow to import, and every command would
+
     preferences = config.prepare.preferences
     if preferences is None or (preferences.source.startswith("hub:") and not preferences.max_pairs):
         return None
@@ -63,8 +65,6 @@ def num_pairs(config: Config, root: Path) -> float | None:
     if not preferences.source.startswith("hub:"):
         source = root / preferences.source
         files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
-        from pyarrow import ArrowException
-
         try:
             counted = sum(_num_rows(file) for file in files)
         except (OSError, ArrowException):

@@ -102,7 +102,7 @@ def show_side_by_side(
 def _folder(out: Path) -> None:
     """ConfigError where there is something else in the folder's place, before anything is painted."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a folder, or one picture as NAME.png")
+        raise ConfigError(f"--out {out} is a file; name a folder")
 
 
 def _pictures(

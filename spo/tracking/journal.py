@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,8 +91,11 @@ class Journal:
                 offset += len(line)
                 if not line.endswith(b"\n"):
                     return
-                with suppress(ValueError):
-                    yield json.loads(line), offset
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                yield event, offset
 
     def state(self) -> Event:
         """What the sender has noted: offset, run_id and parent."""
