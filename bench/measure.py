@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from spo.errors import SpoError
-from spo.files import write_json
+from spo.runtime.files import write_json
 
 P = ParamSpec("P")
 RESULTS = Path("bench/results")

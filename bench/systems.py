@@ -34,7 +34,7 @@ from spo.models.lora import add_lora
 from spo.models.sd15 import StableDiffusion
 from spo.models.sdxl import StableDiffusionXL
 from spo.preference.checkpoint import PreferenceModel, load_clip
-from spo.preference.clip import StepAwareCLIP
+from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Preprocessing
 
 TOKENS = 77

@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from spo.config import load_config
 from spo.errors import ConfigError
-from spo.files import write_text
+from spo.runtime.files import write_text
 
 
 def override(profile: str | None, overrides: Mapping[str, Any], root: Path = Path()) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from spo.errors import ConfigError
-from spo.files import write_text
+from spo.runtime.files import write_text
 
 _LINE = re.compile(r"^profile:.*$", flags=re.MULTILINE)
 

@@ -18,11 +18,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from spo.commands.preflight import Finding, require
 from spo.config import Config, LaunchConfig, load_config
 from spo.errors import SpoError, is_disk_full, is_out_of_memory, one_line
-from spo.locking import locked
-from spo.preflight import Finding, require
-from spo.stopping import Stopped, run_group, stoppable
+from spo.runtime.locking import locked
+from spo.runtime.stopping import Stopped, run_group, stoppable
 
 STAGES = {  # in the pipeline's order; the last is not part of it
     "prepare": "check prompts and preferences and split them",
@@ -90,7 +90,8 @@ def run_stage(options: argparse.Namespace) -> int:
         return launch(config.launch, options.arguments)
     label = stage if method is None else f"{stage} {method} --seed {seed}"
     _settle()
-    from spo import distributed, tracking
+    from spo import tracking
+    from spo.runtime import distributed
 
     distributed.join()
 
@@ -104,7 +105,7 @@ def run_stage(options: argparse.Namespace) -> int:
             tracker.log_params(settings(config, stage, method, seed))
             run(config, *(() if method is None else (method, seed)), root=root, tracker=tracker)
     if stage == "report":
-        from spo.stages.promote import register_released
+        from spo.commands.promote import register_released
 
         register_released(config, root)
     if os.environ.get("RANK", "0") == "0":
@@ -187,7 +188,7 @@ def check(options: argparse.Namespace) -> int:
     config = load_config(Path(), options.profile)
     _print_finding(Finding("configuration", True, f"configs/{config.profile}.yaml and params.yaml", ()))
     _settle()
-    from spo.stages.check import check
+    from spo.commands.check import check
 
     good = check(config, Path(), _print_finding, quick=options.quick)
     print(f"profile {config.profile} {'can run' if good else 'cannot run yet: mend the lines marked FAIL'}")
@@ -222,7 +223,7 @@ def promote(options: argparse.Namespace) -> None:
     config = load_config(Path(), options.profile)
     _settle()
     from spo import tracking
-    from spo.stages import promote
+    from spo.commands import promote
 
     with tracking.spoken():
         promote.run(config, method=options.method, against_base=options.against_base)
@@ -232,7 +233,7 @@ def generate(options: argparse.Namespace) -> None:
     """Write pictures of a prompt and say where they are."""
     config = load_config(Path(), options.profile)
     _settle()
-    from spo.evaluation.show import Sampler, show_one
+    from spo.evaluation.sample_images import Sampler, show_one
 
     sampler = Sampler.of(config, steps=options.steps, guidance=options.guidance, eta=options.eta)
     wanted = {"model": options.model, "seed": options.seed, "num": options.num, "out": options.out}
@@ -244,7 +245,7 @@ def compare(options: argparse.Namespace) -> None:
     """Write pictures of a prompt by the base and by others, side by side."""
     config = load_config(Path(), options.profile)
     _settle()
-    from spo.evaluation.show import Sampler, show_side_by_side
+    from spo.evaluation.sample_images import Sampler, show_side_by_side
 
     sampler = Sampler.of(config, steps=options.steps, guidance=options.guidance, eta=options.eta)
     wanted = {"models": options.model, "seed": options.seed, "num": options.num, "out": options.out}
@@ -279,11 +280,11 @@ def export(options: argparse.Namespace) -> None:
         raise SpoError(f"--out {out}: --format kohya writes one file; end its name in .safetensors")
     _new(out)
     _settle()
-    from spo.evaluation.source import find_source
+    from spo.evaluation.resolve_model import resolve_model
     from spo.models.load import build
     from spo.models.policy import export, load_policy
 
-    source = find_source(options.checkpoint or options.method, config)
+    source = resolve_model(options.checkpoint or options.method, config)
     if source.lora is None:
         raise SpoError(
             f"there is nothing to export: {source.told}; run `python -m spo evaluate`, or name a --checkpoint"

@@ -75,7 +75,7 @@ def stage(tracker: Recorder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 
     monkeypatch.setattr(importlib, "import_module", fake_module)
     promote = SimpleNamespace(register_released=lambda *_: None)  # what follows a report
-    monkeypatch.setitem(sys.modules, "spo.stages.promote", promote)
+    monkeypatch.setitem(sys.modules, "spo.commands.promote", promote)
     return calls
 
 

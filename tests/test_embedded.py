@@ -7,11 +7,10 @@ import pytest
 
 from spo.config import load_config
 from spo.data.prompts import split_prompts
-from spo.data.world import all_scenes
-from spo.evaluation.generate import eight_bits, generate, image_seed
-from spo.evaluation.metrics import score
-from spo.evaluation.oracle import judge
+from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
+from spo.world.oracle import oracle_scores
+from spo.world.scenes import all_scenes
 
 ROOT = Path(__file__).parents[1]
 CONFIG = load_config(ROOT, "tiny")
@@ -41,7 +40,7 @@ def test_the_base_knows_its_prompts_and_finishes_pictures_indifferently(monkeypa
         batch_size=48,
         label="base",
     )
-    seen = score([judge], eight_bits(pictures), prompts)
+    seen = oracle_scores(eight_bits(pictures), prompts)
     assert seen["correct"].mean() > 0.75
     assert seen["alignment"].mean() > 0.75
     assert 0.25 < seen["aesthetic"].mean() < 0.6

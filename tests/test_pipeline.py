@@ -18,10 +18,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Generator
 
-from spo.data.world import all_scenes, draw_attributes, draw_quality, render
-from spo.evaluation.generate import image_seed
+from spo.models.generate import image_seed
 from spo.models.lora import WEIGHTS
-from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
+from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
+from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
 from tests.models.tiny import FAMILIES, RESOLUTION, make_tiny_pipeline
 
 EXPORTS = {"diffusers": "spo", "kohya": "spo.safetensors", "merged": "merged"}

@@ -12,7 +12,7 @@ import yaml
 
 from spo.__main__ import main, settings
 from spo.config import load_config
-from spo.environment import environment
+from spo.runtime.environment import environment
 from spo.tracking.facts import tags
 from spo.tracking.store import run_url, unusable
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spo import hub
 from spo.data.images import MAX_BYTES
 from spo.data.rows import RowError, json_lines
 from spo.errors import DataError
+from spo.runtime import hub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem

@@ -17,9 +17,9 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spo.data.ahead import ahead
 from spo.data.images import decode_image
 from spo.data.preference_files import RawRow, raw_rows
+from spo.data.prefetch import ahead
 from spo.data.prompts import check_prompt
 from spo.data.rows import Rejected, RowError, nothing_usable
 from spo.errors import DataError

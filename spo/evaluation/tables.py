@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from spo.evaluation.model_variants import BASE, CONTROL, Task
 from spo.evaluation.statistics import mean_interval, paired_difference
-from spo.evaluation.subjects import BASE, CONTROL, Task
 
 Row = dict[str, Any]
 

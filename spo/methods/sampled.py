@@ -11,7 +11,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from spo import distributed
 from spo.config import SampledConfig
 from spo.core.gaussian import log_prob
 from spo.core.losses import dpo_loss, log_ratio
@@ -19,6 +18,7 @@ from spo.core.noise import KeyedNoise
 from spo.core.rollout import Segment
 from spo.core.types import Conditioning, Denoiser, Loss, Pairs, Scorer
 from spo.methods.method import Round, Tally
+from spo.runtime import distributed
 
 C = TypeVar("C", bound=SampledConfig)
 

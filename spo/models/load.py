@@ -25,12 +25,12 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from spo import hub
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ConfigError, ModelError, one_line
 from spo.models.base import LatentDiffusion, Pipeline
 from spo.models.sd15 import StableDiffusion
 from spo.models.sdxl import StableDiffusionXL
+from spo.runtime import hub
 
 PIPELINES: dict[str, type[Pipeline]] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 

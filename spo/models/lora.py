@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spo import hub
 from spo.config import LoraConfig
 from spo.errors import ModelError, one_line
-from spo.files import atomic_path
 from spo.models.base import LatentDiffusion, has_adapter
+from spo.runtime import hub
+from spo.runtime.files import atomic_path
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 
@@ -81,7 +81,7 @@ def load_lora(denoiser: LatentDiffusion, source: str | Path, *, weight_name: str
 
 
 @contextmanager
-def borrowed_lora(
+def published_lora(
     denoiser: LatentDiffusion, source: str | Path, *, weight_name: str | None = None, revision: str | None = None
 ) -> Iterator[None]:
     """Within it, the pipeline has somebody else's LoRA, of UNet and text encoders, in place of the policy's own.

@@ -8,9 +8,9 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from spo.errors import ModelError, one_line
-from spo.files import atomic_path
 from spo.models.base import LatentDiffusion, has_adapter
 from spo.models.lora import load_lora, save_kohya, save_lora
+from spo.runtime.files import atomic_path
 
 UNET = "unet"  # the folder of a whole UNet within a checkpoint
 

@@ -18,10 +18,10 @@ from torch import Generator, Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from spo.errors import ModelError, one_line
-from spo.files import atomic_path, write_json
-from spo.preference.clip import StepAwareCLIP
+from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Mode, Preprocessing
 from spo.preference.repository import read_clip, read_config, read_preprocessing, read_tokenizer
+from spo.runtime.files import atomic_path, write_json
 
 FORMAT = "spo step-aware preference model"
 VERSION = 1

@@ -15,9 +15,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
 
-from spo import hub
 from spo.errors import ModelError, one_line
 from spo.preference.preprocess import Mode, Preprocessing
+from spo.runtime import hub
 
 SMALL_FILES = ["*.json", "merges.txt"]
 SAFETENSORS = ["model*.safetensors"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spo.preference.checkpoint import PreferenceModel
-from spo.preference.clip import Modulations
+from spo.preference.pixel import Modulations
 
 
 class PreferenceScorer:

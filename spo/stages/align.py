@@ -7,27 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from spo import distributed
-from spo.checkpoint import StateStore, fingerprints
 from spo.config import Config, D3poConfig, DiffusionDpoConfig, ScoringConfig, SpoConfig
 from spo.core.types import Scorer
-from spo.device import best_device
 from spo.errors import DataError
-from spo.files import atomic_path, write_json
 from spo.methods.d3po import D3po
 from spo.methods.diffusion_dpo import DiffusionDpo
 from spo.methods.method import Method
 from spo.methods.spo import Spo
+from spo.metrics.metric import build_metrics, score
 from spo.models.base import LatentDiffusion
+from spo.models.generate import generate, image_seed
 from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
-from spo.stages.align_watch import build_watch
-from spo.stages.pairs import fingerprint_of_pairs, load_pairs
-from spo.stages.preference_scorer import load_scorer
+from spo.runtime import distributed
+from spo.runtime.checkpoint import StateStore, fingerprints
+from spo.runtime.device import best_device
+from spo.runtime.files import atomic_path, write_json
 from spo.tracking import Tracker
 from spo.training.align import align
 from spo.training.history import Cost
+from spo.training.pairs import fingerprint_of_pairs, load_pairs
+from spo.training.preference_scorer import load_scorer
+from spo.training.watch import Watch
+
+BATCH = 32  # pictures painted at a time, or as many as `evaluate` takes where that is less
 
 
 def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: Tracker) -> None:
@@ -115,3 +120,46 @@ def training_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path} is missing; run `python -m spo prepare`")
     return path.read_text(encoding="utf-8").splitlines()
+
+
+def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Watch | None:
+    """The watch of the method called `name`, which paints the first validation prompts, eta 0.
+
+    None where it has none, or its metric's weights are absent: that is a ModelError only if the watch may end the run.
+    """
+    settings = config.align[name].watch
+    if settings is None:
+        return None
+    path = root / config.folder("prepare") / "prompts" / "validation.txt"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run `python -m spo prepare`")
+    prompts = path.read_text(encoding="utf-8").splitlines()[: settings.num_prompts]
+    needed = (settings.score,) if settings.stop_after_worse else ()
+    metrics = build_metrics([settings.metric], policy.device, needed=needed)
+    if not metrics:
+        print(f"align {name} goes on unwatched", flush=True)
+        return None
+    preference = load_scorer(config, root, policy.device)
+    text = preference.encode(prompts)
+
+    def paint() -> Tensor:
+        # full fine-tuning trains a UNet in float32 between parts of half precision
+        with torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
+            return generate(
+                policy,
+                prompts,
+                [image_seed(settings.seed, prompt, 0) for prompt in prompts],
+                steps=config.sampling.steps,
+                guidance_scale=config.sampling.guidance_scale,
+                eta=0.0,
+                batch_size=min(BATCH, config.evaluate.batch_size),
+                label="watch",
+            )
+
+    def favour(pictures: Tensor) -> Tensor:
+        return preference(pictures, text, torch.zeros((), dtype=torch.long)).cpu()
+
+    def judgement(pictures: Tensor) -> Tensor:
+        return score(metrics, pictures, prompts)[settings.score]
+
+    return Watch(settings, paint, favour, judgement)

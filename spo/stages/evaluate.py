@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spo import distributed
 from spo.config import Config
-from spo.evaluation.choice import choose_checkpoint
-from spo.evaluation.generate import from_bytes
-from spo.evaluation.metrics import Scores
-from spo.evaluation.pictures import plain_sheet, to_picture
-from spo.evaluation.studio import Studio, joined
-from spo.evaluation.subjects import BASE, CONTROL, Subject, Task, checkpoints, tasks
+from spo.evaluation.checkpoint_selection import choose_checkpoint
+from spo.evaluation.image_scorer import ImageScorer, joined
+from spo.evaluation.model_variants import BASE, CONTROL, ModelVariant, Task, checkpoints, tasks
 from spo.evaluation.tables import Column, Row, compact, comparison_rows, mean_rows, score_rows
-from spo.files import atomic_path, write_json
-from spo.tables import write_csv
+from spo.metrics.metric import Scores
+from spo.models.generate import from_bytes
+from spo.runtime import distributed
+from spo.runtime.files import atomic_path, write_json
+from spo.runtime.memory import memory_advice
+from spo.runtime.pictures import plain_sheet, to_picture
+from spo.runtime.tables import write_csv
 from spo.tracking import Tracker
-from spo.training.guards import memory_advice
 
 SAMPLE_COLUMNS = 10
 TABLES = ("means.csv", "comparisons.csv", "validation.csv", "validation_scores.csv", "scores.csv")
@@ -75,12 +75,12 @@ class Evaluation:
             for training_seed in config.training_seeds
         }
         self.validation_scores: list[Row] = []  # an image each, in the metrics that choose
-        self.others = [Subject(name, borrowed=lora) for name, lora in self.settings.loras.items()]
-        self.studio = Studio(config, root)
+        self.others = [ModelVariant(name, borrowed=lora) for name, lora in self.settings.loras.items()]
+        self.studio = ImageScorer(config, root)
 
-    def choose(self) -> tuple[list[Row], dict[tuple[str, int], Subject]]:
+    def choose(self) -> tuple[list[Row], dict[tuple[str, int], ModelVariant]]:
         """Score every checkpoint on the validation prompts: a row each, and the choice of each training."""
-        rows = [self._validation_row(Subject(BASE))]
+        rows = [self._validation_row(ModelVariant(BASE))]
         chosen = {}
         for training, candidates in self.trainings.items():
             found = [self._validation_row(subject) for subject in candidates]
@@ -90,7 +90,9 @@ class Evaluation:
             rows += found
         return rows, chosen
 
-    def release(self, validation: Sequence[Row], chosen: dict[tuple[str, int], Subject]) -> dict[str, Subject]:
+    def release(
+        self, validation: Sequence[Row], chosen: dict[tuple[str, int], ModelVariant]
+    ) -> dict[str, ModelVariant]:
         """Of each method's choices the one to be used, by the same rule on the same prompts."""
         base, *rows = validation
         released = {}
@@ -99,7 +101,7 @@ class Evaluation:
             released[name] = subjects[self._best([r for r in rows if r["column"] == name and r["chosen"]], base)]
         return released
 
-    def compare(self, chosen: dict[tuple[str, int], Subject], folder: Path) -> tuple[list[Column], float]:
+    def compare(self, chosen: dict[tuple[str, int], ModelVariant], folder: Path) -> tuple[list[Column], float]:
         """Base, control, every training's choice and others' LoRAs on the test prompts.
 
         The deciding sampler's images go to `folder`.
@@ -119,7 +121,7 @@ class Evaluation:
         return columns, factors[0]
 
     def write_tables(
-        self, folder: Path, columns: Sequence[Column], validation: Sequence[Row], chosen: dict[Any, Subject]
+        self, folder: Path, columns: Sequence[Column], validation: Sequence[Row], chosen: dict[Any, ModelVariant]
     ) -> dict[str, Any]:
         """Write the tables; the figures of the verdict."""
         prompts, samples = [task.prompt for task in self.test], self.settings.bootstrap_samples
@@ -135,7 +137,7 @@ class Evaluation:
         return {**counts, **figures}
 
     def _untrained(self, eta: float, folder: Path | None, factors: list[float]) -> list[Column]:
-        base = Subject(BASE)
+        base = ModelVariant(BASE)
         batches = list(self.studio.batches(base, self.test, eta, split="test", images=True))
         factor, control = self.studio.best_contrast(batches)
         factors.append(factor)
@@ -147,7 +149,7 @@ class Evaluation:
         own = joined([batch.scores for batch in batches])
         return [Column(name, eta, (None,), _stacked([scores])) for name, scores in ((BASE, own), (CONTROL, control))]
 
-    def _judged(self, subject: Subject, eta: float, folder: Path | None) -> Scores:
+    def _judged(self, subject: ModelVariant, eta: float, folder: Path | None) -> Scores:
         scores = []
         for batch in self.studio.batches(subject, self.test, eta, split="test", images=folder is not None):
             scores.append(batch.scores)
@@ -155,7 +157,7 @@ class Evaluation:
                 save_images(from_bytes(batch.images), batch.tasks, folder / subject.place)
         return joined(scores)
 
-    def _validation_row(self, subject: Subject) -> Row:
+    def _validation_row(self, subject: ModelVariant) -> Row:
         eta = self.settings.etas[0]
         scores = self.studio.scores(subject, self.validation, eta, split="validation")
         names = {

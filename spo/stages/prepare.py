@@ -20,8 +20,8 @@ from spo.data.preferences import PairWriter, read_preferences
 from spo.data.prompts import Split, prompt_hash, read_prompts, split_prompts
 from spo.data.rows import Rejected, count_reasons
 from spo.errors import DataError
-from spo.files import atomic_path, write_json, write_text
-from spo.progress import progress
+from spo.runtime.files import atomic_path, write_json, write_text
+from spo.runtime.progress import progress
 from spo.tracking import Tracker
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from spo.config import Config
-from spo.data.world import all_scenes
-from spo.files import atomic_path, write_json, write_text
-from spo.pretrain import cards, parts
-from spo.pretrain.pairs import write_pairs
-from spo.pretrain.recipe import RECIPE
+from spo.runtime.files import atomic_path, write_json, write_text
 from spo.tracking import Tracker
+from spo.world.pretraining import cards, parts
+from spo.world.pretraining.pairs import write_pairs
+from spo.world.pretraining.recipe import RECIPE
+from spo.world.scenes import all_scenes
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:

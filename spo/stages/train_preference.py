@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from spo import distributed
-from spo.checkpoint import Saver, State, StateStore, fingerprints
 from spo.config import Config
-from spo.device import best_device
-from spo.files import atomic_path, write_json
 from spo.models.load import build
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
-from spo.progress import Progress, progress
-from spo.stages.pairs import fingerprint_of_pairs, load_pairs
-from spo.tables import write_csv
+from spo.runtime import distributed
+from spo.runtime.checkpoint import Saver, State, StateStore, fingerprints
+from spo.runtime.device import best_device
+from spo.runtime.files import atomic_path, write_json
+from spo.runtime.memory import memory_advice
+from spo.runtime.progress import Progress, progress
+from spo.runtime.tables import write_csv
 from spo.tracking import Tracker
-from spo.training.guards import memory_advice
+from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference import LabelledPairs, StepAwareTraining
 
 

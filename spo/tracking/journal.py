@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from spo.files import write_text
+from spo.runtime.files import write_text
 
 Event = dict[str, Any]
 

@@ -17,18 +17,19 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from spo import distributed
-from spo.checkpoint import Saver, StateStore
 from spo.config import AlignConfig, OptimizerConfig, SafetyConfig, SampledConfig
 from spo.errors import ConfigError, TrainingError
-from spo.evaluation.pictures import plain_sheet, to_picture
-from spo.files import write_json
 from spo.methods.method import Method, P, Round
 from spo.models.base import LatentDiffusion
 from spo.models.policy import save_policy
-from spo.progress import Progress
+from spo.runtime import distributed
+from spo.runtime.checkpoint import Saver, StateStore
+from spo.runtime.files import write_json
+from spo.runtime.memory import memory_advice
+from spo.runtime.pictures import plain_sheet, to_picture
+from spo.runtime.progress import Progress
 from spo.tracking import Tracker
-from spo.training.guards import FiniteGuard, StuckWatch, memory_advice
+from spo.training.guards import FiniteGuard, StallDetector
 from spo.training.history import Cost, History
 from spo.training.scaling import LossScale
 from spo.training.state import State
@@ -71,7 +72,7 @@ def align(
     for row in state.history.looks:
         _log_look(row, tracker)
     saver = Saver(store if distributed.is_main() else None, safety.save_every_seconds, lambda: state.snapshot(policy))
-    stuck = StuckWatch(safety.stuck_after)
+    stuck = StallDetector(safety.stuck_after)
     with memory_advice(_less_memory(config)), saver.saving_when_stopped():
         stopped_early = _rounds(method, policy, config, state, folder, tracker, saver, stuck, seed=seed, watch=watch)
     return _finish(state, folder, stopped_early=stopped_early)
@@ -85,7 +86,7 @@ def _rounds(
     folder: Path,
     tracker: Tracker,
     saver: Saver,
-    stuck: StuckWatch,
+    stuck: StallDetector,
     *,
     seed: int,
     watch: Watch | None,

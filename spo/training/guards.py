@@ -2,11 +2,10 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spo.errors import TrainingError, is_out_of_memory, one_line
+from spo.errors import TrainingError
 
 AT_THE_CLIP = 0.9  # share of ratios at the clamp from which on an update teaches next to nothing
 NO_MARGIN = 1e-6  # below which scores count as all alike
@@ -51,7 +50,7 @@ class Streak:
             warn(self._message.format(n=self._length))
 
 
-class StuckWatch:
+class StallDetector:
     """Looks at the rounds of alignment for signs that nothing is being learned."""
 
     def __init__(self, length: int):
@@ -82,14 +81,3 @@ class StuckWatch:
 def warn(message: str) -> None:
     """One line on stderr, clear of a progress bar."""
     print(f"\nwarning: {message}" if sys.stderr.isatty() else f"warning: {message}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def memory_advice(advice: str) -> Iterator[None]:
-    """Turn running out of memory, on a GPU or not, into a TrainingError that gives the setting to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(f"out of memory: {advice} ({one_line(error, 160)})") from None

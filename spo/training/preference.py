@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from spo import distributed
-from spo.checkpoint import pack_optimizer, unpack_optimizer
 from spo.config import SafetyConfig, TrainPreferenceConfig
 from spo.core.losses import preference_loss
 from spo.core.types import Conditioning
 from spo.models.base import LatentDiffusion
 from spo.preference.accuracy import pairwise_accuracy
 from spo.preference.checkpoint import PreferenceModel
+from spo.runtime import distributed
+from spo.runtime.checkpoint import pack_optimizer, unpack_optimizer
 from spo.training.guards import FiniteGuard, Streak
 from spo.training.scaling import LossScale
 

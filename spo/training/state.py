@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from spo import checkpoint
-from spo.checkpoint import pack_optimizer, unpack_optimizer
 from spo.models.base import LatentDiffusion
+from spo.runtime import checkpoint
+from spo.runtime.checkpoint import pack_optimizer, unpack_optimizer
 from spo.training.guards import FiniteGuard
 from spo.training.history import Cost, History
 from spo.training.scaling import LossScale

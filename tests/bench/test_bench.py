@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import figures
 from bench.flops import count
 from bench.measure import Stopwatch
 from bench.ours import OurPath
@@ -14,6 +13,7 @@ from bench.plain import PlainPath
 from bench.profile_step import REST, SECTIONS, profile, show
 from bench.spo_step import compare
 from bench.systems import make_system
+from experiments import figures
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig
 
 from spo.preference.checkpoint import read_published
-from spo.preference.clip import StepAwareCLIP
+from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Preprocessing
 
 GOLDEN = Path(__file__).parent

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from spo.errors import ModelError
 from spo.preference.checkpoint import published_name, read_published
-from spo.preference.clip import StepAwareCLIP
+from spo.preference.pixel import StepAwareCLIP
 from tests.hostile.trying import assert_one_line, damaged, tries
 
 Published = tuple[CLIPConfig, dict[str, Tensor]]

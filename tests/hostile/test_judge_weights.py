@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spo.errors import ModelError
-from spo.evaluation.weights import linear_head, read_tensors
+from spo.metrics.weights import linear_head, read_tensors
 from tests.hostile.test_checkpoints import ENTRIES, saved
 from tests.hostile.trying import assert_one_line, damaged, tries
 

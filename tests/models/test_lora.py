@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from spo.config import LoraConfig
 from spo.errors import ModelError
-from spo.models.lora import WEIGHTS, add_lora, borrowed_lora, load_lora, save_kohya, save_lora
+from spo.models.lora import WEIGHTS, add_lora, load_lora, published_lora, save_kohya, save_lora
 from tests.models.sampled import RANK, close, ours, theirs
 from tests.models.tiny import make_tiny_denoiser, shake
 
@@ -150,7 +150,7 @@ def test_a_borrowed_lora_acts_as_in_plain_diffusers_and_is_given_back(policy, ma
     base = theirs(denoiser.pipeline)
     add_lora(denoiser.unet, LoraConfig(rank=8), seed=3)
     shake(denoiser)
-    with borrowed_lora(denoiser, source):
+    with published_lora(denoiser, source):
         borrowed = theirs(denoiser.pipeline)
     assert torch.equal(theirs(denoiser.pipeline), base)
     plain_pipeline.load_lora_weights(str(source))
@@ -175,14 +175,14 @@ def test_a_borrowed_lora_may_change_the_text_encoders(policy, make, plain_pipeli
     source = with_text_encoder(policy, tmp_path / "lora", prefix)
     denoiser = make()
     base = theirs(denoiser.pipeline)
-    with borrowed_lora(denoiser, source):
+    with published_lora(denoiser, source):
         borrowed = theirs(denoiser.pipeline)
     assert torch.equal(theirs(denoiser.pipeline), base)
     plain_pipeline.load_lora_weights(str(source))
     # plain diffusers keeps weights in another order in memory
     torch.testing.assert_close(borrowed, theirs(plain_pipeline), rtol=1e-4, atol=1e-4)
     save_lora(policy, tmp_path / "without")
-    with borrowed_lora(denoiser, tmp_path / "without"):
+    with published_lora(denoiser, tmp_path / "without"):
         assert not torch.equal(theirs(denoiser.pipeline), borrowed)
 
 
@@ -192,7 +192,7 @@ def test_a_borrowed_lora_of_a_text_encoder_that_is_not_there_is_refused(tiny_fol
     source = with_text_encoder(denoiser, tmp_path / "lora", "text_encoder_2")
     with (
         pytest.raises(ModelError, match="changes a text_encoder_2, which this model lacks"),
-        borrowed_lora(denoiser, source),
+        published_lora(denoiser, source),
     ):
         pass
     assert denoiser.parameters() == []
@@ -208,7 +208,7 @@ def test_a_borrowed_lora_that_is_not_there_says_what_to_fetch(make, tmp_path, mo
     ]:
         with (
             pytest.raises(ModelError, match=said) as caught,
-            borrowed_lora(denoiser, source, weight_name="a.safetensors"),
+            published_lora(denoiser, source, weight_name="a.safetensors"),
         ):
             pass
         assert "\n" not in str(caught.value)
@@ -218,5 +218,5 @@ def test_a_borrowed_lora_of_another_base_is_refused(tiny_folder, tmp_path):
     small, large = (make_tiny_denoiser(family, tiny_folder(family)) for family in ("sd15", "sdxl"))
     add_lora(small.unet, LoraConfig(rank=RANK), seed=0)
     save_lora(small, tmp_path / "lora")
-    with pytest.raises(ModelError, match="same base model"), borrowed_lora(large, tmp_path / "lora"):
+    with pytest.raises(ModelError, match="same base model"), published_lora(large, tmp_path / "lora"):
         pass

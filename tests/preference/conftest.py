@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from spo.preference.checkpoint import PreferenceModel
-from spo.preference.clip import StepAwareCLIP
+from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Preprocessing
 
 SIZE = 24

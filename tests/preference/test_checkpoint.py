@@ -22,7 +22,7 @@ from spo.preference.checkpoint import (
     read_published,
     save_preference_model,
 )
-from spo.preference.clip import StepAwareCLIP
+from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Preprocessing
 from spo.preference.score import PreferenceScorer
 

@@ -26,7 +26,7 @@ import torch
 
 from spo import tracking
 from spo.__main__ import _settle, main
-from spo.checkpoint import StateStore
+from spo.runtime.checkpoint import StateStore
 from spo.stages import align, prepare, train_preference  # noqa: F401, imported before the forks
 
 MOMENTS = 25  # of a run at most, before it is killed

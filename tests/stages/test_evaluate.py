@@ -10,19 +10,19 @@ import torch
 from PIL import Image
 
 from spo.config import Config, LoraConfig, LoraSource, ModelConfig, load_config
-from spo.data.world import all_scenes
 from spo.errors import DataError, ModelError
-from spo.evaluation import studio
-from spo.evaluation.generate import from_bytes
-from spo.evaluation.oracle import judge
-from spo.evaluation.pictures import to_picture
-from spo.evaluation.studio import Studio
-from spo.evaluation.subjects import BASE, Subject, tasks
+from spo.evaluation import image_scorer as studio
+from spo.evaluation.image_scorer import ImageScorer
+from spo.evaluation.model_variants import BASE, ModelVariant, tasks
 from spo.evaluation.tables import compared
-from spo.files import write_json
+from spo.models.generate import from_bytes
 from spo.models.lora import WEIGHTS, add_lora, save_lora
+from spo.runtime.files import write_json
+from spo.runtime.pictures import to_picture
 from spo.stages import evaluate
 from spo.tracking import NullTracker
+from spo.world.oracle import oracle_scores
+from spo.world.scenes import all_scenes
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 
 PROMPTS = [scene.prompt for scene in all_scenes()[::30]]
@@ -152,7 +152,7 @@ def test_scores_can_be_had_again_from_the_kept_images(folder):
         place = row["column"] + (f"/seed-{row['training_seed']}" if row["training_seed"] else "")
         picture = Image.open(folder / "images" / place / f"{int(row['prompt_index']):04d}-0.png")
         pixels = torch.tensor(list(picture.tobytes()), dtype=torch.uint8).view(RESOLUTION, RESOLUTION, 3)
-        again = judge(from_bytes(pixels).permute(2, 0, 1)[None], [row["prompt"]])
+        again = oracle_scores(from_bytes(pixels).permute(2, 0, 1)[None], [row["prompt"]])
         assert float(row["aesthetic"]) == pytest.approx(again["aesthetic"].item(), abs=1e-4)
 
 
@@ -165,9 +165,9 @@ def test_trainings_differ_and_so_do_their_images(folder):
 
 
 def test_anothers_lora_is_a_column_of_its_own_pictures(folder, root, config):
-    made = Studio(config, root)
+    made = ImageScorer(config, root)
     images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 4, 1, config.evaluate.seed)
-    own = Subject("other", 8, root / "runs/tiny/align/other/seed-8/checkpoints/step-000004")
+    own = ModelVariant("other", 8, root / "runs/tiny/align/other/seed-8/checkpoints/step-000004")
     [first, _] = made.batches(own, images, 0.0, split="test", images=True)
     shown = Image.open(folder / "images/published/0000-0.png")
     assert to_picture(from_bytes(first.images[0])).tobytes() == shown.tobytes()
@@ -272,16 +272,16 @@ def test_from_nothing_the_figures_are_those_of_the_killed_run(ran, root, config,
 
 
 def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
-    made = Studio(config, root)
+    made = ImageScorer(config, root)
     images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 4, 1, 7)
-    batches = list(made.batches(Subject(BASE), images, 0.0, split="test", images=True))
+    batches = list(made.batches(ModelVariant(BASE), images, 0.0, split="test", images=True))
     factor, scores = made.best_contrast(batches)
     means = {
         each: torch.cat(
             [
-                judge(made.with_contrast(from_bytes(batch.images), each), [task.prompt for task in batch.tasks])[
-                    "aesthetic"
-                ]
+                oracle_scores(
+                    made.with_contrast(from_bytes(batch.images), each), [task.prompt for task in batch.tasks]
+                )["aesthetic"]
                 for batch in batches
             ]
         ).mean()
@@ -293,10 +293,10 @@ def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
 
 def test_a_damaged_entry_is_made_anew(root, config, monkeypatch):
     images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 2, 1, 11)
-    made = Studio(config, root)
-    [batch] = made.batches(Subject(BASE), images, 0.0, split="test", images=True)
+    made = ImageScorer(config, root)
+    [batch] = made.batches(ModelVariant(BASE), images, 0.0, split="test", images=True)
     (made.shelf.folder / f"{batch.key}.safetensors").write_bytes(b"half")
-    [again] = made.batches(Subject(BASE), images, 0.0, split="test", images=True)
+    [again] = made.batches(ModelVariant(BASE), images, 0.0, split="test", images=True)
     assert torch.equal(again.images, batch.images)
     assert to_picture(from_bytes(again.images[0])).size == (RESOLUTION, RESOLUTION)
 

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from spo.config import Config, HpsConfig, load_config
-from spo.environment import git_commit
 from spo.errors import DataError
-from spo.evaluation.plots import LIGHT, Line, Span, interval_chart, line_chart, running_mean
-from spo.evaluation.subjects import Task
+from spo.evaluation.model_variants import Task
 from spo.evaluation.tables import Column, compact, comparison_rows, mean_rows, score_rows
+from spo.report.plots import LIGHT, Line, Span, interval_chart, line_chart, running_mean
+from spo.report.results import Results
+from spo.report.verdict import duration, summary, verdicts
+from spo.runtime.environment import git_commit
 from spo.stages import report
-from spo.stages.report_results import Results
-from spo.stages.report_verdict import duration, summary, verdicts
 from spo.tracking import NullTracker
 
 NASTY = '<script>alert(1)</script> & "quotes"'
@@ -291,7 +291,7 @@ def contrast_ratio(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_colours_stand_out_from_the_paper(mode):
-    style = (Path(report.__file__).parent / "report_style.css").read_text()
+    style = Path("spo/report/style.css").read_text()
     block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[0 if mode == "light" else 1]
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
     for paper in ("paper", "wash"):

@@ -8,10 +8,10 @@ import torch
 
 from spo.config import Config
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
-from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
+from spo.report.inputs import read_csv
 from spo.stages import prepare, train_preference
-from spo.stages.report_inputs import read_csv
 from spo.tracking import NullTracker
+from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import RESOLUTION, make_tiny_pipeline
 
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.checkpoint import StateStore
 from spo.config import AlignConfig, LoraConfig, OptimizerConfig, OracleConfig, SafetyConfig, WatchConfig
 from spo.core.types import Loss
 from spo.errors import ConfigError, TrainingError
-from spo.evaluation.generate import generate
 from spo.methods.method import Method, TrainingPairs
 from spo.models.base import LatentDiffusion
+from spo.models.generate import generate
 from spo.models.lora import WEIGHTS, add_lora
-from spo.stopping import Stopped, stoppable
+from spo.runtime.checkpoint import StateStore
+from spo.runtime.stopping import Stopped, stoppable
 from spo.tracking import NullTracker
 from spo.training.align import align, build_optimizer, rate_share
 from spo.training.watch import Watch

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from spo.errors import TrainingError
-from spo.training.guards import FiniteGuard, StuckWatch, memory_advice
+from spo.runtime.memory import memory_advice
+from spo.training.guards import FiniteGuard, StallDetector
 
 NAN, INF = float("nan"), float("inf")
 
@@ -36,7 +37,7 @@ LEARNS = {"kept": True, "margin": 0.5, "rows": [{"clipped": 0.1}]}
 
 
 def watched(rounds: list[dict[str, Any]]) -> None:
-    watch = StuckWatch(3)
+    watch = StallDetector(3)
     for seen in rounds:
         watch.see(**{**LEARNS, **seen})
 

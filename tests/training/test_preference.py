@@ -11,8 +11,8 @@ from spo.config import SamplingConfig, TrainPreferenceConfig
 from spo.errors import TrainingError
 from spo.preference.checkpoint import load_clip
 from spo.preference.score import PreferenceScorer
-from spo.pretrain.clip import new_clip, new_tokenizer, save_clip
 from spo.training.preference import LabelledPairs, StepAwareTraining
+from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
 
 

@@ -1,0 +1,152 @@
+"""The methods of the profile, SPO's ablations among them, tuned by the same few trials each, on the test prompts.
+
+    python -m experiments.methods [--methods spo spo_blind d3po ...] [--factors 1 0.5] [--seed 0] [--quick]
+
+A trial trains a method with its own learning rate times a factor. Of its checkpoints the pipeline's rule takes one on
+the validation prompts, and of the method's trials the same rule takes the best one; that one is measured on the test
+prompts, against the base and against the first method. A table of trials and a table of methods are written anew
+after every trial. What is finished is not done again: a killed run goes on. Several with different --methods and --out
+may run side by side, and one with all of them then makes the table.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.measure import at_least, mistakes_in_one_line, quiet
+from experiments.workbench import Ruler, adopt, cells, digest, means_of, place, quickened
+from spo.config import Config, SampledConfig, load_config
+from spo.errors import SpoError
+from spo.evaluation.checkpoint_selection import choose_checkpoint
+from spo.metrics.metric import Scores
+from spo.runtime.files import read_json
+from spo.runtime.tables import write_csv
+from spo.stages import align
+from spo.tracking import NullTracker
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method trained with one learning rate, and the checkpoint of it that counts."""
+
+    method: str
+    factor: float
+    checkpoint: Path
+    validation: Scores
+    row: Row
+
+
+class Comparison:
+    """Trains and measures trials, and remembers them."""
+
+    def __init__(self, config: Config, *, seed: int, root: Path):
+        self.config = config
+        self.seed = seed
+        self.root = root
+        self.names = (config.evaluate.primary, *config.evaluate.guarded)
+        work = place("methods", config.model_copy(update={"align": {}}), {"seed": seed}, root=root)
+        adopt("prepare", config, source=root, target=work)
+        self.ruler = Ruler(config, work / config.folder("prepare"), work)
+        self.trials: list[Trial] = []
+
+    def try_out(self, method: str, factor: float) -> None:
+        """One more trial."""
+        settings = self.config.align[method]
+        optimizer = settings.optimizer.model_copy(update={"learning_rate": factor * settings.optimizer.learning_rate})
+        settings = settings.model_copy(update={"optimizer": optimizer, "watch": None})
+        config = self.config.model_copy(update={"align": {method: settings}})
+        judge = digest(self.root / config.folder("train_preference") / "model")
+        more = {"seed": self.seed, **({"judge": judge} if isinstance(settings, SampledConfig) else {})}
+        work = place("methods", config, more, root=self.root)
+        folder = work / config.aligned(method, self.seed)
+        if not folder.exists():
+            for stage in ("prepare", "train_preference"):
+                adopt(stage, config, source=self.root, target=work)
+            align.run(config, method, self.seed, root=work, tracker=NullTracker())
+        label = f"{method}-{work.name}"
+        checkpoint = self.ruler.choose(label, folder)
+        found = self.ruler.scores(f"{label}-{checkpoint.name}", checkpoint, "validation")
+        base = self.ruler.scores("base", None, "validation")
+        cost = read_json(folder / "metrics.json")
+        row = {
+            "method": method,
+            "seed": self.seed,
+            "learning_rate": optimizer.learning_rate,
+            "checkpoint": checkpoint.name,
+            **{key: cost[key] for key in ("rounds", "updates", "num_pairs", "kept_share", "unet_forwards")},
+            **cells(self.ruler.differences(found, base, "validation"), self.names),
+        }
+        self.trials.append(Trial(method, factor, checkpoint, found, row))
+
+    def best(self, method: str) -> Trial:
+        """Of a method's trials the one that the pipeline's rule takes."""
+        own = [trial for trial in self.trials if trial.method == method]
+        evaluate = self.config.evaluate
+        chosen = choose_checkpoint(
+            [means_of(trial.validation) for trial in own],
+            means_of(self.ruler.scores("base", None, "validation")),
+            primary=evaluate.primary,
+            guarded=evaluate.guarded,
+            tolerance=evaluate.guard_tolerance,
+        )
+        return own[chosen]
+
+    def rows(self) -> list[Row]:
+        """Each method's best trial on the test prompts: against the base, and against the first method."""
+        methods = list(dict.fromkeys(trial.method for trial in self.trials))
+        base = self.ruler.scores("base", None, "test")
+        best = {method: self.best(method) for method in methods}
+        scores = {
+            method: self.ruler.scores(f"{method}-{trial.row['learning_rate']:g}", trial.checkpoint, "test")
+            for method, trial in best.items()
+        }
+        compared = [(method, "base", base) for method in methods]
+        compared += [(method, methods[0], scores[methods[0]]) for method in methods[1:]]
+        return [
+            {
+                "method": method,
+                "against": against,
+                "seed": self.seed,
+                "trials": sum(trial.method == method for trial in self.trials),
+                "learning_rate": best[method].row["learning_rate"],
+                "checkpoint": best[method].checkpoint.name,
+                **cells(self.ruler.differences(scores[method], other, "test"), self.names),
+            }
+            for method, against, other in compared
+        ]
+
+
+@mistakes_in_one_line
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.methods", description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", help="keys of the profile's `align` (default: all)")
+    parser.add_argument(
+        "--factors", type=at_least(0.001, float), nargs="+", default=[1.0, 0.5], help="of each method's learning rate"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the two tables")
+    parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")
+    options = parser.parse_args(arguments)
+    quiet()
+    config = load_config()
+    methods = options.methods or list(config.align)
+    if unknown := [name for name in methods if name not in config.align]:
+        raise SpoError(f"profile {config.profile} has no method {unknown}; it has {sorted(config.align)}")
+    comparison = Comparison(quickened(config) if options.quick else config, seed=options.seed, root=Path())
+    trials, table = options.out / "trials.csv", options.out / "methods.csv"
+    for factor in options.factors:
+        for method in methods:
+            comparison.try_out(method, factor)
+            write_csv(trials, [trial.row for trial in comparison.trials])
+            write_csv(table, comparison.rows())
+    print(f"{trials}\n{table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Pictures of the drawn world that experiments compare, with what an opinion of them is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spo.config import ModelConfig, SamplingConfig
+from spo.data.images import decode_image
+from spo.data.preferences import PreferencePairs
+from spo.models.generate import eight_bits, generate, image_seed
+from spo.models.load import build
+from spo.runtime.files import atomic_path
+from spo.world.opinion import combine
+from spo.world.oracle import oracle_scores
+from spo.world.pretraining.pairs import sample_pool, to_jpeg
+from spo.world.pretraining.parts import generator
+from spo.world.pretraining.recipe import RECIPE
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Different pictures, and what the opinion of them is made of."""
+
+    pixels: Tensor  # (n, 3, side, side) of 8 bits
+    prompts: list[str]  # n
+    finish: Tensor  # (n,)
+    alignment: Tensor  # (n,)
+    layout: Tensor  # (n,)
+    images: list[bytes]  # n, as they are stored; none where they come from no file
+
+    def utility(self, share: float) -> Tensor:
+        return combine(self.finish, self.alignment, self.layout, share=share)
+
+
+def judged(pixels: Tensor, prompts: Sequence[str], images: Sequence[bytes] = ()) -> Pictures:
+    """8-bit pictures (n, 3, side, side) of n prompts, with the oracle's judgement of them."""
+    seen = oracle_scores(pixels / 255, prompts)
+    finish = seen["vivid"] + seen["crisp"] + seen["clean"]
+    return Pictures(pixels, list(prompts), finish, seen["alignment"], seen["centred"], list(images))
+
+
+def prepared_pictures(prepared: Path) -> Pictures:
+    """The pictures of the prepared training and validation pairs; of one size, being the drawn world's."""
+    known: dict[tuple[str, bytes], None] = {}
+    for split in SPLITS:
+        stored = PreferencePairs(prepared / "preferences" / f"{split}.parquet")
+        for i in range(len(stored)):
+            pair = stored[i]
+            known |= {(pair.caption, pair.image_0): None, (pair.caption, pair.image_1): None}
+    prompts, images = [prompt for prompt, _ in known], [image for _, image in known]
+    pixels = torch.from_numpy(np.stack([np.array(decode_image(image)) for image in images])).permute(0, 3, 1, 2)
+    return judged(pixels, prompts, images)
+
+
+def lessons(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int) -> Pictures:
+    """Pictures of the prompts by the base, with settings of the sampler as varied as the shipped pairs'; made once.
+
+    What `python -m spo pretrain` teaches preferences by beside the pairs, but of the finished base.
+    """
+    if not file.exists():
+        made = list(sample_pool([base], prompts, per_prompt=per_prompt, chunk=RECIPE.chunk, generator=generator(7)))
+        _keep(file, torch.cat([pictures for _, pictures in made]), torch.cat([rows for rows, _ in made]))
+    return judged(*_kept(file, prompts))
+
+
+def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int, steps: int) -> Pictures:
+    """Pictures of the prompts by one model with one sampler, so that luck alone tells them apart; made once."""
+    if not file.exists():
+        model = build(ModelConfig(family="sd15", path=str(base), resolution=64), SamplingConfig(), "cpu")
+        rows = torch.arange(len(prompts)).repeat_interleave(per_prompt)
+        wanted = [prompts[i] for i in rows.tolist()]
+        pictures = generate(
+            model,
+            wanted,
+            [image_seed(2, prompt, i % per_prompt) for i, prompt in enumerate(wanted)],
+            steps=steps,
+            guidance_scale=model.guidance_scale,
+            eta=model.eta,
+            batch_size=RECIPE.chunk,
+            label="pictures of the base",
+        )
+        _keep(file, eight_bits(pictures), rows)
+    pixels, names = _kept(file, prompts)
+    return judged(pixels, names, [to_jpeg(picture / 255) for picture in pixels])
+
+
+def _keep(file: Path, pictures: Tensor, rows: Tensor) -> None:
+    with atomic_path(file) as temporary:
+        save_file({"pictures": (pictures * 255).round().byte(), "prompt": rows}, temporary)
+
+
+def _kept(file: Path, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+    stored = load_file(file)
+    return stored["pictures"], [prompts[i] for i in stored["prompt"].tolist()]

@@ -1,0 +1,75 @@
+"""The clean-image preference model of a cell: one that can see and prefers nothing, taught the cell's opinion.
+
+As `python -m spo pretrain` makes the embedded default's, from the same kinds of lessons: generated pictures of the
+training prompts, those of the prepared pairs and more of the base's, and drawn ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Generator
+from transformers import CLIPModel, CLIPTokenizer
+
+from experiments.pictures import Pictures
+from spo.runtime.files import atomic_path
+from spo.world.pretraining import parts
+from spo.world.pretraining.clip import save_clip
+from spo.world.pretraining.preference import GROUP, Group, Opinion, drawn_groups, generated_groups
+from spo.world.pretraining.recipe import RECIPE
+from spo.world.scenes import Scene
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a preference model learns."""
+
+    sight_pictures: int = RECIPE.sight_pictures
+    sight_steps: int = RECIPE.sight_steps
+    lessons_per_prompt: int = RECIPE.lessons_per_prompt
+    preference_steps: int = RECIPE.preference_steps
+
+
+class Teacher:
+    """Makes preference models; the one that can only see is made once, in `folder`."""
+
+    def __init__(self, vae: Path, prompts: Sequence[str], pools: Sequence[Pictures], folder: Path, effort: Effort):
+        self.vae = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)
+        self.prompts = list(prompts)
+        self.pools = pools
+        self.folder = folder
+        self.effort = effort
+
+    def teach(self, opinion: Opinion, target: Path, *, seed: int) -> None:
+        """Write the CLIP that has learned `opinion` to `target`."""
+        effort = self.effort
+        if not self.folder.exists():
+            torch.manual_seed(0)  # of the fresh weights
+            random = Generator().manual_seed(0)
+            size = {"num_pictures": effort.sight_pictures, "steps": effort.sight_steps}
+            _save(*parts.see(self.vae, self.prompts, random, **size), self.folder)
+        clip, tokenizer = CLIPModel.from_pretrained(self.folder).train(), CLIPTokenizer.from_pretrained(self.folder)
+        random = Generator().manual_seed(seed)
+        parts.prefer(clip, tokenizer, self._sources(opinion.share), opinion, random, steps=effort.preference_steps)
+        _save(clip, tokenizer, target)
+
+    def _sources(self, share: float) -> list[Callable[[Generator], Group]]:
+        num = RECIPE.preference_prompts
+        sources = [drawn_groups(self.vae, [Scene.parse(prompt) for prompt in self.prompts], num, share)]
+        for pool in self.pools:
+            members: dict[str, list[int]] = {prompt: [] for prompt in self.prompts}
+            for i, prompt in enumerate(pool.prompts):
+                if prompt in members:
+                    members[prompt].append(i)
+            enough = {prompt: torch.tensor(rows) for prompt, rows in members.items() if len(rows) >= GROUP}
+            if enough:
+                utility = pool.utility(share)
+                sources.append(generated_groups(pool.pixels, list(enough.values()), list(enough), utility, num))
+        return sources
+
+
+def _save(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    with atomic_path(folder) as temporary:
+        save_clip(clip.eval(), tokenizer, temporary)

@@ -1,0 +1,121 @@
+"""What the experiments share: runs of stages in a folder of their own, and gains over the base with intervals.
+
+An experiment calls the pipeline's stages as they are, on a changed configuration and under `.cache/bench`, so that it
+touches nothing that DVC knows. Whatever is finished there is not done again.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spo.config import Config
+from spo.errors import DataError
+from spo.evaluation.checkpoint_selection import choose_checkpoint
+from spo.evaluation.image_scorer import ImageScorer
+from spo.evaluation.model_variants import ModelVariant, tasks
+from spo.evaluation.statistics import Difference, paired_difference
+from spo.metrics.metric import Scores
+from spo.runtime.files import atomic_path
+
+SPLITS = ("validation", "test")
+QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
+
+
+def place(name: str, config: Config, more: Mapping[str, Any], *, root: Path) -> Path:
+    """The experiment's folder: another one wherever the settings, the base or the prepared data are others."""
+    settings = {**config.model_dump(mode="json", exclude={"methods", "training_seeds"}), **more}
+    inputs = [Path(config.model.path), root / config.folder("prepare")]
+    text = json.dumps([settings, [digest(path) for path in inputs]], sort_keys=True)
+    return root / ".cache" / "bench" / name / f"{config.profile}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def digest(path: Path) -> str:
+    """Of all that lies in a folder but its metrics, which tell times; a hub name, which is no folder, has none."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name != "metrics.json":
+            found.update(str(file.relative_to(path)).encode() + file.read_bytes())
+    return found.hexdigest()[:10]
+
+
+def adopt(stage: str, config: Config, *, source: Path, target: Path) -> None:
+    """Copy a stage's outputs to the experiment, once; DataError where the stage has not run."""
+    folder = config.folder(stage)
+    if not (source / folder).is_dir():
+        raise DataError(f"{source / folder} is missing; run `python -m spo repro` first")
+    if not (target / folder).exists():
+        with atomic_path(target / folder) as temporary:
+            shutil.copytree(source / folder, temporary)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Of an `align` run, in the order of training."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+class Ruler:
+    """Scores of the base and of checkpoints as `evaluate` has them: one picture a prompt, the sampler that decides.
+
+    What is finished is kept in `root`, under `.cache`.
+    """
+
+    def __init__(self, config: Config, prepared: Path, root: Path):
+        self.config = config.evaluate
+        counts = (self.config.num_validation_prompts, self.config.num_prompts)
+        self.tasks = {
+            split: tasks(prepared / "prompts" / f"{split}.txt", count, 1, self.config.seed)
+            for split, count in zip(SPLITS, counts, strict=True)
+        }
+        self.studio = ImageScorer(config, root)
+
+    def scores(self, name: str, checkpoint: Path | None, split: str) -> Scores:
+        """Scores (n,) by name; without a checkpoint the base's."""
+        subject = ModelVariant(name, checkpoint=checkpoint)
+        return self.studio.scores(subject, self.tasks[split], self.config.etas[0], split=split)
+
+    def differences(self, scores: Scores, other: Scores, split: str) -> dict[str, Difference]:
+        """How far `scores` are above `other`, by name, with 95% intervals over prompts."""
+        samples, prompts = self.config.bootstrap_samples, [task.prompt for task in self.tasks[split]]
+        return {
+            key: paired_difference(values.numpy(), other[key].numpy(), prompts, samples=samples)
+            for key, values in scores.items()
+        }
+
+    def choose(self, name: str, run: Path) -> Path:
+        """The checkpoint of an `align` run that the pipeline's rule takes on the validation prompts."""
+        candidates = checkpoints(run)
+        means = [means_of(self.scores(f"{name}-{each.name}", each, "validation")) for each in candidates]
+        best = choose_checkpoint(
+            means,
+            means_of(self.scores("base", None, "validation")),
+            primary=self.config.primary,
+            guarded=self.config.guarded,
+            tolerance=self.config.guard_tolerance,
+        )
+        return candidates[best]
+
+
+def means_of(scores: Scores) -> dict[str, float]:
+    return {name: values.mean().item() for name, values in scores.items()}
+
+
+def cells(differences: Mapping[str, Difference], names: Sequence[str]) -> dict[str, Any]:
+    """Columns <name>_<figure> of a table."""
+    return {
+        f"{name}_{figure}": value
+        for name in names
+        for figure, value in asdict(differences[name]).items()
+        if figure not in ("ties", "n")
+    }
+
+
+def quickened(config: Config) -> Config:
+    """As little of everything as runs at all."""
+    settings = {name: each.model_copy(update={"epochs": 1, "checkpoints": 2}) for name, each in config.align.items()}
+    preference = config.train_preference.model_copy(update={"steps": 4, "evaluate_pairs": 16})
+    evaluate = config.evaluate.model_copy(update=QUICK)
+    return config.model_copy(update={"align": settings, "train_preference": preference, "evaluate": evaluate})

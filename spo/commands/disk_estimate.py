@@ -1,0 +1,104 @@
+"""How much of the disk the stages of a profile will want, and how much of that they have taken already."""
+
+import math
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from spo.config import Config
+
+CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, where the hub's are not here to be measured
+UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # where it is not here
+LATENT_BYTES = 4 * 4 / 8**2  # of a pixel of an encoded picture: four channels of four bytes, an eighth of the sides
+PICTURE_BYTES = 2 + 3  # of a pixel: as a PNG, and raw until `evaluate` has ended
+STATES = 9  # times the weights: three states of weights and two moments each, the last while it is being written
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """Bytes that a stage will want: of what it leaves, of what it needs besides while it runs, and of both so far."""
+
+    kept: float
+    passing: float
+    there: float
+
+
+def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
+    """By stage, in the order in which they run. A LoRA's states and checkpoints are small, and left out.
+
+    What DVC has in its cache counts twice, for it copies where the file system cannot share.
+    """
+    preferences, training, evaluate = config.prepare.preferences, config.train_preference, config.evaluate
+    seeds, resolution = len(config.training_seeds), config.model.resolution
+    source = root / preferences.source if preferences and not preferences.max_pairs else None
+    start = Path(training.start_from)
+    clip = 0 if training.checkpoint else size_of(start) if start.is_dir() else CLIP_BYTES
+    latents = 2 * (num_pairs(config, root) or 0) * resolution**2 * LATENT_BYTES
+    whole = [config.align[name] for name in config.methods if config.align[name].full_fine_tuning]
+    unet = _unet(config) if whole else 0
+    most = max((method.checkpoints for method in whole), default=0)  # copied as they become the output
+    columns = 2 + len(config.methods) * seeds + len(evaluate.loras)
+    pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * resolution**2
+    jobs = {
+        "prepare": (2 * size_of(source) if source else 0, 0),
+        "train_preference": (2 * clip + latents, STATES * clip),
+        "align": (2 * unet * sum(method.checkpoints for method in whole) * seeds, (STATES + most) * unet),
+        "evaluate": (pictures * PICTURE_BYTES, 0),
+    }
+    caches = {"train_preference": [config.latents_folder], "evaluate": [Path(".cache/evaluate", config.profile)]}
+    rooms = {}
+    for stage, (kept, passing) in jobs.items():
+        places = [config.folder(stage), config.state_folder(stage), *caches.get(stage, [])]
+        rooms[stage] = DiskEstimate(kept, passing, sum(size_of(root / place) for place in places))
+    return rooms
+
+
+def num_pairs(config: Config, root: Path) -> float | None:
+    """About how many pairs will be trained on; None where they are yet to be fetched, or a file is broken."""
+    from pyarrow import ArrowException  # slow to import, and every command would
+
+    preferences = config.prepare.preferences
+    if preferences is None or (preferences.source.startswith("hub:") and not preferences.max_pairs):
+        return None
+    counted = math.inf
+    if not preferences.source.startswith("hub:"):
+        source = root / preferences.source
+        files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
+        try:
+            counted = sum(_num_rows(file) for file in files)
+        except (OSError, ArrowException):
+            return None
+    share = 1 - config.prepare.validation_fraction - config.prepare.test_fraction
+    return min(counted, preferences.max_pairs or math.inf) * share
+
+
+def size_of(place: Path) -> int:
+    """Bytes of a file, or of all files below a folder; none of what is not there, or goes while it is looked at."""
+    if place.is_file():
+        return place.stat().st_size
+    found = 0
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with suppress(OSError):
+                found += Path(folder, name).stat().st_size
+    return found
+
+
+def _unet(config: Config) -> int:
+    """Of the UNet in float32, in which it is trained."""
+    folder = Path(config.model.path) / "unet"
+    if not folder.is_dir():
+        return UNET_BYTES[config.model.family]
+    return size_of(folder) * (1 if config.model.dtype == "float32" else 2)
+
+
+def _num_rows(file: Path) -> int:
+    if file.suffix.lower() == ".parquet":
+        from pyarrow.parquet import read_metadata
+
+        return read_metadata(file).num_rows
+    if file.suffix.lower() == ".jsonl":
+        with file.open("rb") as lines:
+            return sum(1 for _ in lines)
+    return 0

@@ -1,0 +1,152 @@
+"""What can be known of a run before it starts and without loading a model: whether what it names is there.
+
+`require` stands at the start of every stage, so that a mistake in a later stage's settings shows in the first minute.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from spo.commands.disk_estimate import room, size_of
+from spo.config import ClipMetricConfig, Config, SampledConfig
+from spo.errors import ConfigError
+from spo.runtime.hub import is_name
+
+PROMPTS, PAIRS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"), (".jsonl", ".parquet")
+WITH_MODEL = ("train_preference", "align", "evaluate")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one thing that was looked at."""
+
+    what: str  # a setting's dotted name, or what else was looked at
+    good: bool
+    detail: str
+    stages: tuple[str, ...]  # that cannot run without it
+
+
+def require(config: Config, stage: str, root: Path) -> None:
+    """ConfigError where something is missing that the stage reads; a warning for each thing that a later one does."""
+    missing = [finding for finding in findings(config, root) if not finding.good]
+    for finding in missing:
+        if stage in finding.stages:
+            raise ConfigError(f"{finding.what}: {finding.detail}")
+        where = " and ".join(finding.stages)
+        print(f"warning: {where} will fail: {finding.what}: {finding.detail}", file=sys.stderr, flush=True)
+
+
+def findings(config: Config, root: Path) -> list[Finding]:
+    """All there is to say about the profile's files, models and disk."""
+    return [*_data(config, root), *_models(config), *_disk(config, root)]
+
+
+def _data(config: Config, root: Path) -> Iterator[Finding]:
+    source = config.prepare.prompts.source
+    good, detail = _file(root / source, PROMPTS)
+    yield Finding("prepare.prompts.source", good, f"{source} {detail}", ("prepare",))
+    if config.prepare.preferences is None:
+        return
+    source = config.prepare.preferences.source
+    if source.startswith("hub:"):
+        good, detail = _hub(source.removeprefix("hub:").partition("@")[0])
+    elif (root / source).is_dir():
+        files = [path for path in (root / source).iterdir() if path.suffix.lower() in PAIRS]
+        good, detail = bool(files), f"is a folder of {len(files)} files in {' or '.join(PAIRS)}"
+    else:
+        good, detail = _file(root / source, PAIRS)
+    yield Finding("prepare.preferences.source", good, f"{source} {detail}", ("prepare",))
+
+
+def _file(path: Path, suffixes: tuple[str, ...]) -> tuple[bool, str]:
+    if not path.is_file():
+        return False, "does not exist; name a file that does"
+    if path.suffix.lower() not in suffixes:
+        return False, f"is of an unknown kind; use one of {', '.join(suffixes)}"
+    if not path.stat().st_size:
+        return False, "is empty"
+    return True, f"is there, {_size(path.stat().st_size)}"
+
+
+def _models(config: Config) -> Iterator[Finding]:
+    model, preference, evaluate = config.model, config.train_preference, config.evaluate
+    yield _repository("model.path", model.path, "model_index.json", WITH_MODEL)
+    if model.vae:
+        yield _repository("model.vae", model.vae, "config.json", WITH_MODEL)
+    if preference.checkpoint:
+        yield _repository("train_preference.checkpoint", preference.checkpoint, "config.json", ("train_preference",))
+    else:
+        yield _repository("train_preference.start_from", preference.start_from, "config.json", ("train_preference",))
+        if preference.labels.model:
+            key = "train_preference.labels.model"
+            yield _repository(key, preference.labels.model, "config.json", ("train_preference",))
+        if preference.processor:
+            yield _repository("train_preference.processor", preference.processor, None, ("train_preference",))
+    needed = {evaluate.primary, *evaluate.guarded}
+    for metric in evaluate.metrics:
+        if isinstance(metric, ClipMetricConfig) and metric.name in needed:
+            yield _repository(f"evaluate.metrics.{metric.name}", metric.model, "config.json", ("evaluate",))
+    for name in config.methods:
+        method = config.align[name]
+        if isinstance(method, SampledConfig) and method.scoring.tiny_vae:
+            yield _repository(f"align.{name}.scoring.tiny_vae", method.scoring.tiny_vae, "config.json", ("align",))
+        if method.watch and isinstance(method.watch.metric, ClipMetricConfig):
+            yield _repository(f"align.{name}.watch.metric", method.watch.metric.model, "config.json", ("align",))
+    for name, lora in evaluate.loras.items():
+        path = Path(lora.source)
+        if path.is_file():
+            yield Finding(
+                f"evaluate.loras.{name}", True, f"{path} is there, {_size(path.stat().st_size)}", ("evaluate",)
+            )
+        else:
+            yield _repository(f"evaluate.loras.{name}", lora.source, None, ("evaluate",))
+    if config.launch.accelerate_config:
+        path = Path(config.launch.accelerate_config)
+        good, detail = _file(path, (".yaml", ".yml", ".json"))
+        yield Finding("launch.accelerate_config", good, f"{path} {detail}", ("train_preference", "align", "evaluate"))
+
+
+def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...]) -> Finding:
+    """A folder that has `file`, if that is given, or else a name of the hub."""
+    path = Path(name)
+    if path.is_dir():
+        good = file is None or (path / file).is_file()
+        detail = f"is there, {_size(size_of(path))}" if good else f"has no {file}; it is no model's folder"
+    elif is_name(name):
+        good, detail = _hub(name, file)
+    else:
+        good, detail = False, "is no folder here; put the model there, or name one of the hub as OWNER/NAME"
+    return Finding(what, good, f"{name} {detail}", stages)
+
+
+def _hub(name: str, file: str | None = None) -> tuple[bool, str]:
+    """Whether a repository of the hub is in its cache, or could be fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if file is not None and isinstance(try_to_load_from_cache(name, file), str):
+        return True, "is in the hub's cache"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return False, "is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it; bring a folder and name that"
+    return True, "will be fetched from the hub"
+
+
+def _disk(config: Config, root: Path) -> Iterator[Finding]:
+    """DiskEstimate for each stage beside what those before it will leave; what is there of them is not wanted again."""
+    free, left = shutil.disk_usage(root).free, 0.0
+    for stage, wanted in room(config, root).items():
+        needed = left + max(0.0, wanted.kept + wanted.passing - wanted.there)
+        left += 0.0 if wanted.there else wanted.kept
+        mend = "" if free > needed else "; make room, or move the project"
+        detail = f"{_size(free)} are free, about {_size(needed)} will be needed{mend}"
+        yield Finding(f"disk for {stage}", free > needed, detail, (stage,))
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

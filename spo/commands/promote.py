@@ -1,0 +1,194 @@
+"""Make the evaluated LoRA a version of the registered model, and champion if it has earned it.
+
+The candidate is the LoRA that `evaluate` released for the method: of its training seeds and checkpoints the one that
+the rule of choice prefers on the validation prompts. It is held against the present champion, or the base where there
+is none, on the test prompts, by the rule in spo/evaluation/promotion.py. A champion that was evaluated under other
+conditions (prompts, seeds, sampler, metrics, base or code) is evaluated anew first. Decision and reasons are written
+on the version.
+"""
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+
+from spo import tracking
+from spo.config import Config
+from spo.errors import ConfigError, DataError, ModelError, SpoError
+from spo.evaluation.image_scorer import ImageScorer
+from spo.evaluation.model_variants import BASE, ModelVariant, Task
+from spo.evaluation.promotion import Decision, Scored, decide, fingerprint, scored
+from spo.evaluation.resolve_model import lora_within
+from spo.models.generate import image_seed
+from spo.models.lora import WEIGHTS
+from spo.runtime.files import read_json
+from spo.tracking import registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An evaluated LoRA, with what its evaluation says."""
+
+    method: str
+    released: str  # seed-<training seed>/step-<rollouts>
+    lora: Path
+    rows: list[dict[str, str]]  # of scores.csv
+
+    @property
+    def scores(self) -> Scored:
+        return scored(self.rows, self.method, self.released.partition("/")[0].removeprefix("seed-"))
+
+    @property
+    def base(self) -> Scored:
+        return scored(self.rows, BASE)
+
+
+def run(
+    config: Config, *, root: Path = Path(), method: str | None = None, against_base: bool = False
+) -> Decision | None:
+    """Register the candidate and decide; None where it is the champion already.
+
+    against_base: leave the champion out of account, e.g. after the base model was changed.
+    """
+    candidate = find_candidate(config, root, method)
+    version = register(config, candidate, root)
+    present = None if against_base else registry.champion(config, root)
+    if present is not None and present.tags["spo.digest"] == version.tags["spo.digest"]:
+        registry.crown(version, root)  # the same LoRA, perhaps evaluated anew
+        print(f"{version.name}: {version.words} is the champion already")
+        return None
+    name, rival = "the base", candidate.base
+    if present is not None:
+        name, rival = f"the champion, {present.words}", _scores_of(present, candidate, config, root)
+    decision = decide(
+        candidate.scores,
+        rival,
+        name=name,
+        primary=config.evaluate.primary,
+        tolerances=tolerances(config),
+        deciding_eta=config.evaluate.etas[0],
+        samples=config.evaluate.bootstrap_samples,
+    )
+    _record(decision, version, present, candidate, config, root)
+    print(f"{version.name}: {version.words} {decision.words}")
+    for reason in decision.reasons:
+        print(f"  {reason}")
+    return decision
+
+
+def find_candidate(config: Config, root: Path = Path(), method: str | None = None) -> Candidate:
+    """What `evaluate` released for the method (default: promote.method, or else the profile's first)."""
+    name = method or config.promote.method or config.methods[0]
+    folder = root / config.folder("evaluate")
+    if name not in config.methods:
+        raise ConfigError(f"promote: {name!r} is not among the evaluated methods; use one of {list(config.methods)}")
+    if not (folder / "metrics.json").is_file():
+        raise DataError(f"{folder} holds no evaluation; run `python -m spo evaluate`")
+    lora = folder / "lora" / name
+    if not (lora / WEIGHTS).is_file():
+        raise ModelError(f"{lora} holds no {WEIGHTS}: a LoRA can be registered, a fully fine-tuned model cannot")
+    with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return Candidate(name, read_json(folder / "metrics.json")[name]["released"], lora, rows)
+
+
+def register(config: Config, candidate: Candidate, root: Path = Path()) -> registry.Version:
+    """Its version of the registered model, described by its evaluation."""
+    evaluated, reported = root / config.folder("evaluate"), root / config.folder("report")
+    files = [evaluated / name for name in ("scores.csv", "metrics.json", "means.csv", "comparisons.csv", "samples.png")]
+    files += [reported / name for name in ("report.html", "summary.txt")]
+    tags = {
+        "method": candidate.method,
+        "released": candidate.released,
+        "spo.fingerprint": fingerprint(candidate.base),
+    }
+    present = [file for file in files if file.is_file()]
+    version = registry.register(config, candidate.lora, present, root, tags=tags)
+    if "promotion" not in version.tags:
+        text = _description(candidate, config, root)
+        registry.describe(version, root, tags=_headline(candidate, config), description=text)
+    return version
+
+
+def register_released(config: Config, root: Path = Path()) -> None:
+    """Register what has just been evaluated and reported; where that cannot be, say so and no more."""
+    try:
+        with tracking.spoken(root):
+            version = register(config, find_candidate(config, root), root)
+        print(f"registered as {version.uri}; `python -m spo promote` decides whether it becomes champion", flush=True)
+    except SpoError as error:
+        print(f"warning: not registered: {error}", file=sys.stderr, flush=True)
+
+
+def tolerances(config: Config) -> dict[str, float]:
+    """How far the interval of each guarded score may reach below zero."""
+    return {
+        name: config.promote.tolerance.get(name, config.evaluate.guard_tolerance) for name in config.evaluate.guarded
+    }
+
+
+def _scores_of(champion: registry.Version, candidate: Candidate, config: Config, root: Path) -> Scored:
+    """The champion's scores of the candidate's images: those kept with it, or new ones if conditions have changed."""
+    folder = tracking.fetch_model(champion.uri, root)
+    if champion.tags.get("spo.fingerprint") == fingerprint(candidate.base):
+        with (folder / "evaluation" / "scores.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return scored(rows, champion.tags["method"], champion.tags["released"].partition("/")[0].removeprefix("seed-"))
+    print(f"{champion.words}, the champion, was evaluated under other conditions; it is evaluated anew", flush=True)
+    images = list(candidate.scores)
+    subject = ModelVariant("champion", checkpoint=lora_within(folder))
+    studio = ImageScorer(config, root)
+    found = {}
+    try:
+        for eta in dict.fromkeys(image[0] for image in images):
+            of_eta = [image for image in images if image[0] == eta]
+            tasks = [Task(i, j, prompt, image_seed(config.evaluate.seed, prompt, j)) for _, i, j, prompt in of_eta]
+            scores = studio.scores(subject, tasks, eta, split="test")
+            for k, image in enumerate(of_eta):
+                found[image] = {name: values[k].item() for name, values in scores.items()}
+    except ModelError as error:
+        raise ModelError(
+            f"{champion.words}, the champion, does not fit the present base: {error}; "
+            "`python -m spo promote --against-base` leaves it out of account"
+        ) from None
+    return found
+
+
+def _record(
+    decision: Decision,
+    version: registry.Version,
+    present: registry.Version | None,
+    candidate: Candidate,
+    config: Config,
+    root: Path,
+) -> None:
+    """Move the alias or leave it, and write why on the version."""
+    tags = {
+        "promotion": "promoted" if decision.promoted else "not promoted",
+        "promotion.against": decision.rival,
+        "promotion.reasons": "\n".join(decision.reasons),
+    }
+    reasons = "\n".join(f"- {reason}" for reason in decision.reasons)
+    text = f"{_description(candidate, config, root)}\n\n**{decision.words}**\n\n{reasons}"
+    registry.describe(version, root, tags=tags, description=text)
+    if decision.promoted:
+        registry.crown(version, root)
+
+
+def _headline(candidate: Candidate, config: Config) -> dict[str, str]:
+    """The figures of the verdict, as tags: mean and difference from the base under the deciding sampler."""
+    eta = config.evaluate.etas[0]
+    tags = {}
+    for metric in (config.evaluate.primary, *config.evaluate.guarded):
+        values = [scores[metric] for image, scores in candidate.scores.items() if image[0] == eta]
+        base = [scores[metric] for image, scores in candidate.base.items() if image[0] == eta]
+        mean = sum(values) / len(values)
+        tags[f"evaluation.{metric}"] = f"{mean:.4f}"
+        tags[f"evaluation.{metric}.vs_base"] = f"{mean - sum(base) / len(base):+.4f}"
+    return tags
+
+
+def _description(candidate: Candidate, config: Config, root: Path) -> str:
+    summary = root / config.folder("report") / "summary.txt"
+    told = summary.read_text(encoding="utf-8").strip() if summary.is_file() else "There is no report of it yet."
+    return f"{candidate.method}, {candidate.released}, profile {config.profile}\n\n```\n{told}\n```"

@@ -1,0 +1,71 @@
+"""What is compared, and on which images: the base and trained LoRAs, each on the same prompts from the same seeds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spo.config import Config, LoraSource
+from spo.errors import DataError, ModelError
+from spo.models.generate import image_seed
+from spo.runtime.files import read_json
+
+BASE, CONTROL = "base", "contrast"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to make: of a prompt of a split, with a seed of its own."""
+
+    prompt_index: int
+    image_index: int
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class ModelVariant:
+    """A column of the comparison: the base, what a method came to from one training seed, or somebody else's LoRA."""
+
+    column: str
+    training_seed: int | None = None
+    checkpoint: Path | None = None  # a folder that `load_policy` takes
+    borrowed: LoraSource | None = None
+
+    @property
+    def place(self) -> str:
+        """Where its images lie, within those of the evaluation."""
+        return self.column if self.training_seed is None else f"{self.column}/seed-{self.training_seed}"
+
+    @property
+    def words(self) -> str:
+        seed = "" if self.training_seed is None else f" seed {self.training_seed}"
+        return f"{self.column}{seed}{'' if self.checkpoint is None else f' {self.checkpoint.name}'}"
+
+    def cost(self) -> dict[str, float]:
+        """What training had taken by this checkpoint; nothing for the base."""
+        if self.checkpoint is None:
+            return {"seconds": 0.0, "unet_forwards": 0}
+        cost = read_json(self.checkpoint / "cost.json")
+        return {"seconds": cost["seconds"], "unet_forwards": cost["unet_forwards"]}
+
+
+def tasks(path: Path, num_prompts: int, images_per_prompt: int, seed: int) -> list[Task]:
+    """The first `num_prompts` prompts of a prepared file, `images_per_prompt` seeds each."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run `python -m spo prepare`")
+    prompts = path.read_text(encoding="utf-8").splitlines()[:num_prompts]
+    if len(prompts) < 2:
+        raise DataError(f"{path} holds {len(prompts)} prompts; evaluation needs at least 2")
+    return [
+        Task(i, j, prompt, image_seed(seed, prompt, j))
+        for i, prompt in enumerate(prompts)
+        for j in range(images_per_prompt)
+    ]
+
+
+def checkpoints(config: Config, method: str, training_seed: int, root: Path) -> list[ModelVariant]:
+    """What a method saved along the way from one training seed, in the order of training; ModelError if nothing."""
+    folder = root / config.aligned(method, training_seed)
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    if not found:
+        raise ModelError(f"{folder} holds no checkpoints; run `python -m spo align {method} --seed {training_seed}`")
+    return [ModelVariant(method, training_seed, path) for path in found]

@@ -1,0 +1,90 @@
+"""Which model a name of the user's means: the base, or a LoRA by method, run, path, hub name or MLflow URI."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from spo import tracking
+from spo.config import Config
+from spo.errors import ModelError
+from spo.models.lora import WEIGHTS
+from spo.models.policy import UNET
+from spo.runtime import hub
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base where `lora` is None, else the base with that LoRA: a file, a folder or a hub repository."""
+
+    name: str  # short, for labels and file names
+    lora: str | Path | None
+    told: str  # in words
+
+
+def resolve_model(wanted: str | None, config: Config, root: Path = Path()) -> Source:
+    """What `wanted` names; None: the evaluation's LoRA of the profile's first method, or else the base.
+
+    ModelError, saying what there is, where it names nothing.
+    """
+    evaluated = root / config.folder("evaluate") / "lora"
+    if wanted == BASE:
+        return Source(BASE, None, f"the base, {config.model.path}")
+    if wanted is None:
+        return _default(config, evaluated)
+    if _holds_lora(evaluated / wanted):
+        return _of_folder(wanted, evaluated / wanted)
+    if wanted.startswith("models:/"):
+        return Source(_short(wanted.removeprefix("models:/")), lora_within(tracking.fetch_model(wanted, root)), wanted)
+    if wanted in config.align:
+        raise ModelError(f"{wanted} has no evaluated LoRA in {evaluated}; run `python -m spo evaluate` first")
+    path = Path(wanted)
+    if path.is_file():
+        return Source(_short(path.stem), path, str(path))
+    if path.is_dir():
+        return _of_folder(_short(path.name), lora_within(path))
+    if hub.is_name(wanted) and wanted.split("/")[0] not in ("runs", "models"):
+        return Source(_short(wanted), wanted, f"{wanted} on the hub")
+    raise ModelError(
+        f"--model {wanted!r} names nothing here; evaluated: {_evaluated(evaluated) or 'none'}; give one of them, "
+        f"{BASE!r}, a run's folder, a LoRA's file or folder, OWNER/NAME on the hub, or models:/NAME@ALIAS"
+    )
+
+
+def lora_within(folder: Path) -> Path:
+    """The folder of the one LoRA in `folder`; of a training run's checkpoints, the latest. ModelError if unclear."""
+    if _holds_lora(folder):
+        return folder
+    if checkpoints := sorted(folder.glob("checkpoints/step-*")):
+        return checkpoints[-1]
+    found = sorted(path.parent for path in folder.rglob(WEIGHTS) if "lora" in path.parts or "align" not in path.parts)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ModelError(f"{folder} holds no {WEIGHTS}; give a folder that has one")
+    raise ModelError(f"{folder} holds {len(found)} LoRAs; name one of them, such as {found[0]}")
+
+
+def _default(config: Config, evaluated: Path) -> Source:
+    names = _evaluated(evaluated)
+    for name in (*config.methods, *names):
+        if name in names:
+            return _of_folder(name, evaluated / name)
+    return Source(BASE, None, f"the base, {config.model.path}: profile {config.profile} has no evaluated LoRA yet")
+
+
+def _of_folder(name: str, folder: Path) -> Source:
+    return Source(name, folder, f"{name}, the LoRA in {folder}")
+
+
+def _evaluated(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*") if _holds_lora(path))
+
+
+def _holds_lora(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_file() or (folder / UNET).is_dir()  # the latter after full fine-tuning
+
+
+def _short(name: str) -> str:
+    return re.sub(r"[^\w.@-]+", "-", name).strip("-") or "lora"

@@ -1,0 +1,84 @@
+"""What an evaluation has finished, kept beside the project so that one that was killed goes on where it was.
+
+An entry is a batch: its images and scores, under a key that is a hash of all they depend on. So an entry is never
+stale, only unused; those that the last whole run did not use are removed at its end.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import spo
+from spo.runtime.cache import keep, kept
+
+CODE = ("core", "models", "preference", "evaluation", "data/world.py")
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+HASHED_WHOLE = 64 * 2**20  # bytes; a larger file of a base model is known by its size and time
+
+
+class ResultCache:
+    """Named tensors by key, in one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._used: set[str] = set()
+
+    def get(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The entry, made and kept if it is not there."""
+        self._used.add(key)
+        path = self.folder / f"{key}.safetensors"
+        values = kept(path)
+        if values is None:
+            values = make()
+            keep(path, values)
+        return values
+
+    def holds(self, key: str) -> bool:
+        return (self.folder / f"{key}.safetensors").is_file()
+
+    def tidy(self) -> None:
+        """Remove what was not asked for since this shelf was opened."""
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem not in self._used:
+                path.unlink()
+
+
+def key_of(**parts: Any) -> str:
+    """A hash of values that JSON can hold."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def digest_of_weights(folder: Path) -> str:
+    """A hash of a checkpoint's files but its cost."""
+    return _digest(path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "cost.json")
+
+
+def digest_of_model(path: str) -> str:
+    """What tells a model's folder or file from another; a hub name stands for itself."""
+    place = Path(path)
+    if place.is_file():
+        return _digest([place])
+    return _digest(path for path in sorted(place.rglob("*")) if path.is_file()) if place.is_dir() else path
+
+
+def digest_of_code() -> str:
+    """A hash of our code that images and scores come out of, with the versions of what it calls."""
+    home = Path(spo.__path__[0])
+    files = [path for name in CODE for path in sorted((home / name).rglob("*.py")) or [home / name]]
+    return _digest(files) + "".join(f" {name}=={version(name)}" for name in LIBRARIES)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        status = path.stat()
+        whole = status.st_size <= HASHED_WHOLE
+        content = hashlib.blake2b(path.read_bytes()).digest() if whole else f"{status.st_mtime_ns}".encode()
+        digest.update(f"{path.name} {status.st_size} ".encode() + content)
+    return digest.hexdigest()

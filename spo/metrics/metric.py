@@ -1,0 +1,52 @@
+"""What a metric is, and how the metrics of a profile are built.
+
+A metric of kind `hpsv2` is the class METRIC of spo/metrics/hpsv2.py, and takes its section of the profile.
+"""
+
+import importlib
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spo.config import MetricConfig
+from spo.errors import ModelError
+
+Scores = dict[str, Tensor]  # each (n,), on the CPU
+IMAGES_AT_A_TIME = 64
+
+
+class Metric(Protocol):
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        """Named scores (n,) of images (n, 3, H, W) in [0, 1], on the CPU."""
+        ...
+
+
+def build_metrics(
+    configs: Sequence[MetricConfig], device: torch.device, *, needed: Collection[str] | None = None
+) -> list[Metric]:
+    """Load them. Where weights are absent it is a ModelError if a score is `needed` (None: all are), else a line."""
+    metrics = []
+    for config in configs:
+        try:
+            metrics.append(_build(config, device))
+        except ModelError as error:
+            if needed is None or set(config.scores) & set(needed):
+                raise
+            print(f"{', '.join(config.scores)}: left out, {error}", flush=True)
+    return metrics
+
+
+def _build(config: MetricConfig, device: torch.device) -> Metric:
+    return importlib.import_module(f"spo.metrics.{config.kind}").METRIC(config, device)
+
+
+def score(metrics: Sequence[Metric], images: Tensor, prompts: Sequence[str]) -> Scores:
+    """All scores (n,) of images (n, 3, H, W)."""
+    scores: Scores = {}
+    for metric in metrics:
+        starts = range(0, len(images), IMAGES_AT_A_TIME)
+        parts = [metric(images[i : i + IMAGES_AT_A_TIME], list(prompts[i : i + IMAGES_AT_A_TIME])) for i in starts]
+        scores |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return scores

@@ -1,0 +1,74 @@
+"""Images of a plain diffusers pipeline, each from a seed of its own."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from spo.models.base import LatentDiffusion
+from spo.runtime.progress import progress
+
+
+def image_seed(seed: int, prompt: str, image_index: int) -> int:
+    """The seed of a prompt's image: known by what it is for, whatever is generated beside it."""
+    digest = hashlib.blake2b(f"{seed}/{image_index}/{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@torch.no_grad()
+def generate(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    eta: float,
+    batch_size: int,
+    label: str | None = None,
+) -> Tensor:
+    """Images (n, 3, H, W) in [0, 1], on the CPU, of the diffusers pipeline's own sampler with whatever LoRA is on.
+
+    prompts, seeds: n each; an image depends on its prompt and seed alone, not on its batch. Progress is told only
+    under a label.
+    """
+    rows = [row.tolist() for row in torch.arange(len(prompts)).split(batch_size)]
+    batches = [
+        _batch(model, [prompts[i] for i in row], [seeds[i] for i in row], steps, guidance_scale, eta)
+        for row in (rows if label is None else progress(rows, label=label))
+    ]
+    return torch.cat(batches)
+
+
+def _batch(
+    model: LatentDiffusion, prompts: list[str], seeds: list[int], steps: int, guidance_scale: float, eta: float
+) -> Tensor:
+    _, height, width = model.latent_shape
+    scale = model.pipeline.vae_scale_factor
+    images = model.pipeline(
+        prompt=prompts,
+        height=height * scale,
+        width=width * scale,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        eta=eta,
+        generator=[Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    return images.float().cpu().clamp(0, 1)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as a PNG keeps them, uint8."""
+    return (images * 255).round().byte()
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] of uint8."""
+    return images.float() / 255
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """What a PNG keeps of images in [0, 1]; scores are of this, so that they can be had again from the files."""
+    return from_bytes(to_bytes(images))

@@ -1,0 +1,160 @@
+"""Score against compute: what each method's checkpoints cost, and how much less one needs than another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from spo.report.compute_saving import Saving, Scores, Spread, points, saving, spread
+from spo.report.results import BASE, Results
+
+Row = dict[str, Any]
+CURRENCIES = {"unet_forwards": "UNet forwards", "seconds": "seconds of alignment"}  # as checkpoints tell them
+WITH_JUDGE = "_with_judge"
+
+
+@dataclass(frozen=True)
+class Duel:
+    """How much compute one method saves against another, in one currency, and what is said of it."""
+
+    method: str
+    other: str
+    currency: str
+    saving: Saving | None
+    spread: Spread | None
+    sentence: str
+
+
+def duels(
+    results: Results,
+    validation: Sequence[Row],
+    scores: Sequence[Row],
+    *,
+    tolerance: float,
+    judge: Mapping[str, float],
+    judged: Sequence[str],
+) -> list[Duel]:
+    """Each pair of methods in each currency, read off the means of their training seeds.
+
+    validation: a checkpoint a row, with its cost; scores: a checkpoint and prompt a row.
+    judge: what training the preference model took in each currency, where that is known; judged: methods that need it.
+    """
+    base = curve(scores, BASE, results.main)
+    curves = {name: curve(scores, name, results.main) for name in results.methods}
+    found = []
+    for name, other in combinations(results.methods, 2):
+        for currency, unit, extra in _currencies(judge if judged else {}):
+            compute = [_compute(validation, each, currency, extra if each in judged else 0) for each in (name, other)]
+            both = list(zip(compute, (curves[name], curves[other]), strict=True))
+            if not base or not all(scores and taken[0] > 0 for taken, scores in both):
+                continue
+            label = f"{currency}{WITH_JUDGE}" if extra else currency
+            found.append(_duel(results.primary, (name, other), (label, unit), both, base, tolerance))
+            if found[-1].saving is None:  # nothing to reach, whatever one counts in
+                break
+    return found
+
+
+def _currencies(judge: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """Name, unit and what the judge took: each currency with the judge's training, where it had one, then without."""
+    units = list(CURRENCIES.items())
+    with_judge = [
+        (name, f"{unit.removesuffix(' of alignment')}, the preference model's training included", judge[name])
+        for name, unit in units
+        if judge.get(name)
+    ]
+    return [*with_judge, *((name, unit, 0.0) for name, unit in units)]
+
+
+def curve(rows: Sequence[Row], column: str, metrics: Sequence[str]) -> Scores:
+    """Of each metric (checkpoints, prompts), means over the training seeds; empty where there is none."""
+    seeds: dict[Any, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["column"] == column:
+            seed = None if np.isnan(row["training_seed"]) else row["training_seed"]
+            seeds.setdefault(seed, {}).setdefault(row["checkpoint"], []).append(row)
+    together = list(zip(*(checkpoints.values() for checkpoints in seeds.values()), strict=False))
+    if not together:
+        return {}
+    return {
+        metric: np.array([np.mean([[row[metric] for row in own] for own in at], axis=0) for at in together])
+        for metric in metrics
+    }
+
+
+def by_checkpoint(validation: Sequence[Row], method: str) -> list[list[Row]]:
+    """The rows of a method's seeds, together by their place in training; those that all seeds have."""
+    seeds: dict[Any, list[Row]] = {}
+    for row in validation:
+        if row["column"] == method:
+            seeds.setdefault(row["training_seed"], []).append(row)
+    return [list(rows) for rows in zip(*seeds.values(), strict=False)]
+
+
+def sentences(found: Sequence[Duel]) -> list[str]:
+    return [duel.sentence for duel in found]
+
+
+def leading(found: Sequence[Duel]) -> list[Duel]:
+    """The first of each pair of methods: UNet forwards, with the judge's training where there is one."""
+    pairs = dict.fromkeys((duel.method, duel.other) for duel in found)
+    return [next(duel for duel in found if (duel.method, duel.other) == pair) for pair in pairs]
+
+
+def numbers(found: Sequence[Duel]) -> dict[str, dict[str, float]]:
+    """times_less_<currency> of each pair with its interval; a level that was not reached has no number."""
+    table: dict[str, dict[str, float]] = {}
+    for duel in found:
+        if duel.saving is not None and duel.saving.times is not None:
+            pair = table.setdefault(f"{duel.method}_vs_{duel.other}", {})
+            pair[f"times_less_{duel.currency}"] = round(duel.saving.times, 3)
+            if duel.spread is not None:
+                pair[f"times_less_{duel.currency}_low"] = round(duel.spread.low, 3)
+                pair[f"times_less_{duel.currency}_high"] = round(duel.spread.high, 3)
+    return table
+
+
+def _compute(validation: Sequence[Row], method: str, currency: str, more: float) -> list[float]:
+    """What each of a method's checkpoints had taken, the mean of its training seeds, and `more`."""
+    return [fmean(row[currency] for row in rows) + more for rows in by_checkpoint(validation, method)] or [0.0]
+
+
+def _duel(
+    metric: str, names: tuple[str, str], currency: tuple[str, str], both: list[Any], base: Scores, tolerance: float
+) -> Duel:
+    primary = base[metric][0]
+    ones = np.ones(len(primary))
+    curves = [points(compute, scores, base, ones, tolerance=tolerance) for compute, scores in both]
+    found = saving(*curves, base=float(primary.mean()))
+    sure = None if found is None else spread(both[0], both[1], base, tolerance=tolerance)
+    return Duel(*names, currency[0], found, sure, _sentence(metric, *names, currency[1], found, sure))
+
+
+def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None, sure: Spread | None) -> str:
+    if found is None:
+        return f"{other} has no checkpoint that is better than the base on validation prompts, so nothing to reach."
+    goal = f"{other}'s best validation {metric}, {found.level:.3f} at {found.compute:,.0f} {unit}"
+    if found.times is None or found.reached is None:
+        return f"{name} does not reach {goal}{_sureness(sure)}."
+    bound = (
+        ""
+        if found.at_most is None or found.times < 1
+        else f"; {found.at_most:.1f} times at the most, as checkpoints lie apart"
+    )
+    return f"{name} reaches {goal}, with {_ratio(found.times)} ({found.reached:,.0f}{bound}){_sureness(sure)}."
+
+
+def _sureness(sure: Spread | None) -> str:
+    if sure is None:
+        return "; other prompts might leave nothing to reach"
+    bounds = f"{_ratio(sure.low)} to {_ratio(sure.high)}"
+    return f" [95% interval over prompts: {bounds}; not reached in {sure.missed:.0%} of resamples]"
+
+
+def _ratio(times: float) -> str:
+    if not times:
+        return "not reached"
+    return f"{times:.1f} times less" if times >= 1 else f"{1 / times:.1f} times more"

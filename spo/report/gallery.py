@@ -1,0 +1,82 @@
+"""The pictures of the report: each prompt with the same seed in every column, held within the page.
+
+Of a method that was trained from several seeds it is the first one's pictures, which is no choice of them.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from spo.errors import DataError
+from spo.report.inputs import Row
+
+LARGEST = 384  # pixels; larger pictures are shown smaller, so that the page stays light
+
+
+@dataclass(frozen=True)
+class Picture:
+    column: str
+    data: str  # a data URI
+    width: int
+    height: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Card:
+    prompt: str
+    pictures: list[Picture]  # in the order of the columns
+
+
+def gallery(
+    images: Path, scores: Sequence[Row], columns: Sequence[str], *, eta: float, metric: str, limit: int = 48
+) -> list[Card]:
+    """The first `limit` prompts, not a choice of them; DataError where a picture is missing or broken."""
+    prompts: dict[int, str] = {}
+    score: dict[tuple[str, int], float] = {}
+    places: dict[str, str] = {}
+    for row in scores:
+        if row["eta"] != eta or row["image_index"] != 0:
+            continue
+        column, index, seed = row["column"], int(row["prompt_index"]), row["training_seed"]
+        prompts.setdefault(index, row["prompt"])
+        places.setdefault(column, column if math.isnan(seed) else f"{column}/seed-{seed:.0f}")
+        if metric in row:
+            score.setdefault((column, index), row[metric])
+    shown = [column for column in columns if column in places]
+    return [
+        Card(
+            prompts[index],
+            [
+                picture(images / places[column] / f"{index:04d}-0.png", column, score.get((column, index)))
+                for column in shown
+            ],
+        )
+        for index in sorted(prompts)[:limit]
+    ]
+
+
+def picture(path: Path, column: str, score: float | None) -> Picture:
+    """A picture as a data URI: itself if it is small, else a smaller JPEG."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format == "PNG" and max(image.size) <= LARGEST:
+                image.verify()
+                width, height, kind = *image.size, "png"
+            else:
+                small = image.convert("RGB")
+                small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=88)
+                data, width, height, kind = buffer.getvalue(), *small.size, "jpeg"
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; run `python -m spo evaluate` again") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{path} is no readable picture ({error}); run `python -m spo evaluate` again") from None
+    return Picture(column, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width, height, score)

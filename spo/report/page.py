@@ -1,0 +1,95 @@
+"""The report as one HTML page that needs nothing else."""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from spo.config import Config
+from spo.report.charts import Chart
+from spo.report.cost import Duel, leading
+from spo.report.gallery import Card
+from spo.report.inputs import Inputs
+from spo.report.results import Results, direction, level
+from spo.report.verdict import basis, duration, verdicts
+
+
+def page(
+    config: Config,
+    inputs: Inputs,
+    results: Results,
+    charts: Mapping[str, list[Chart]],
+    cards: list[Card],
+    costs: Sequence[Duel],
+    *,
+    facts: Mapping[str, str],
+) -> str:
+    """The page as HTML; whatever comes from files is escaped."""
+    html = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    html.filters |= {"signed": signed, "plain": plain, "duration": duration, "percent": percent, "minus": minus}
+    left_out = [s for metric in config.evaluate.metrics for s in metric.scores if s not in results.metrics]
+    return html.get_template("template.html.j2").render(
+        profile=config.profile,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        verdicts=verdicts(results),
+        basis=basis(results),
+        results=results,
+        direction=direction,
+        level=level,
+        left_out=left_out,
+        charts=charts,
+        cards=cards,
+        costs=costs,
+        leading=leading(costs),
+        chosen=_chosen(inputs),
+        training=_training(config, inputs),
+        seconds=inputs.seconds,
+        facts=facts,
+        folder=config.folder("evaluate").as_posix(),
+        settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+    )
+
+
+def signed(value: float) -> str:
+    """+0.012 or a true minus sign, three decimals."""
+    return f"{value:+z.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def plain(value: Any) -> str:
+    """A number as people read it: 12,345 or 0.123."""
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:z.3f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:,.0f}".replace("-", "\N{MINUS SIGN}") if isinstance(value, int | float) else str(value)
+
+
+def minus(text: str) -> str:
+    """Words with true minus signs before their numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
+
+
+def percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def _training(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
+    """What each training took, a row each."""
+    return [
+        {"method": name, "seed": seed, **metrics}
+        for name, runs in inputs.training.items()
+        for seed, metrics in zip(config.training_seeds, runs, strict=True)
+    ]
+
+
+def _chosen(inputs: Inputs) -> list[str]:
+    """The checkpoint of each training that the figures are of."""
+    return [
+        f"{row['column']} seed {row['training_seed']:.0f}: {row['checkpoint']}"
+        for row in inputs.validation
+        if row.get("chosen") == 1
+    ]

@@ -1,0 +1,121 @@
+"""What came of it, in sentences that follow from the intervals and from nothing else."""
+
+from collections.abc import Mapping, Sequence
+
+from spo.report.results import CONTRAST, Figures, Results, direction
+
+INTERVAL = "95% interval"
+
+
+def verdicts(results: Results) -> dict[str, list[str]]:
+    """Of each method its sentences: against the base, the guard, the methods after it, and contrast alone."""
+    found = {}
+    for name in results.methods:
+        sentences = [_gain_sentence(name, results)]
+        sentences += [_guard_sentence(name, metric, results.decided(name, metric)) for metric in results.guarded]
+        sentences += [_duel_sentence(a, b, results) for a, b in results.duels if a == name]
+        if results.gain(results.etas[0], name, results.primary, CONTRAST) is not None:
+            sentences.append(_contrast_sentence(name, results))
+        found[name] = sentences
+    return found
+
+
+def basis(results: Results) -> str:
+    """What every figure rests on."""
+    seeds = results.num_seeds
+    trained = (
+        "one training seed; the intervals tell nothing of how another training would turn out"
+        if seeds == 1
+        else f"{seeds} training seeds, whose differences the intervals cover"
+    )
+    return f"{results.num_prompts} prompts never trained on and {trained}."
+
+
+def summary(results: Results, savings: Sequence[str], seconds: Mapping[str, float], *, lines: int = 10) -> str:
+    """At most `lines` lines for a terminal: the verdict, a table with intervals, and how long it took."""
+    width = max(len(column) for column in results.columns)
+    heads = "  ".join(f"{metric:<24}" for metric in results.main)
+    table = [f"{'':{width}}  {heads}".rstrip()]
+    for column in results.columns:
+        cells = [_cell(results.score(results.etas[0], column, metric)) for metric in results.main]
+        table.append(f"{column:{width}}  {'  '.join(cells)}".rstrip())
+    took = ["took " + ", ".join(f"{stage} {duration(value)}" for stage, value in seconds.items())] if seconds else []
+    first, *others = verdicts(results).values()
+    duels = [sentence for sentence in first[1:] if sentence.startswith("Against")]
+    rest = [sentence for sentence in first[1:] if sentence not in duels]
+    said = [first[0], *duels[:1], *savings[:1], *rest[:1], *(sentences[0] for sentences in others), *rest[1:]]
+    room = max(1, lines - len(table) - len(took))
+    return "\n".join([*said[:room], *table, *took][:lines]) + "\n"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _gain_sentence(name: str, results: Results) -> str:
+    metric = results.primary
+    gain = results.decided(name, metric)
+    seeds = f" and {results.num_seeds} training seeds" if results.num_seeds > 1 else ""
+    where = f"on {results.num_prompts} prompts never trained on{seeds}, winning {_won(gain)}"
+    match direction(gain):
+        case 0:
+            return (
+                f"{name} shows no clear change of {metric} over the base: {gain['difference']:+z.3f}, "
+                f"and the {_interval(gain)} includes zero, {where}."
+            )
+        case sign:
+            verb = "raises" if sign > 0 else "lowers"
+            return f"{name} {verb} {metric} by {abs(gain['difference']):.3f} ({_interval(gain, sign)}) {where}."
+
+
+def _guard_sentence(name: str, metric: str, gain: Figures) -> str:
+    match direction(gain):
+        case 0:
+            change = f"{gain['difference']:+z.3f} ({_interval(gain)}, includes zero)"
+            return f"Under {name}, {metric} with the prompt shows no clear change: {change}."
+        case sign:
+            verb = "rises" if sign > 0 else "falls"
+            change = f"{abs(gain['difference']):.3f} ({_interval(gain, sign)})"
+            return f"Under {name}, {metric} with the prompt {verb} by {change}."
+
+
+def _duel_sentence(name: str, other: str, results: Results) -> str:
+    gain = results.decided(name, results.primary, other)
+    found = {1: "is better", -1: "is worse", 0: "is not clearly better or worse"}[direction(gain)]
+    change = f"{gain['difference']:+z.3f} in {results.primary} ({_interval(gain)})"
+    return f"Against {other}, {name} {found}: {change}, winning {_won(gain)}."
+
+
+def _contrast_sentence(name: str, results: Results) -> str:
+    gain = results.decided(name, results.primary, CONTRAST)
+    control = results.decided(CONTRAST, results.primary)
+    by = "" if results.contrast_factor is None else f" (factor {results.contrast_factor:.2f})"
+    judgement = {
+        1: f"clearly less than {name}",
+        -1: f"clearly more than {name}",
+        0: f"not clearly less than {name}",
+    }[direction(gain)]
+    if direction(gain) == 0 and direction(results.decided(name, results.primary)) > 0:
+        judgement += ": contrast may explain the gain"
+    moved = f"{results.primary} by {control['difference']:+z.3f} ({_interval(control)})"
+    return f"Contrast alone{by} moves {moved}, {judgement}."
+
+
+def _won(gain: Figures) -> str:
+    low, high = f"{gain['win_rate_low']:.0%}", f"{gain['win_rate_high']:.0%}"
+    return f"{gain['win_rate']:.0%} of pairs ({low} to {high})"
+
+
+def _interval(figures: Figures, sign: int | None = None) -> str:
+    """`sign` turns a one-sided interval into amounts: a fall by .2 to .3."""
+    if sign is None:
+        return f"{INTERVAL} {figures['low']:+z.3f} to {figures['high']:+z.3f}"
+    low, high = sorted((sign * figures["low"], sign * figures["high"]))
+    return f"{INTERVAL} {low:.3f} to {high:.3f}"
+
+
+def _cell(score: Figures | None) -> str:
+    return f"{'-':<24}" if score is None else f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]".ljust(24)

@@ -1,0 +1,259 @@
+"""The state of a training run on disk, so that a run that is killed goes on as if it had not been.
+
+    store = StateStore(folder, made_by={"align": ..., "prompts": fingerprint(path)})
+    if state := store.load():
+        ...
+    saver = Saver(store, every_seconds, snapshot)
+    with saver.saving_when_stopped():
+        for step in ...:
+            ...
+            saver.save_if_due()
+
+A state is a folder of its own, named by how far the run had come: tensors.safetensors, values.json and manifest.json,
+which has the checksums of both. It is written beside its name and renamed, so it is whole or not there; the last two
+are kept. It is no output of a stage: DVC removes those before a stage runs.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spo.errors import TrainingError, one_line
+from spo.runtime.files import atomic_path, read_json, write_json
+from spo.runtime.stopping import uninterrupted
+
+VERSION = 1
+KEPT = 2
+SHARE_OF_TIME = 0.05  # that saving may take, at most
+SAMPLE = 64 * 2**20  # bytes that a fingerprint reads of a file, at most
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run had come (steps or rollouts), its tensors by name, and what of it JSON can hold."""
+
+    number: int
+    tensors: Mapping[str, Tensor]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class StateStore:
+    """The states of one run.
+
+    folder: theirs alone; made_by: the settings and the fingerprints of the inputs that the run's result depends on.
+    """
+
+    def __init__(self, folder: Path, made_by: Mapping[str, Any]):
+        self.folder = folder
+        self.made_by = json.loads(json.dumps(dict(made_by)))  # as it comes back from a file
+
+    def load(self) -> State | None:
+        """The newest state that is whole, or None; one that is not is named on stderr and removed.
+
+        TrainingError if it was made by other settings or inputs.
+        """
+        self._sweep()
+        for path in reversed(self._paths()):
+            try:
+                state, made_by = _read(path)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                print(f"warning: the state {path} is damaged and left out: {one_line(error)}", file=sys.stderr)
+                shutil.rmtree(path, ignore_errors=True)  # another process of the run may have done so
+                continue
+            if differences := _differences(made_by, self.made_by):
+                raise TrainingError(
+                    f"the state {path} was made by other settings: {'; '.join(differences)}; go back to those, or "
+                    f"start anew: add --restart, or `rm -r {self.folder}`"
+                )
+            return state
+        return None
+
+    def save(self, state: State) -> None:
+        """Write a state and remove all but the last two; TrainingError if it cannot be written."""
+        target = self.folder / f"{state.number:08d}"
+        try:
+            with uninterrupted(), atomic_path(target) as folder:
+                folder.mkdir()
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+                save_file(tensors, folder / "tensors.safetensors")
+                write_json(folder / "values.json", {"number": state.number, "values": state.values})
+                checksums = {name: _checksum(folder / name) for name in ("tensors.safetensors", "values.json")}
+                write_json(
+                    folder / "manifest.json", {"version": VERSION, "checksums": checksums, "made_by": self.made_by}
+                )
+            for path in self._paths()[:-KEPT]:
+                shutil.rmtree(path)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(self._not_saved(error, state)) from None
+
+    def clear(self) -> None:
+        """Remove all states."""
+        for path in self._paths():
+            shutil.rmtree(path)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what a process left that was killed while it saved; the stage's lock keeps others away."""
+        for path in self.folder.glob(".[0-9]*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _paths(self) -> list[Path]:
+        """The states' folders, the oldest first."""
+        return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal())
+
+    def _not_saved(self, error: Exception, state: State) -> str:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+        free = shutil.disk_usage(self.folder).free
+        whole = [path.name.lstrip("0") or "0" for path in self._paths()]
+        kept = f"the state of {whole[-1]} is whole" if whole else "there was none before it"
+        return (
+            f"the state of {state.number} cannot be saved in {self.folder}: {one_line(error)}; it takes "
+            f"{size / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; {kept}: make room and run the same command again"
+        )
+
+
+class Saver:
+    """Saves a run now and then, and once more when it is stopped.
+
+    snapshot gives the state that the run would go on from; saving takes at most a twentieth of the time. Without a
+    store nothing is saved.
+    """
+
+    def __init__(self, store: StateStore | None, every_seconds: float, snapshot: Callable[[], State]):
+        self._store = store
+        self._every = every_seconds
+        self._snapshot = snapshot
+        self._held: State | None = None
+        self._half_done = False
+        self._saved: int | None = None
+        self._last = time.monotonic()
+        self._took = 0.0
+
+    def save_if_due(self) -> None:
+        """Save where the last save lies long enough behind."""
+        if self._store and time.monotonic() - self._last >= max(self._every, self._took / SHARE_OF_TIME):
+            self.save()
+
+    def save(self) -> None:
+        """Save now, unless this very state was saved last, or things are half-done."""
+        if self._store is None or self._half_done:
+            return
+        start = time.monotonic()
+        state = self._held or self._snapshot()
+        if state.number != self._saved:
+            self._store.save(state)
+            self._saved = state.number
+        self._last = time.monotonic()
+        self._took = self._last - start
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Within it things are half-done: if it is stopped, the state that stood before it is saved."""
+        self._held = self._snapshot() if self._store else None
+        yield
+        self._held = None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it things are half-done, and a signal waits for its end; if an error ends it, nothing is saved."""
+        with uninterrupted():
+            self._half_done = True
+            yield
+            self._half_done = False
+
+    @contextmanager
+    def saving_when_stopped(self) -> Iterator[None]:
+        """Save when a signal ends the block."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            with uninterrupted():
+                self.save()
+                if self._store is not None and self._saved is not None:
+                    where = f"at {self._saved}, saved in {self._store.folder}"
+                    print(f"stopped {where}; the same command goes on from there", file=sys.stderr, flush=True)
+            raise
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an optimiser has gathered, as named tensors and as the numbers that are no tensors."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            kind: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
+            kind[f"optimizer.{index}.{name}"] = value
+    return tensors, numbers
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Put back what pack_optimizer took; its settings stay those it was made with."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *numbers.items()]:
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def fingerprint(path: Path) -> str:
+    """Tells a file's or a folder's contents from others'; of a big file, size and 64 MiB spread over it are read."""
+    digest = hashlib.blake2b(digest_size=12)
+    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)}\n{size}\n".encode())
+        with file.open("rb") as opened:
+            for start in range(0, size, max(2**20, size * 2**20 // SAMPLE)):
+                opened.seek(start)
+                digest.update(opened.read(2**20))
+    return digest.hexdigest()
+
+
+def fingerprints(paths: Mapping[str, str | Path | None]) -> dict[str, str]:
+    """The fingerprint of each path that is here; a name of the hub's is not, and an unset one has none."""
+    return {what: fingerprint(Path(path)) for what, path in paths.items() if path and Path(path).exists()}
+
+
+def _read(path: Path) -> tuple[State, dict[str, Any]]:
+    manifest = read_json(path / "manifest.json")
+    if manifest["version"] != VERSION:
+        raise ValueError(f"it is of version {manifest['version']}, not {VERSION}")
+    for name in ("tensors.safetensors", "values.json"):
+        if _checksum(path / name) != manifest["checksums"][name]:
+            raise ValueError(f"the checksum of {name} is another")
+    values = read_json(path / "values.json")
+    return State(values["number"], load_file(path / "tensors.safetensors"), values["values"]), manifest["made_by"]
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each value that differs, under its dotted name."""
+    one, other = _flat(before), _flat(now)
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return [f"{name} was {one.get(name)}, is {other.get(name)}" for name in names]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,87 @@
+"""Pictures as files: PNGs that say how they were made, and labelled sheets of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from spo.runtime.files import atomic_path
+
+GAP, MARGIN = 8, 16  # pixels
+INK, PAPER = "#17191c", "#ffffff"
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] as a picture."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_png(picture: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
+    """Write a PNG with `facts` as its text fields, whole or not at all."""
+    info = PngInfo()
+    for name, value in facts.items():
+        info.add_itxt(name, str(value))
+    with atomic_path(path) as temporary:
+        picture.save(temporary, pnginfo=info)
+
+
+def enlarged(picture: Image.Image, least: int) -> Image.Image:
+    """A small picture at a whole multiple of its size, `least` pixels wide or more; its pixels stay sharp."""
+    scale = max(1, -(-least // picture.width))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def plain_sheet(rows: Sequence[Sequence[Image.Image]], *, least: int = 96, gap: int = 4) -> Image.Image:
+    """Rows of pictures of one size, on white."""
+    tiles = [[enlarged(picture, least) for picture in row] for row in rows]
+    width, height = tiles[0][0].size
+    sheet = Image.new("RGB", (len(tiles[0]) * (width + gap) - gap, len(tiles) * (height + gap) - gap), PAPER)
+    for y, row in enumerate(tiles):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * (width + gap), y * (height + gap)))
+    return sheet
+
+
+def labelled_sheet(
+    title: str, columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], *, least: int = 256
+) -> Image.Image:
+    """A column of pictures under each name, a row under each of `rows`' words, below a title that is wrapped."""
+    font, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    tiles = {name: [enlarged(picture, least) for picture in pictures] for name, pictures in columns.items()}
+    tile = next(iter(tiles.values()))[0]
+    width = 2 * MARGIN + len(tiles) * (tile.width + GAP) - GAP
+    lines = _wrapped(title, font, width - 2 * MARGIN)
+    top = MARGIN + 26 * len(lines) + 30
+    sheet = Image.new("RGB", (width, top + len(rows) * (tile.height + 30) + MARGIN - 8), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN + 26 * i), line, INK, font)
+    for x, (name, pictures) in enumerate(tiles.items()):
+        left = MARGIN + x * (tile.width + GAP)
+        draw.text((left, top - 26), _fitting(name, font, tile.width), INK, font)
+        for y, picture in enumerate(pictures):
+            sheet.paste(picture, (left, top + y * (tile.height + 30)))
+    for y, words in enumerate(rows):
+        draw.text((MARGIN, top + y * (tile.height + 30) + tile.height + 4), words, INK, small)
+    return sheet
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a word that is longer has a line of its own, cut."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return [_fitting(line, font, width) for line in lines] or [""]
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."

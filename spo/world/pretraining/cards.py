@@ -1,0 +1,71 @@
+"""The cards that lie beside the embedded default's models and data, with the figures of the run that made them."""
+
+from collections.abc import Mapping
+
+from spo.world.pretraining.pairs import Pool
+from spo.world.pretraining.recipe import Recipe
+
+MADE = "Made from random weights and drawn pictures; nothing was downloaded."
+
+
+def base(recipe: Recipe, figures: Mapping[str, float]) -> str:
+    """Model card of data/base/tiny."""
+    *first, last = [str(steps) for steps, _ in recipe.unet_cycles]
+    steps = f"{', '.join(first)} and {last}"
+    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
+    return f"""# The embedded default's base model
+
+A diffusion model of the drawn world (`spo/world/scenes.py`) in the format of Stable Diffusion v1.5:
+`StableDiffusionPipeline.from_pretrained("data/base/tiny")` makes 64 px pictures of prompts such as
+"a small red cross on a white background". Apache-2.0. {MADE}
+
+- Autoencoder: AutoencoderKL, f8, {recipe.latent_channels} latent channels, {recipe.vae_steps} steps of
+  {recipe.vae_batch} pictures.
+- Text encoder: the text tower of a CLIP taught for {recipe.clip_steps} steps which prompt belongs to which
+  picture, then trained on with the UNet.
+- UNet: 1.1M parameters, {steps} steps of {recipe.unet_batch} latents out of {recipe.latents}, moving
+  average of the weights. The pictures it learns from mix good and poor finish evenly, so its own are mediocre.
+
+The oracle's means over {recipe.judged} pictures (20 DDIM steps, eta 0, guidance 5):
+
+| score | mean |
+|---|---|
+{rows}
+"""
+
+
+def preference(recipe: Recipe, accuracy: Mapping[str, float]) -> str:
+    """Model card of data/base/tiny-preference."""
+    return f"""# The embedded default's preference model to start from
+
+A `CLIPModel` of 0.57M parameters, what PickScore is to the real profiles: taught which prompt a drawn picture belongs
+to and what flaws it has ({recipe.sight_steps} steps), then preferences on clean pictures of the training prompts
+({recipe.preference_steps} steps): generated ones (those of the shipped pairs, and {recipe.lessons_per_prompt} more a
+prompt by the base's checkpoint of {recipe.earlier[-1]} steps) and drawn ones. Labels are made by the opinion of the
+shipped pairs. Apache-2.0. {MADE}
+
+It agrees with {accuracy["accuracy"]:.3f} of the {accuracy["pairs"]} decided labels of held-out prompts; the labels
+themselves are noisy (see `data/preferences/tiny`).
+"""
+
+
+def pairs(recipe: Recipe, pool: Pool) -> str:
+    """Data card of data/preferences/tiny."""
+    ties = (pool.label == 0.5).float().mean().item()
+    return f"""# The embedded default's preference pairs
+
+{len(pool.label)} pairs of {len(pool.pictures)} generated 64 px pictures for {len(set(pool.prompts))} prompts, in
+Pick-a-Pic's layout: `caption, jpg_0, jpg_1, label_0, label_1`. Apache-2.0. {MADE}
+
+The pictures come from the base's checkpoints of {", ".join(map(str, recipe.earlier))} steps, at guidance
+1.5 to 7.5, 8 to 20 steps, eta 0 or 1, {recipe.pictures_per_prompt} a prompt; each is compared with the next one of
+its prompt. One generic opinion labels them (`spo/world/opinion.py`), in which
+
+- {recipe.share:.0%} of the utility's variance is owed to finish (vivid colour, crisp edges, no blotches), the rest
+  to alignment with the prompt and to layout (how well centred the object is);
+- a logistic error of temperature {recipe.temperature} (in standard deviations of utility) is added;
+- a difference within {recipe.tie} is a tie: {ties:.1%} of the pairs.
+
+The share is an assumption, not measured on people: SPO's paper argues that generic labels are dominated by content
+and layout. Change it in `spo/world/pretraining/recipe.py` and run `python -m spo pretrain`.
+"""

@@ -1,0 +1,286 @@
+"""The parts of the embedded default, in the order in which they are made; each writes one folder."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from spo.config import Config, ModelConfig, SamplingConfig
+from spo.data.prompts import split_prompts
+from spo.models.generate import eight_bits, generate, image_seed
+from spo.models.load import build
+from spo.preference.accuracy import pairwise_accuracy
+from spo.runtime.files import read_json, write_json
+from spo.runtime.progress import Progress
+from spo.world.opinion import utility
+from spo.world.oracle import oracle_scores
+from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip, text_encoder_of, train_clip
+from spo.world.pretraining.denoiser import draw_latents, new_unet, save_pipeline, train_denoiser
+from spo.world.pretraining.pairs import Pool, compare, sample_pool
+from spo.world.pretraining.preference import (
+    Group,
+    Opinion,
+    draw_stock,
+    drawn_groups,
+    generated_groups,
+    score_groups,
+    train_preference,
+    train_sight,
+)
+from spo.world.pretraining.recipe import RECIPE
+from spo.world.pretraining.vae import finish_vae, new_vae, train_vae
+from spo.world.scenes import Scene, all_scenes
+
+PREFERENCE_SCALE = 10.0  # of the cosine, where the preferences start
+
+
+def generator(part: int) -> Generator:
+    """Each part's own random numbers; the global ones, which fresh weights take, are set as well."""
+    torch.manual_seed(100 * RECIPE.seed + part)
+    return Generator().manual_seed(100 * RECIPE.seed + part)
+
+
+def make_vae(folder: Path) -> None:
+    """The autoencoder."""
+    random = generator(0)
+    vae = new_vae(channels=RECIPE.vae_channels, latent_channels=RECIPE.latent_channels)
+    steps = train_vae(
+        vae,
+        steps=RECIPE.vae_steps,
+        batch_size=RECIPE.vae_batch,
+        learning_rate=RECIPE.vae_rate,
+        kl_weight=RECIPE.kl_weight,
+        generator=random,
+    )
+    _watch(steps, RECIPE.vae_steps, "autoencoder")
+    finish_vae(vae, random)
+    vae.save_pretrained(folder)
+
+
+def make_clip(folder: Path) -> None:
+    """The CLIP that knows which prompt belongs to which picture."""
+    random = generator(1)
+    tokenizer = new_tokenizer()
+    clip = new_clip(tokenizer)
+    steps = train_clip(
+        clip,
+        tokenizer,
+        steps=RECIPE.clip_steps,
+        batch_size=RECIPE.clip_batch,
+        learning_rate=RECIPE.clip_rate,
+        generator=random,
+    )
+    _watch(steps, RECIPE.clip_steps, "CLIP")
+    save_clip(clip.eval(), tokenizer, folder)
+
+
+def make_denoiser(folder: Path, vae_folder: Path, clip_folder: Path) -> None:
+    """The pipeline: final/, and earlier checkpoints step-<n>/."""
+    random = generator(2)
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    text_encoder = text_encoder_of(CLIPModel.from_pretrained(clip_folder)).train()
+    unet = new_unet(RECIPE.latent_channels).train()
+    latents, scene_index = draw_latents(vae, RECIPE.latents, random)
+    done = 0
+    with Progress[None](total=sum(steps for steps, _ in RECIPE.unet_cycles), label="UNet") as bar:
+        for steps, rate in RECIPE.unet_cycles:
+            training = train_denoiser(
+                unet,
+                text_encoder,
+                tokenizer,
+                latents,
+                scene_index,
+                steps=steps,
+                batch_size=RECIPE.unet_batch,
+                learning_rate=rate,
+                generator=random,
+            )
+            for loss, average in training:
+                done += 1
+                bar.update(loss=loss)
+                if done in RECIPE.earlier:
+                    averaged_unet, averaged_text = average.modules
+                    save_pipeline(vae, averaged_unet, averaged_text, tokenizer, folder / f"step-{done}")
+            average.apply()  # the next cycle starts from the average
+    averaged_unet, averaged_text = average.modules
+    save_pipeline(vae, averaged_unet, averaged_text, tokenizer, folder / "final")
+
+
+def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
+    """The pictures of the preference pairs, by the base's earlier checkpoints, and the opinion of them."""
+    random = generator(3)
+    checkpoints = [denoiser / f"step-{step}" for step in RECIPE.earlier]
+    made = list(
+        sample_pool(checkpoints, prompts, per_prompt=RECIPE.pictures_per_prompt, chunk=RECIPE.chunk, generator=random)
+    )
+    pool = compare(
+        torch.cat([pictures for _, pictures in made]),
+        torch.cat([rows for rows, _ in made]),
+        prompts,
+        share=RECIPE.share,
+        temperature=RECIPE.temperature,
+        tie=RECIPE.tie,
+        generator=random,
+    )
+    tensors = {name: value for name, value in asdict(pool).items() if isinstance(value, Tensor)}
+    tensors["pictures"] = (pool.pictures * 255).round().byte()
+    save_file(tensors, folder / "pool.safetensors")
+    write_json(folder / "prompts.json", pool.prompts)
+
+
+def load_pool(folder: Path) -> Pool:
+    """What `make_pool` left."""
+    tensors = load_file(folder / "pool.safetensors")
+    return Pool(**{**tensors, "pictures": tensors["pictures"] / 255}, prompts=read_json(folder / "prompts.json"))
+
+
+def training_prompts(config: Config) -> Sequence[str]:
+    """Those that `prepare` will train on; the preference model sees no others."""
+    return split_prompts(
+        [scene.prompt for scene in all_scenes()],
+        seed=config.seed,
+        validation_fraction=config.prepare.validation_fraction,
+        test_fraction=config.prepare.test_fraction,
+    ).train
+
+
+def make_lessons(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
+    """More pictures of the training prompts, by the last of the earlier checkpoints: what PickScore saw of people's."""
+    made = list(
+        sample_pool(
+            [denoiser / f"step-{RECIPE.earlier[-1]}"],
+            prompts,
+            per_prompt=RECIPE.lessons_per_prompt,
+            chunk=RECIPE.chunk,
+            generator=generator(7),
+        )
+    )
+    pictures = torch.cat([(pictures * 255).round().byte() for _, pictures in made])
+    save_file({"pictures": pictures, "prompt": torch.cat([rows for rows, _ in made])}, folder / "lessons.safetensors")
+
+
+def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, config: Config) -> None:
+    """The preference model that the step-aware one starts from; it never sees the prompts that `prepare` holds out."""
+    random = generator(4)
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
+    prompts = training_prompts(config)
+    clip, tokenizer = see(vae, prompts, random)
+    taught = load_file(lessons / "lessons.safetensors")
+    own = torch.tensor([prompt in prompts for prompt in pool.prompts]).nonzero().flatten()
+    shown = [pool.prompts[i] for i in own.tolist()]
+    sources = [
+        _groups(taught["pictures"], [prompts[i] for i in taught["prompt"].tolist()], prompts),
+        _groups((pool.pictures[own] * 255).round().byte(), shown, prompts),
+        drawn_groups(vae, [Scene.parse(prompt) for prompt in prompts], RECIPE.preference_prompts, RECIPE.share),
+    ]
+    prefer(clip, tokenizer, sources, Opinion(RECIPE.share, RECIPE.temperature, RECIPE.tie), random)
+    save_clip(clip.eval(), tokenizer, folder)
+    write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, set(prompts)))
+
+
+def see(
+    vae: AutoencoderKL,
+    prompts: Sequence[str],
+    random: Generator,
+    *,
+    num_pictures: int = RECIPE.sight_pictures,
+    steps: int = RECIPE.sight_steps,
+) -> tuple[CLIPModel, CLIPTokenizer]:
+    """A new CLIP that knows prompts and finish when it sees them, and prefers nothing."""
+    tokenizer = new_tokenizer()
+    width, layers = RECIPE.tower
+    clip = new_clip(tokenizer, width=width, layers=layers)
+    scenes = [Scene.parse(prompt) for prompt in prompts]
+    sight = train_sight(
+        clip,
+        tokenizer,
+        draw_stock(vae, scenes, num_pictures, random),
+        scenes,
+        steps=steps,
+        batch_size=RECIPE.sight_batch,
+        learning_rate=RECIPE.sight_rate,
+        generator=random,
+    )
+    _watch(sight, steps, "sight")
+    return clip, tokenizer
+
+
+def prefer(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    sources: Sequence[Callable[[Generator], Group]],
+    opinion: Opinion,
+    random: Generator,
+    *,
+    steps: int = RECIPE.preference_steps,
+) -> None:
+    """Teach a CLIP that can see an opinion, in place."""
+    torch.nn.init.constant_(clip.logit_scale, math.log(PREFERENCE_SCALE))
+    lessons = train_preference(
+        clip, tokenizer, sources, opinion, steps=steps, learning_rate=RECIPE.preference_rate, generator=random
+    )
+    _watch(lessons, steps, "preference")
+
+
+def _groups(pictures: Tensor, names: list[str], prompts: Sequence[str]) -> Callable[[Generator], Group]:
+    """Groups of generated 8-bit pictures, each of a prompt in `names`, with the opinion of them."""
+    members: dict[str, list[int]] = {prompt: [] for prompt in prompts}
+    for i, name in enumerate(names):
+        members[name].append(i)
+    values = utility(pictures / 255, names, share=RECIPE.share)
+    rows = [torch.tensor(members[prompt]) for prompt in prompts]
+    return generated_groups(pictures, rows, prompts, values, RECIPE.preference_prompts)
+
+
+@torch.no_grad()
+def _held_out_accuracy(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, known: set[str]) -> dict[str, float]:
+    """On the shipped pairs of prompts that are not `known`."""
+    rows = torch.tensor([pool.prompts[i] not in known for i in pool.first.tolist()]).nonzero().flatten()
+    judged = []
+    for part in rows.split(128):
+        both = torch.stack([pool.pictures[pool.first[part]], pool.pictures[pool.second[part]]], dim=1).flatten(0, 1)
+        judged.append(score_groups(clip, tokenizer, both, [pool.prompts[i] for i in pool.first[part].tolist()]))
+    label = pool.label[rows]
+    accuracy = pairwise_accuracy(torch.cat(judged), torch.stack([label, 1 - label], dim=1))
+    return {"accuracy": accuracy.accuracy, "pairs": accuracy.num_pairs}
+
+
+def read_accuracy(folder: Path) -> dict[str, float]:
+    """Of the start model on held-out prompts."""
+    return read_json(folder / "accuracy.json")
+
+
+def judge_base(pipeline: Path, prompts: Sequence[str]) -> dict[str, float]:
+    """The oracle's means over pictures of the base: 20 DDIM steps, eta 0, guidance 5."""
+    order = torch.randperm(len(prompts), generator=generator(6))[: RECIPE.judged].tolist()
+    wanted = [prompts[i] for i in order]
+    model = build(ModelConfig(family="sd15", path=str(pipeline), resolution=64), SamplingConfig(), "cpu")
+    pictures = generate(
+        model,
+        wanted,
+        [image_seed(1, prompt, 0) for prompt in wanted],
+        steps=20,
+        guidance_scale=5.0,
+        eta=0.0,
+        batch_size=RECIPE.chunk,
+        label="base",
+    )
+    scores = oracle_scores(eight_bits(pictures), wanted)
+    return {name: round(values.mean().item(), 4) for name, values in scores.items()}
+
+
+def _watch(steps: Iterable[dict[str, float]], total: int, label: str) -> None:
+    """Run a training to its end, showing running means."""
+    recent: deque[dict[str, float]] = deque(maxlen=50)
+    with Progress[None](total=total, label=label) as bar:
+        for measured in steps:
+            recent.append(measured)
+            bar.update(**{name: sum(row[name] for row in recent) / len(recent) for name in measured})

@@ -1,0 +1,198 @@
+"""What PickScore is to Stable Diffusion: the embedded default's CLIP, taught preferences on clean pictures.
+
+First it learns to see: which prompt a drawn picture belongs to and how it is finished, which CLIP's captions of the
+web teach it and the world's prompts do not. Most of these pictures have been through the autoencoder, as all generated
+ones have. Then whole groups of pictures of one prompt are compared, generated and drawn ones, labelled by the generic
+opinion of `spo/world/opinion.py`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Generator, Tensor, nn
+from transformers import CLIPModel, CLIPTokenizer
+
+from spo.core.losses import preference_loss
+from spo.world.opinion import combine, label
+from spo.world.pretraining.clip import contrast, normalise, token_ids
+from spo.world.scenes import Scene, draw_attributes, draw_quality, render
+
+GROUP = 8  # pictures of one prompt that are compared with one another
+OTHER = (0.1, 0.1, 0.35, 0.1)  # chance that a drawn picture has another size, colour, shape, background than was asked
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """How labels are made of utilities."""
+
+    share: float
+    temperature: float
+    tie: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures (p * GROUP, 3, 64, 64) in [0, 1] of p prompts, and their utilities (p * GROUP,)."""
+
+    pictures: Tensor
+    prompts: list[str]  # p
+    utility: Tensor
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Drawn pictures to see with."""
+
+    pictures: Tensor  # (n, 3, 64, 64) of 8 bits
+    scene: Tensor  # (n,) index of what was asked for
+    flaws: Tensor  # (n, 4) fade, softness, blotch and distance off centre, each of mean 0 and deviation 1
+
+
+@torch.no_grad()
+def draw_stock(
+    vae: AutoencoderKL, scenes: Sequence[Scene], n: int, generator: Generator, *, batch_size: int = 512
+) -> Stock:
+    """Draw n pictures, three quarters of them through the autoencoder with a little noise on their latents."""
+    chosen = torch.randint(len(scenes), (n,), generator=generator)
+    pictures, flaws = [], []
+    for part in chosen.split(batch_size):
+        quality = draw_quality(len(part), generator)
+        drawn = render(draw_attributes([scenes[i] for i in part.tolist()], generator), quality, generator)
+        kept = len(part) // 4
+        drawn[kept:] = through(vae, drawn[kept:], generator, noise=0.15)
+        pictures.append((drawn * 255).round().byte())
+        flaws.append(torch.cat([quality[:, :3], quality[:, 3:].norm(dim=1, keepdim=True)], dim=1))
+    truth = torch.cat(flaws)
+    return Stock(torch.cat(pictures), chosen, (truth - truth.mean(dim=0)) / truth.std(dim=0))
+
+
+@torch.no_grad()
+def through(vae: AutoencoderKL, pictures: Tensor, generator: Generator, *, noise: float = 0.0) -> Tensor:
+    """What the autoencoder makes of pictures (n, 3, h, w) in [0, 1], each latent with noise of up to a deviation."""
+    latents = vae.encode(2 * pictures - 1).latent_dist.mean
+    if noise:
+        strength = noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        latents = latents + strength * torch.randn(latents.shape, generator=generator)
+    return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+
+
+def train_sight(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    stock: Stock,
+    scenes: Sequence[Scene],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: Generator,
+) -> Iterator[dict[str, float]]:
+    """Teach the CLIP prompts, and flaws through a head that is thrown away, in place."""
+    head = nn.Linear(clip.config.vision_config.hidden_size, stock.flaws.shape[1])
+    ids = token_ids(tokenizer, [scene.prompt for scene in scenes])
+    for step in _schedule([*clip.parameters(), *head.parameters()], steps, learning_rate):
+        rows = torch.randint(len(stock.pictures), (batch_size,), generator=generator)
+        pictures = mirror(stock.pictures[rows] / 255, generator)
+        seen = clip.vision_model(pixel_values=normalise(pictures)).pooler_output
+        texts = clip.get_text_features(input_ids=ids[stock.scene[rows]]).pooler_output
+        captions, right = contrast(clip.visual_projection(seen), texts, stock.scene[rows], clip.logit_scale.exp())
+        unexplained = F.mse_loss(head(seen), stock.flaws[rows])
+        step(captions + stock.flaws.shape[1] * unexplained)
+        yield {"captions": captions.item(), "right": right.item(), "unexplained": unexplained.item()}
+
+
+def mirror(pictures: Tensor, generator: Generator) -> Tensor:
+    """Every other picture, at random, left to right."""
+    flipped = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(flipped, pictures.flip(-1), pictures)
+
+
+def train_preference(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    draw: Sequence[Callable[[Generator], Group]],
+    opinion: Opinion,
+    *,
+    steps: int,
+    learning_rate: float,
+    generator: Generator,
+) -> Iterator[dict[str, float]]:
+    """Teach the CLIP the labels of all pairs within groups, in place; the sources in `draw` take turns."""
+    one, other = torch.triu_indices(GROUP, GROUP, 1)
+    for number, step in enumerate(_schedule(list(clip.parameters()), steps, learning_rate)):
+        group = draw[number % len(draw)](generator)
+        utility = group.utility.unflatten(0, (-1, GROUP))
+        scores = score_groups(clip, tokenizer, mirror(group.pictures, generator), group.prompts)
+        first = label(
+            utility[:, one].flatten(),
+            utility[:, other].flatten(),
+            temperature=opinion.temperature,
+            tie=opinion.tie,
+            generator=generator,
+        )
+        pairs = torch.stack([scores[:, one].flatten(), scores[:, other].flatten()], dim=1)
+        loss = preference_loss(pairs, torch.stack([first, 1 - first], dim=1), torch.ones(len(first)))
+        step(loss.value)
+        yield {"loss": loss.value.item(), "accuracy": loss.metrics["accuracy"].item()}
+
+
+def score_groups(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, prompts: list[str]) -> Tensor:
+    """Scores (p, m) of pictures (p * m, 3, 64, 64) for p prompts."""
+    text = F.normalize(clip.get_text_features(input_ids=token_ids(tokenizer, prompts)).pooler_output, dim=1)
+    images = F.normalize(clip.get_image_features(pixel_values=normalise(pictures)).pooler_output, dim=1)
+    return clip.logit_scale.exp() * (images.unflatten(0, (len(prompts), -1)) * text[:, None]).sum(dim=-1)
+
+
+def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: float) -> Callable[[Generator], Group]:
+    """Freshly drawn groups of `num` prompts, through the autoencoder; some show something else than was asked."""
+
+    def draw(generator: Generator) -> Group:
+        asked = [scenes[i] for i in torch.randint(len(scenes), (num,), generator=generator).tolist()]
+        repeated = [scene for scene in asked for _ in range(GROUP)]
+        attributes = draw_attributes(repeated, generator)
+        strangers = [scenes[i] for i in torch.randint(len(scenes), (len(repeated),), generator=generator).tolist()]
+        swap = torch.rand(attributes.shape, generator=generator) < torch.tensor(OTHER)
+        shown = torch.where(swap, draw_attributes(strangers, generator), attributes)
+        hidden = shown[:, 1] == shown[:, 3]  # object and background of one colour
+        shown[hidden] = attributes[hidden]
+        named = torch.tensor([[s.size is not None, True, True, s.background is not None] for s in repeated])
+        right = ((shown == attributes) | ~named).float().mean(dim=1)
+        quality = draw_quality(len(repeated), generator)
+        finish = -(quality[:, :3] / torch.tensor([0.6, 4.0, 0.18])).sum(dim=1)
+        utility = combine(finish, right, -quality[:, 3:].norm(dim=1), share=share)
+        pictures = through(vae, render(shown, quality, generator), generator)
+        return Group(pictures, [scene.prompt for scene in asked], utility)
+
+    return draw
+
+
+def generated_groups(
+    pictures: Tensor, members: Sequence[Tensor], prompts: Sequence[str], utility: Tensor, num: int
+) -> Callable[[Generator], Group]:
+    """Groups out of a pool of 8-bit pictures: `members` holds the indices, GROUP or more, of each of the prompts."""
+
+    def draw(generator: Generator) -> Group:
+        chosen = torch.randint(len(members), (num,), generator=generator).tolist()
+        index = torch.cat([members[i][torch.randperm(len(members[i]), generator=generator)[:GROUP]] for i in chosen])
+        return Group(pictures[index] / 255, [prompts[i] for i in chosen], utility[index])
+
+    return draw
+
+
+def _schedule(parameters: list[nn.Parameter], steps: int, learning_rate: float) -> Iterator[Callable[[Tensor], None]]:
+    """AdamW updates with a warm-up of 50 steps and a linear decay."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+
+    def update(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (0.95 * (1 - step / steps) + 0.05)
+        yield update

@@ -1,0 +1,163 @@
+"""Pictures for the user: of the model that was named, from the seed that was given, saying how they were made."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from spo import tracking
+from spo.config import Config, LoraConfig, ModelConfig, load_config
+from spo.errors import ConfigError, ModelError
+from spo.evaluation.resolve_model import lora_within, resolve_model
+from spo.evaluation.sample_images import Sampler, show_one, show_side_by_side
+from spo.models.lora import WEIGHTS, add_lora, save_lora
+from spo.runtime.pictures import labelled_sheet
+from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
+
+PROMPT = "a red cross <&> ünïcode"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A project with a random base and one evaluated method."""
+    root = tmp_path_factory.mktemp("project")
+    make_tiny_pipeline("sd15", root / "base")
+    denoiser = make_tiny_denoiser("sd15", root / "base")
+    add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+    shake(denoiser)
+    save_lora(denoiser, root / "runs/tiny/evaluate/lora/spo")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(root) -> Config:
+    tiny = load_config(Path(__file__).parents[2], "tiny")
+    model = ModelConfig(family="sd15", path=str(root / "base"), resolution=RESOLUTION)
+    return tiny.model_copy(update={"model": model, "methods": ("spo",)})
+
+
+@pytest.fixture(scope="module")
+def sampler(config) -> Sampler:
+    return Sampler.of(config, steps=2, guidance=None, eta=None)
+
+
+@pytest.fixture(scope="module")
+def made(root, config, sampler, tmp_path_factory):
+    """Both commands' files: two pictures of the method, and two seeds side by side with the base."""
+    out = tmp_path_factory.mktemp("pictures")
+    shared = {"seed": 7, "num": 2, "sampler": sampler, "root": root}
+    one = show_one(config, PROMPT, model=None, out=out / "one", **shared)
+    sheet = show_side_by_side(config, PROMPT, models=[], out=out / "two", **shared)
+    return one, sheet
+
+
+def test_a_picture_says_how_it_was_made(made, config):
+    facts = Image.open(made[0][1]).text
+    assert facts["prompt"] == PROMPT
+    assert {"seed": "8", "steps": "2", "guidance": "5.0", "eta": "0.0", "base": config.model.path}.items() <= (
+        facts.items()
+    )
+    assert facts["model"].startswith("spo, the LoRA in ")
+    assert facts["commit"]
+
+
+def test_the_same_seed_is_the_same_picture_in_both_commands_and_the_lora_changes_it(made):
+    one, sheet = made
+    files = {path.name: Image.open(path).tobytes() for path in sheet.parent.iterdir() if path != sheet}
+    assert len(files) == 4
+    base, spo = (files[f"a-red-cross-ünïcode-{name}-8.png"] for name in ("base", "spo"))
+    assert spo == Image.open(one[1]).tobytes() != base
+
+
+def test_the_sheet_holds_a_column_a_model_and_a_row_a_seed(made):
+    sheet = Image.open(made[1])
+    assert sheet.width >= 2 * 256
+    assert sheet.height >= 2 * 256
+    assert sheet.text["seed"] == "7, 8"
+
+
+def test_a_title_of_any_length_fits_its_sheet():
+    picture = Image.new("RGB", (300, 300))
+    words = "a long prompt " * 30
+    sheet = labelled_sheet(words + "x" * 300, {"one": [picture]}, ["seed 0"])
+    assert sheet.width == 300 + 32
+    assert sheet.height > 300 + 26 * 10
+
+
+def test_nothing_is_evaluated_yet_means_the_base(config, tmp_path):
+    source = resolve_model(None, config, tmp_path)
+    assert (source.name, source.lora) == ("base", None)
+    assert "no evaluated LoRA yet" in source.told
+
+
+@pytest.mark.parametrize("wanted", ["spo", "runs/tiny", "runs/tiny/evaluate", f"runs/tiny/evaluate/lora/spo/{WEIGHTS}"])
+def test_a_method_a_run_and_a_file_name_the_same_weights(config, root, monkeypatch, wanted):
+    monkeypatch.chdir(root)
+    lora = Path(resolve_model(wanted, config).lora)
+    assert (lora if lora.is_file() else lora / WEIGHTS).samefile(root / f"runs/tiny/evaluate/lora/spo/{WEIGHTS}")
+
+
+def test_a_training_runs_folder_means_its_last_checkpoint(tmp_path):
+    for step in (3, 12, 6):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS).touch()
+    assert lora_within(tmp_path).name == "step-000012"
+
+
+def test_a_registered_model_is_fetched_through_tracking(config, root, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tracking, "fetch_model", lambda uri, project: asked.append(uri) or root / "runs/tiny/evaluate")
+    source = resolve_model("models:/spo-lora@champion", config, root)
+    assert asked == ["models:/spo-lora@champion"]
+    assert source.name == "spo-lora@champion"
+    assert (Path(source.lora) / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("nosuch", r"names nothing here; evaluated: \['spo'\]"),
+        ("runs/nosuch", "names nothing here"),
+        ("base-folder", "holds no pytorch_lora_weights"),
+        ("two", "holds 2 LoRAs; name one of them"),
+    ],
+)
+def test_a_name_of_nothing_is_told_with_what_there_is(config, root, tmp_path, monkeypatch, wanted, said):
+    (tmp_path / "base-folder").mkdir()
+    for name in ("two/a", "two/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / WEIGHTS).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        resolve_model(wanted, config, root)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"num": 0}, "makes no picture"),
+        ({"seed": -1}, "out of range"),
+        ({"out": Path("x.png"), "num": 2}, "name a folder"),
+        ({"out": Path(__file__)}, "is a file; name a folder"),
+    ],
+)
+def test_wrong_options_are_told_before_anything_is_loaded(config, sampler, root, change, said):
+    options = {"prompt": PROMPT, "model": None, "seed": 0, "num": 1, "out": Path("pictures"), **change}
+    with pytest.raises(ConfigError, match=said):
+        show_one(config, options.pop("prompt"), **options, sampler=sampler, root=root)
+
+
+def test_a_base_alone_cannot_be_compared(config, sampler, tmp_path):
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        show_side_by_side(
+            config, PROMPT, models=[], seed=0, num=1, out=tmp_path / "out", sampler=sampler, root=tmp_path
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"guidance": 0.5}, {"eta": 2.0}])
+def test_a_sampler_out_of_range_is_told(config, wrong):
+    with pytest.raises(ConfigError, match="steps must be at least 1"):
+        Sampler.of(config, **{"steps": None, "guidance": None, "eta": None, **wrong})

@@ -1,0 +1,247 @@
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spo.errors import TrainingError
+from spo.runtime import checkpoint
+from spo.runtime.checkpoint import Saver, State, StateStore, fingerprint, pack_optimizer, unpack_optimizer
+from spo.runtime.stopping import Stopped, stoppable
+
+MADE_BY = {"align": {"beta": 10.0, "lora": {"rank": 8}}, "prompts": "abc"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StateStore:
+    return StateStore(tmp_path / "state", MADE_BY)
+
+
+def state(number: int) -> State:
+    return State(number, {"w": torch.full((300,), number / 3)}, {"history": [{"loss": number / 7}]})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_what_is_loaded(store: StateStore) -> None:
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(1.5, dtype=torch.bfloat16), "c": torch.arange(3)}
+    store.save(State(5, tensors, {"x": 1 / 3, "rows": [{"a": None}]}))
+    loaded = store.load()
+    assert loaded is not None
+    assert (loaded.number, loaded.values) == (5, {"x": 1 / 3, "rows": [{"a": None}]})
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_no_state_is_none(store: StateStore) -> None:
+    assert store.load() is None
+
+
+def test_the_last_two_are_kept_and_clear_removes_them(store: StateStore) -> None:
+    for number in (8, 9, 10, 11):
+        store.save(state(number))
+    assert names(store.folder) == ["00000010", "00000011"]
+    store.clear()
+    assert store.load() is None
+
+
+def _truncate(name: str) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+def _flip(name: str) -> Callable[[Path], None]:
+    def flip(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[-3] ^= 1
+        (folder / name).write_bytes(bytes(data))
+
+    return flip
+
+
+FILES = ("tensors.safetensors", "values.json", "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *[_truncate(name) for name in FILES],
+        *[_flip(name) for name in FILES[:2]],
+        *[lambda folder, name=name: (folder / name).unlink() for name in FILES],
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+        lambda folder: (folder / "manifest.json").write_text('{"version": 99}'),
+    ],
+)
+def test_a_damaged_newest_is_named_and_the_one_before_is_used(
+    store: StateStore, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.save(state(1))
+    store.save(state(2))
+    damage(store.folder / "00000002")
+    loaded = store.load()
+    assert loaded is not None and loaded.number == 1
+    assert "00000002 is damaged and left out" in capsys.readouterr().err
+    assert names(store.folder) == ["00000001"]
+
+
+def test_what_was_left_of_a_save_that_was_killed_is_swept_away(store: StateStore) -> None:
+    store.save(state(1))
+    (store.folder / ".00000002.host.12345.tmp").mkdir()
+    assert store.load() is not None
+    assert names(store.folder) == ["00000001"]
+
+
+def test_where_all_are_damaged_the_run_starts_anew(store: StateStore) -> None:
+    store.save(state(1))
+    _truncate("tensors.safetensors")(store.folder / "00000001")
+    assert store.load() is None
+
+
+@pytest.mark.parametrize(
+    ("made_by", "said"),
+    [
+        ({**MADE_BY, "prompts": "xyz"}, "prompts was abc, is xyz"),
+        ({"align": {"beta": 5.0, "lora": {"rank": 8}}, "prompts": "abc"}, r"align\.beta was 10\.0, is 5\.0"),
+        ({"align": {"beta": 10.0}, "prompts": "abc"}, r"align\.lora\.rank was 8, is None"),
+        ({**MADE_BY, "seed": 1}, "seed was None, is 1"),
+    ],
+)
+def test_another_configuration_is_refused_with_the_difference_and_the_mend(
+    store: StateStore, made_by: dict[str, Any], said: str
+) -> None:
+    store.save(state(1))
+    with pytest.raises(TrainingError, match=f"{said}.*--restart"):
+        StateStore(store.folder, made_by).load()
+    assert store.load() is not None
+
+
+def test_a_full_disk_leaves_the_state_before_whole_and_says_so(
+    store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(state(1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match=r"state of 2 cannot be saved.*No space left.*the state of 1 is whole"):
+        store.save(state(2))
+    monkeypatch.undo()
+    assert names(store.folder) == ["00000001"]
+    loaded = store.load()
+    assert loaded is not None and loaded.number == 1
+
+
+def test_a_file_size_limit_of_the_system_is_one_line_too(store: StateStore) -> None:
+    """RLIMIT_FSIZE makes the system itself refuse to write on, in the middle of the weights."""
+    resource = pytest.importorskip("resource")
+    store.save(state(1))
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(TrainingError, match=r"state of 2 cannot be saved.*the state of 1 is whole"):
+            store.save(State(2, {"w": torch.zeros(100_000)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert names(store.folder) == ["00000001"]
+
+
+def test_a_signal_while_saving_waits_for_the_save(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint.save_file
+
+    def save_file(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(Stopped), stoppable():
+        store.save(state(1))
+    assert names(store.folder) == ["00000001"]
+
+
+def test_a_stop_saves_once_and_tells_where(store: StateStore, capsys: pytest.CaptureFixture[str]) -> None:
+    saver = Saver(store, 1e9, lambda: state(7))
+    with pytest.raises(Stopped), stoppable(), saver.saving_when_stopped():
+        saver.save_if_due()  # it is not
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert names(store.folder) == ["00000007"]
+    assert "stopped at 7" in capsys.readouterr().err
+
+
+def test_what_is_half_done_is_not_saved(store: StateStore) -> None:
+    saver = Saver(store, 1e9, lambda: state(7))
+    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.whole():
+        raise KeyboardInterrupt
+    assert store.load() is None
+
+
+def test_while_things_are_held_a_stop_saves_how_they_stood_before(store: StateStore) -> None:
+    now = [state(7)]
+    saver = Saver(store, 1e9, lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.holding():
+        now[0] = state(8)
+        raise KeyboardInterrupt
+    assert names(store.folder) == ["00000007"]
+
+
+def test_an_error_saves_nothing(store: StateStore) -> None:
+    with pytest.raises(ZeroDivisionError), Saver(store, 1e9, lambda: state(7)).saving_when_stopped():
+        raise ZeroDivisionError
+    assert not store.folder.exists()
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    saved = []
+
+    def snapshot() -> State:
+        now[0] += 5.0  # what saving takes
+        saved.append(now[0])
+        return state(len(saved))
+
+    saver = Saver(store, 10.0, snapshot)
+    for _ in range(400):
+        now[0] += 1.0
+        saver.save_if_due()
+    assert len(saved) * 5.0 <= 0.06 * now[0]
+    assert len(saved) >= 3
+
+
+def weights_after(steps: int, *, interrupted: bool) -> Tensor:
+    """AdamW over a small problem; if interrupted, half-way a new optimiser takes over what the old one had."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for step in range(steps):
+        if interrupted and step == steps // 2:
+            tensors, numbers = pack_optimizer(optimizer)
+            optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+            unpack_optimizer(optimizer, tensors, json.loads(json.dumps(numbers)))
+        optimizer.zero_grad()
+        layer(torch.ones(2, 4) * step).square().mean().backward()
+        optimizer.step()
+    return layer.weight.detach()
+
+
+def test_an_optimiser_that_is_put_back_goes_on_to_the_bit() -> None:
+    assert torch.equal(weights_after(6, interrupted=True), weights_after(6, interrupted=False))
+
+
+def test_a_fingerprint_tells_contents_apart(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_bytes(b"1" * 3_000_000)
+    before, whole = fingerprint(tmp_path / "a" / "x"), fingerprint(tmp_path / "a")
+    assert fingerprint(tmp_path / "a" / "x") == before != whole
+    with (tmp_path / "a" / "x").open("r+b") as file:
+        file.seek(1_500_000)
+        file.write(b"2")
+    assert fingerprint(tmp_path / "a" / "x") != before
+    assert fingerprint(tmp_path / "a") != whole

@@ -1,0 +1,213 @@
+"""The parts that the embedded default is made of; each learns something in a few steps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator
+
+from spo.data.preferences import PreferencePair, read_preferences
+from spo.world.opinion import combine, label
+from spo.world.pretraining.clip import CONTEXT, new_clip, new_tokenizer, text_encoder_of, token_ids, train_clip
+from spo.world.pretraining.denoiser import Average, new_unet, train_denoiser
+from spo.world.pretraining.pairs import Pool, compare, write_pairs
+from spo.world.pretraining.preference import (
+    Opinion,
+    draw_stock,
+    drawn_groups,
+    generated_groups,
+    score_groups,
+    train_preference,
+    train_sight,
+)
+from spo.world.pretraining.vae import calibrate, draw_batch, finish_vae, new_vae, train_vae
+from spo.world.scenes import all_scenes
+
+
+def fixed(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = new_vae(channels=(8, 16, 32, 64), latent_channels=8)
+    calibrate(made, fixed())
+    return made
+
+
+@torch.no_grad()
+def test_the_autoencoder_starts_with_block_means(vae):
+    pictures = draw_batch(16, fixed(1))
+    means = F.interpolate(F.avg_pool2d(pictures, 8), scale_factor=8)
+    decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+    assert (decoded - pictures).abs().mean() < 2 * (means - pictures).abs().mean()
+
+
+def test_finishing_the_autoencoder_scales_its_latents_and_changes_no_picture(vae):
+    pictures = draw_batch(16, fixed(1))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+        finish_vae(vae, fixed(2))
+        latents = vae.encode(draw_batch(256, fixed(2))).latent_dist.mean
+        after = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-2, rtol=0)
+
+
+def test_the_autoencoder_learns():
+    vae = new_vae(channels=(8, 16, 32, 64), latent_channels=8)
+    pictures = draw_batch(16, fixed(1))
+
+    @torch.no_grad()
+    def error() -> float:
+        return F.l1_loss(vae.decode(vae.encode(pictures).latent_dist.mean).sample, pictures).item()
+
+    calibrate(vae, fixed())
+    before = error()
+    steps = list(train_vae(vae, steps=40, batch_size=8, learning_rate=3e-3, kl_weight=1e-4, generator=fixed()))
+    assert len(steps) == 40
+    assert error() < before
+
+
+def test_prompts_fit_the_context_and_differ():
+    tokenizer = new_tokenizer()
+    prompts = [scene.prompt for scene in all_scenes()]
+    assert max(len(tokenizer(prompt).input_ids) for prompt in prompts) <= CONTEXT
+    assert len(token_ids(tokenizer, prompts).unique(dim=0)) == len(prompts)
+
+
+def test_the_text_encoder_is_the_clips_text_tower():
+    tokenizer = new_tokenizer()
+    clip = new_clip(tokenizer)
+    ids = token_ids(tokenizer, ["a small red cross on a white background", "an orange circle"])
+    expected = clip.text_model(ids).last_hidden_state
+    torch.testing.assert_close(text_encoder_of(clip)(ids).last_hidden_state, expected)
+
+
+def test_the_clip_learns_which_prompt_belongs_to_which_picture():
+    tokenizer = new_tokenizer()
+    steps = train_clip(new_clip(tokenizer), tokenizer, steps=60, batch_size=32, learning_rate=2e-3, generator=fixed())
+    losses = [step["loss"] for step in steps]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_captions_and_flaws_are_learned_together(vae):
+    tokenizer, scenes = new_tokenizer(), all_scenes()[:8]
+    stock = draw_stock(vae, scenes, 64, fixed(), batch_size=32)
+    torch.testing.assert_close(stock.flaws.std(dim=0), torch.ones(4))
+    steps = list(
+        train_sight(
+            new_clip(tokenizer, width=32, layers=1),
+            tokenizer,
+            stock,
+            scenes,
+            steps=60,
+            batch_size=32,
+            learning_rate=2e-3,
+            generator=fixed(),
+        )
+    )
+    for name in ("captions", "unexplained"):
+        assert sum(step[name] for step in steps[-10:]) < 0.95 * sum(step[name] for step in steps[:10])
+
+
+def test_the_denoiser_learns_and_its_average_follows():
+    tokenizer = new_tokenizer()
+    unet, text_encoder = new_unet(4), text_encoder_of(new_clip(tokenizer))
+    latents = torch.randn(32, 4, 8, 8, generator=fixed())
+    scene_index = torch.randint(len(all_scenes()), (32,), generator=fixed())
+    steps = list(
+        train_denoiser(
+            unet,
+            text_encoder,
+            tokenizer,
+            latents,
+            scene_index,
+            steps=60,
+            batch_size=16,
+            learning_rate=2e-3,
+            generator=fixed(),
+        )
+    )
+    losses = [loss for loss, _ in steps]
+    assert sum(losses[-20:]) < sum(losses[:20])
+    average = steps[-1][1]
+    assert any(not torch.equal(a, b) for a, b in zip(average.modules[0].parameters(), unet.parameters(), strict=True))
+    average.apply()
+    assert all(torch.equal(a, b) for a, b in zip(average.modules[0].parameters(), unet.parameters(), strict=True))
+
+
+def test_an_average_of_constant_weights_is_those_weights():
+    layer = torch.nn.Linear(2, 2)
+    average = Average(layer, decay=0.9)
+    for step in range(5):
+        average.update(step)
+    torch.testing.assert_close(average.modules[0].weight, layer.weight)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_share_is_the_part_of_the_utilitys_variance_that_finish_has(share):
+    finish, alignment, layout = torch.randn(3, 20_000, generator=fixed())
+    utility = combine(finish, alignment, layout, share=share)
+    correlation = torch.corrcoef(torch.stack([utility, finish]))[0, 1]
+    assert correlation**2 == pytest.approx(share, abs=0.02)
+
+
+def test_labels_follow_utility_with_errors_and_ties():
+    high, low = torch.ones(5000), torch.zeros(5000)
+    labels = label(high, low, temperature=0.5, tie=0.1, generator=fixed())
+    assert set(labels.tolist()) == {0.0, 0.5, 1.0}
+    decided = labels[labels != 0.5]
+    assert 0.8 < decided.mean() < 0.95
+    sure = label(high, low, temperature=1e-6, tie=0.1, generator=fixed())
+    assert (sure == 1).all()
+    assert (label(low, low, temperature=1e-6, tie=0.1, generator=fixed()) == 0.5).all()
+
+
+def make_pool() -> Pool:
+    prompts = [scene.prompt for scene in all_scenes()[:3]]
+    index = torch.arange(3).repeat_interleave(4)
+    pictures = draw_batch(12, fixed()) / 2 + 0.5
+    return compare(pictures, index, prompts, share=0.25, temperature=0.3, tie=0.1, generator=fixed())
+
+
+def test_every_picture_meets_two_others_of_its_prompt():
+    pool = make_pool()
+    assert sorted(pool.first.tolist()) == sorted(pool.second.tolist()) == list(range(12))
+    assert all(
+        pool.prompts[i] == pool.prompts[j] and i != j
+        for i, j in zip(pool.first.tolist(), pool.second.tolist(), strict=True)
+    )
+
+
+def test_written_pairs_are_read_by_the_users_importer(tmp_path):
+    pool = make_pool()
+    write_pairs(pool, tmp_path / "pairs.parquet", fixed())
+    pairs = list(read_preferences(str(tmp_path / "pairs.parquet")))
+    assert all(isinstance(pair, PreferencePair) for pair in pairs)
+    assert len(pairs) == 12
+    assert sorted(pair.label_0 for pair in pairs) == sorted(pool.label.tolist())
+
+
+def test_the_preference_model_learns_an_opinion_from_both_sources(vae):
+    tokenizer = new_tokenizer()
+    clip = new_clip(tokenizer)
+    scenes = all_scenes()[:8]
+    pictures, utility = draw_batch(16, fixed()) / 2 + 0.5, torch.linspace(-2, 2, 16)
+    members = [torch.arange(8), torch.arange(8, 16)]
+    prompts = [scene.prompt for scene in scenes[:2]]
+    sources = [
+        generated_groups((pictures * 255).byte(), members, prompts, utility, 2),
+        drawn_groups(vae, scenes, 2, 0.25),
+    ]
+    steps = list(
+        train_preference(
+            clip, tokenizer, sources, Opinion(0.25, 0.05, 0.0), steps=60, learning_rate=1e-3, generator=fixed()
+        )
+    )
+    assert all(set(step) == {"loss", "accuracy"} for step in steps)
+    scores = score_groups(clip.eval(), tokenizer, pictures, prompts)
+    assert scores.shape == (2, 8)
+    ranks = torch.corrcoef(torch.stack([scores[0], utility[:8]]))[0, 1]
+    assert ranks > 0.5
