@@ -10,7 +10,7 @@ import pytest
 from spo.errors import LockedError
 from spo.runtime.locking import locked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOLD = (
     "import sys; from pathlib import Path; from spo.runtime.locking import locked\n"
     "with locked(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"
