@@ -16,7 +16,7 @@ from torch import Tensor
 import spo
 from spo.runtime.cache import keep, kept
 
-CODE = ("core", "models", "preference", "evaluation", "world/oracle.py")
+CODE = ("core", "models", "preference", "evaluation", "metrics", "world")  # what makes images and scores
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 HASHED_WHOLE = 64 * 2**20  # bytes; a larger file of a base model is known by its size and time
 
