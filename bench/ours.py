@@ -30,15 +30,15 @@ class OurPath:
 
         def recorded(epoch: int, *, skip: int = 0) -> Iterator[Round]:
             for round_ in collect(epoch, skip=skip):
-                if isinstance(round_.pairs, Pairs):
-                    self.pairs.append(round_.pairs)
+                if isinstance(round_.examples, Pairs):
+                    self.pairs.append(round_.examples)
                 yield round_
 
         self.method.collect = recorded  # type: ignore[method-assign]
 
     def rehearse(self) -> None:
         """Run the batch once, and leave no trace: what compiles when it is first called is then compiled."""
-        parameters = self.policy.parameters()
+        parameters = self.policy.network.parameters()
         before = [parameter.detach().clone() for parameter in parameters]
         self.run()
         with torch.no_grad():

@@ -23,9 +23,9 @@ class PlainPath:
 
     def __init__(self, system: System, *, seed: int):
         self.settings, self.policy, self.preference = system.settings, system.policy, system.preference
-        self.reference = copy.deepcopy(system.policy.unet)
+        self.reference = copy.deepcopy(system.policy.network.module)
         attach_lora(system)
-        self.unet = system.policy.unet
+        self.unet = system.policy.network.module
         self.device = system.policy.device
         self.clip = system.preference.model.to(self.device).eval()
         order = torch.randperm(len(system.prompts), generator=Generator().manual_seed(seed * 1_000_003)).tolist()
@@ -34,11 +34,11 @@ class PlainPath:
         self.seed = seed
         settings = self.settings.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.policy.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
 
     def run(self) -> tuple[dict[str, Tensor], list[float]]:
-        """Sample, judge and train on one batch: its pairs (x_t, x_prev, t, t_prev) and each update's loss."""
+        """Sample, score and train on one batch: its pairs (x_t, x_prev, t, t_prev) and each update's loss."""
         pairs = self.sample()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -62,9 +62,9 @@ class PlainPath:
             if i > first:
                 scores = self._scores(policy.decode(transition.x_0), tokens, grid[i])
                 kept.append(self._pair(before, candidates, scores, grid[i - 1], grid[i]))
-                goes_on = self.noise.choice(i - 1, k) * len(rows) + rows
-                before = candidates[goes_on]
-                transition = Transition(transition.mean[goes_on], transition.std[goes_on], transition.x_0[goes_on])
+                index = self.noise.choice(i - 1, k) * len(rows) + rows
+                before = candidates[index]
+                transition = Transition(transition.mean[index], transition.std[index], transition.x_0[index])
             elif i == first:
                 before = x_t
             width = k if i >= first else 1
@@ -97,10 +97,10 @@ class PlainPath:
         policy = self.policy
         cond = Conditioning(self.cond)[row]
         with torch.autocast(self.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
-            inputs = policy._unet_inputs(cond, True)
+            inputs = policy.network._inputs(cond, True)
             output = unet(x_t.repeat(2, 1, 1, 1).to(policy.dtype), t.repeat(2), **inputs).sample.float()
         negative, positive = output.chunk(2)
-        return negative + policy.guidance_scale * (positive - negative)
+        return negative + policy.sampler.guidance_scale * (positive - negative)
 
     def _log_prob(
         self, unet: torch.nn.Module, x_t: Tensor, x_prev: Tensor, t: Tensor, t_prev: Tensor, row: Tensor

@@ -66,7 +66,7 @@ def profile(size: str, **changes: Any) -> dict[str, Any]:
 @contextmanager
 def attached(watch: Stopwatch, path: OurPath) -> Iterator[None]:
     """Time the parts of a batch within the block."""
-    policy, scorer, loss, reference = path.policy, path.scorer, path.method.loss, path.policy.reference
+    policy, scorer, loss, reference = path.policy, path.scorer, path.method.loss, path.policy.network.reference
     inside: list[str] = []  # what has been entered of loss and reference
 
     @contextmanager
@@ -86,10 +86,12 @@ def attached(watch: Stopwatch, path: OurPath) -> Iterator[None]:
         with reference(), within("reference"):
             yield
 
-    path.method.loss, policy.reference = timed_loss, timed_reference  # type: ignore[method-assign]
-    watch.time(policy.unet, "forward", lambda: f"updates: {inside[-1]} forward" if inside else "rollout: UNet")
-    watch.time(policy, "decode", "rollout: VAE decode")
-    watch.time(policy, "encode", "text towers")
+    path.method.loss, policy.network.reference = timed_loss, timed_reference  # type: ignore[method-assign]
+    watch.time(
+        policy.network.module, "forward", lambda: f"updates: {inside[-1]} forward" if inside else "rollout: UNet"
+    )
+    watch.time(policy.autoencoder, "decode", "rollout: VAE decode")
+    watch.time(policy.network, "encode", "text towers")
     watch.time(scorer, "encode", "text towers")
     watch.time(scorer.model, "modulated_features", "rollout: preference model")
     watch.time(scorer, "preprocess", "rollout: preference model")

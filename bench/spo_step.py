@@ -57,7 +57,7 @@ def run_one(options: argparse.Namespace) -> None:
     system = make_system(options.size, device, **changes)
     path = PATHS[options.path](system, seed=SEED)
     if options.compile and isinstance(path, OurPath):
-        compile_blocks(path.policy.unet)
+        compile_blocks(path.policy.network.module)
         path.rehearse()
     gc.collect()
     with PeakMemory(device) as memory:

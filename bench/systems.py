@@ -27,12 +27,14 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from spo.config import LoraConfig, OptimizerConfig, SpoConfig, load_config
-from spo.models.base import LatentDiffusion
+from spo.config import LoraConfig, OptimizerConfig, SamplingConfig, SpoConfig, load_config
+from spo.models.autoencoder import Autoencoder
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build
 from spo.models.lora import add_lora
-from spo.models.sd15 import StableDiffusion
-from spo.models.sdxl import StableDiffusionXL
+from spo.models.sampler import Sampler
+from spo.models.sd15 import StableDiffusionNetwork
+from spo.models.sdxl import StableDiffusionXLNetwork
 from spo.preference.checkpoint import PreferenceModel, load_clip
 from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Preprocessing
@@ -170,9 +172,9 @@ def make_system(
 
 def attach_lora(system: System) -> None:
     """Add the LoRA and move it off its start, where it would change nothing."""
-    unet = system.policy.unet
-    add_lora(unet, system.settings.lora, seed=0)
-    leave_start(unet, "lora_B")
+    network = system.policy.network
+    add_lora(network.module, system.settings.lora, seed=0)
+    leave_start(network.module, "lora_B")
 
 
 def leave_start(module: torch.nn.Module, name: str) -> None:
@@ -211,10 +213,12 @@ def make_policy(shape: Shape, device: torch.device | str, *, steps: int | None =
     pipeline.to(device, dtype)
     for convolutional in (pipeline.unet, pipeline.vae):
         convolutional.to(memory_format=torch.channels_last)  # as spo.models.load does
-    family = StableDiffusion if len(texts) == 1 else StableDiffusionXL
-    if family is StableDiffusionXL:
+    family = StableDiffusionNetwork if len(texts) == 1 else StableDiffusionXLNetwork
+    if family is StableDiffusionXLNetwork:
         pipeline.unet.enable_gradient_checkpointing()
-    return family(pipeline, resolution=shape.resolution, steps=steps or shape.steps)
+    network = family(pipeline, resolution=shape.resolution)
+    sampler = Sampler.ddim(scheduler.config, SamplingConfig(steps=steps or shape.steps), network.device)
+    return LatentDiffusion(network, sampler, Autoencoder(pipeline.vae, resolution=shape.resolution))
 
 
 def make_unet(shape: Shape) -> UNet2DConditionModel:

@@ -27,7 +27,7 @@ def rollout_pairs(system: System, dtype: torch.dtype) -> Pairs:
     policy = system.policy
     scorer = PreferenceScorer(system.preference, device=policy.device, dtype=dtype)
     settings = system.settings.model_copy(update={"threshold": 0.0})
-    pairs = next(Spo(settings, policy, scorer, system.prompts, seed=0).collect(0)).pairs
+    pairs = next(Spo(settings, policy, scorer, system.prompts, seed=0).collect(0)).examples
     assert isinstance(pairs, Pairs)
     return pairs
 
@@ -46,7 +46,7 @@ def agreement(size: str, *, prompts: int | None, tiny_vae: str | None) -> dict[s
     result["seconds"] = clock(device) - start
     for name, (dtype, path) in ways.items():
         if path is not None:
-            system.policy.preview = load_tiny_vae(path, system.policy)
+            system.policy.autoencoder.preview = load_tiny_vae(path, system.policy)
         start = clock(device)
         pairs = rollout_pairs(system, dtype)
         same = (pairs.x_prev - exact.x_prev).abs().amax(dim=(2, 3, 4)) < 1e-3  # (n, 2)

@@ -23,7 +23,7 @@ from spo.config import Config, SpoConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
 from spo.core.selection import select_pairs, take
-from spo.core.types import Scorer, Selection
+from spo.core.types import Candidates, Scorer, Selection
 from spo.errors import SpoError
 from spo.evaluation.statistics import mean_interval
 from spo.methods.spo import BlindScorer
@@ -44,14 +44,14 @@ class Recorder:
     def __init__(self, scorer: Scorer, others: Callable[[Tensor], Scores]):
         self.scorer = scorer
         self.others = others
-        self.seen: list[tuple[int, Tensor, Scores]] = []  # t, scores (k * b,) of the scorer, and of the metrics by name
+        self.seen: list[tuple[float, Tensor, Scores]] = []  # t, scores (k, b), and (k * b,) of each metric by name
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         return self.scorer.encode(prompts)
 
-    def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
-        scores = self.scorer(images, text, t)
-        self.seen.append((int(t), scores.cpu(), self.others(images)))
+    def __call__(self, candidates: Candidates) -> Tensor:
+        scores = self.scorer(candidates)
+        self.seen.append((candidates.t, scores.cpu(), self.others(candidates.images.flatten(0, 1))))
         return scores
 
 
@@ -72,14 +72,13 @@ def measure(config: Config, scorer: Scorer, prompts: Sequence[str], settings: Sp
             candidates=k,
             first_step=settings.first_step,
             branch_steps=settings.branch_steps,
-            threshold=settings.threshold,
             noise=noise,
         ):
             pass
-    agreements: dict[int, dict[str, Tensor]] = {}
-    kept: dict[int, Tensor] = {}
+    agreements: dict[float, dict[str, Tensor]] = {}
+    kept: dict[float, Tensor] = {}
     for t, scores, found in recorder.seen:
-        selection = select_pairs(scores.unflatten(0, (k, -1)), threshold=settings.threshold)
+        selection = select_pairs(scores, threshold=settings.threshold)
         by_candidate = {name: found[name].unflatten(0, (k, -1)) for name in needed}
         agreements[t] = {name: _agreement(each, selection) for name, each in by_candidate.items()}
         kept[t] = selection.keep
@@ -93,7 +92,7 @@ def _agreement(scores: Tensor, chosen: Selection) -> Tensor:
     return (take(scores, chosen.win) - take(scores, chosen.lose)).sign() / 2 + 0.5
 
 
-def _row(t: int | str, agreements: Mapping[str, Tensor], kept: Tensor, prompts: Sequence[str]) -> Row:
+def _row(t: float | str, agreements: Mapping[str, Tensor], kept: Tensor, prompts: Sequence[str]) -> Row:
     groups = [prompt for prompt, keep in zip(prompts, kept.tolist(), strict=True) if keep]
     row: Row = {"t": t, "pairs": len(groups)}
     for name, values in agreements.items():

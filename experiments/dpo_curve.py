@@ -69,7 +69,7 @@ def _measured(config: Config, name: str, folder: Path, work: Path, *, seed: int)
                 "epochs": settings.epochs,
                 "seed": seed,
                 "checkpoint": checkpoint.name,
-                **{key: cost[key] for key in ("updates", "num_pairs", "unet_forwards", "seconds")},
+                **{key: cost[key] for key in ("updates", "num_examples", "unet_forwards", "seconds")},
                 **{key: means[key] for key in main},
                 **cells(ruler.differences(scores, base, "validation"), main),
             }

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.measure import at_least, mistakes_in_one_line, quiet
 from experiments.workbench import Ruler, adopt, cells, digest, means_of, place, quickened
-from spo.config import Config, SampledConfig, load_config
+from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.evaluation.checkpoint_selection import choose_checkpoint
 from spo.metrics.metric import Scores
@@ -61,7 +61,7 @@ class Comparison:
         settings = settings.model_copy(update={"optimizer": optimizer, "watch": None})
         config = self.config.model_copy(update={"align": {method: settings}})
         judge = digest(self.root / config.folder("train_preference") / "model")
-        more = {"seed": self.seed, **({"judge": judge} if isinstance(settings, SampledConfig) else {})}
+        more = {"seed": self.seed, **({"judge": judge} if settings.needs_preference_model else {})}
         work = place("methods", config, more, root=self.root)
         folder = work / config.aligned(method, self.seed)
         if not folder.exists():
@@ -78,7 +78,7 @@ class Comparison:
             "seed": self.seed,
             "learning_rate": optimizer.learning_rate,
             "checkpoint": checkpoint.name,
-            **{key: cost[key] for key in ("rounds", "updates", "num_pairs", "kept_share", "unet_forwards")},
+            **{key: cost[key] for key in ("rounds", "updates", "num_examples", "kept_share", "unet_forwards")},
             **cells(self.ruler.differences(found, base, "validation"), self.names),
         }
         self.trials.append(Trial(method, factor, checkpoint, found, row))

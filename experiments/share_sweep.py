@@ -31,7 +31,7 @@ from experiments.pictures import lessons, like_pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from experiments.teacher import Effort, Teacher
 from experiments.workbench import Ruler, adopt, place, quickened
-from spo.config import Config, SampledConfig, load_config
+from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.runtime.files import atomic_path, read_json, write_json
 from spo.runtime.tables import write_csv
@@ -119,7 +119,7 @@ class Sweep:
             adopt_prompts(self.prepared, folder / self.config.folder("prepare"))
             write_json(folder / "labels.json", write_pairs(splits, target, cell.opinion, seed=cell.seed))
         config = self.config.model_copy(update={"seed": cell.seed})
-        if any(isinstance(settings, SampledConfig) for settings in config.align.values()):
+        if any(settings.needs_preference_model for settings in config.align.values()):
             judge = self.work / "judges" / cell.taste
             if not judge.exists():
                 self.teacher.teach(cell.opinion, judge, seed=cell.seed)

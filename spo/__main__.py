@@ -38,8 +38,8 @@ LAUNCHED = "SPO_LAUNCHED"  # environment variable of the processes that `launch`
 RESUMED = ("train_preference", "align")  # go on from where they were stopped
 SECTIONS = {  # of the configuration, that a stage reads: what its run is tracked with
     "prepare": ("seed", "prepare"),
-    "train_preference": ("seed", "model", "sampling", "train_preference"),
-    "align": ("model", "sampling"),
+    "train_preference": ("seed", "model", "sampling", "labels", "train_preference"),
+    "align": ("model", "sampling", "labels"),
     "evaluate": ("model", "sampling", "evaluate"),
 }
 
@@ -290,8 +290,8 @@ def export(options: argparse.Namespace) -> None:
             f"there is nothing to export: {source.told}; run `python -m spo evaluate`, or name a --checkpoint"
         )
     denoiser = build(config.model, config.sampling, "cpu")
-    load_policy(denoiser, source.lora)
-    export(denoiser, options.format, out)
+    load_policy(denoiser.network, source.lora)
+    export(denoiser.network, options.format, out)
     print(f"{out}: {options.format} of {source.told}")
 
 

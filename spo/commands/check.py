@@ -5,7 +5,6 @@ temporary folder, over the profile's own models and data: a few prompts and pair
 as many pairs at a time as in training. What that takes tells what the whole will take.
 """
 
-import math
 import resource
 import shutil
 import sys
@@ -20,7 +19,7 @@ import torch
 
 from spo.commands.disk_estimate import num_pairs
 from spo.commands.preflight import Finding, findings
-from spo.config import Config, DiffusionDpoConfig, MethodConfig, SampledConfig
+from spo.config import Config
 from spo.data.preferences import PairWriter, read_pairs
 from spo.data.prompts import read_prompts
 from spo.errors import DataError, SpoError
@@ -102,23 +101,13 @@ def miniature(config: Config, root: Path) -> Config:
     values["train_preference"] |= {"steps": 1, "evaluate_pairs": 2}
     values["train_preference"] |= {"batch_size": min(config.train_preference.batch_size, PAIRS)}
     values["train_preference"]["evaluate_timesteps"] = config.train_preference.evaluate_timesteps[:1]
-    values["align"] = {name: _one_update(method) for name, method in config.align.items()}
+    values["align"] = {
+        name: method.model_dump() | method.miniature(examples=PAIRS, prompts=SAMPLED)
+        for name, method in config.align.items()
+    }
     values["evaluate"] |= {"num_prompts": 2, "num_validation_prompts": 2, "images_per_prompt": 1}
     values["evaluate"] |= {"batch_size": 1, "bootstrap_samples": 100}
     return Config.model_validate(values)
-
-
-def _one_update(method: MethodConfig) -> dict[str, Any]:
-    """Settings under which a method collects once and updates on as many pairs as are in memory at a time."""
-    at_a_time = min(method.micro_batch_size or method.batch_size, PAIRS)
-    small: dict[str, Any] = {"epochs": 1, "batch_size": at_a_time, "micro_batch_size": None, "checkpoints": 1}
-    if isinstance(method, SampledConfig):
-        small |= {"rollouts_per_epoch": 1, "prompts_per_rollout": SAMPLED, "threshold": 0.0}
-    if isinstance(method, DiffusionDpoConfig):
-        small |= {"updates_per_epoch": 1}
-    if method.watch:
-        small["watch"] = method.watch.model_dump() | {"num_prompts": 2}
-    return {**method.model_dump(), **small}
 
 
 def _shorten(folder: Path) -> None:
@@ -167,15 +156,10 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
     for name in config.methods:
         method = config.align[name]
-        if isinstance(method, SampledConfig):
-            most = (method.rollouts_per_epoch or num_prompts) * method.prompts_per_rollout
-            sampled = method.epochs * min(num_prompts, most)
-            counts[f"align {name}"] = seeds * sampled * _cost(config, folder, name)["unet_forwards"] / SAMPLED
-        if isinstance(method, DiffusionDpoConfig):
-            pairs = num_pairs(config, root)
-            if method.updates_per_epoch:
-                pairs = min(pairs or math.inf, method.updates_per_epoch * method.batch_size)
-            counts[f"align {name}"] = 4.0 * seeds * method.epochs * (pairs or 0)  # two images, policy and reference
+        per_prompt = _cost(config, folder, name)["unet_forwards"] / SAMPLED
+        counts[f"align {name}"] = seeds * method.forwards(
+            num_prompts=num_prompts, num_pairs=num_pairs(config, root) or 0, per_prompt=per_prompt
+        )
     evaluate = config.evaluate
     columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
     checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)

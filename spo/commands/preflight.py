@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo.commands.disk_estimate import room, size_of
-from spo.config import ClipMetricConfig, Config, SampledConfig
+from spo.config import ClipMetricConfig, Config
 from spo.errors import ConfigError
 from spo.runtime.hub import is_name
 
@@ -80,9 +80,9 @@ def _models(config: Config) -> Iterator[Finding]:
         yield _repository("train_preference.checkpoint", preference.checkpoint, "config.json", ("train_preference",))
     else:
         yield _repository("train_preference.start_from", preference.start_from, "config.json", ("train_preference",))
-        if preference.labels.model:
-            key = "train_preference.labels.model"
-            yield _repository(key, preference.labels.model, "config.json", ("train_preference",))
+        if config.labels.model:
+            key = "train_config.labels.model"
+            yield _repository(key, config.labels.model, "config.json", ("train_preference",))
         if preference.processor:
             yield _repository("train_preference.processor", preference.processor, None, ("train_preference",))
     needed = {evaluate.primary, *evaluate.guarded}
@@ -91,8 +91,8 @@ def _models(config: Config) -> Iterator[Finding]:
             yield _repository(f"evaluate.metrics.{metric.name}", metric.model, "config.json", ("evaluate",))
     for name in config.methods:
         method = config.align[name]
-        if isinstance(method, SampledConfig) and method.scoring.tiny_vae:
-            yield _repository(f"align.{name}.scoring.tiny_vae", method.scoring.tiny_vae, "config.json", ("align",))
+        for key, repository in method.repositories().items():
+            yield _repository(f"align.{name}.{key}", repository, "config.json", ("align",))
         if method.watch and isinstance(method.watch.metric, ClipMetricConfig):
             yield _repository(f"align.{name}.watch.metric", method.watch.metric.model, "config.json", ("align",))
     for name, lora in evaluate.loras.items():

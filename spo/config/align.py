@@ -1,11 +1,13 @@
 """The methods, and what each trains with."""
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from spo.config.base import Fraction, Positive, Rate, Section
 from spo.config.metrics import MetricConfig
+from spo.config.model import SamplingConfig
 
 
 class LoraConfig(Section):
@@ -44,37 +46,106 @@ class WatchConfig(Section):
 
 
 class AlignConfig(Section):
-    """What every method has: how the loop trains on its pairs."""
+    """What every method has: how the loop trains on its examples.
+
+    A method of kind `spo` is in spo/methods/spo.py. Whatever else the program asks about a method stands here, so that
+    a new one touches its module, its section and a profile.
+    """
+
+    needs_preference_model: ClassVar[bool] = False
+    needs_pairs: ClassVar[bool] = False  # labelled preference pairs
 
     epochs: Positive = 10
-    beta: Rate = 10.0
-    batch_size: Positive = 40  # pairs an update
-    micro_batch_size: Positive | None = None  # pairs in memory at a time; None: all of an update's
+    batch_size: Positive = 40  # examples an update
+    micro_batch_size: Positive | None = None  # examples in memory at a time; None: all of an update's
     checkpoints: Positive = 4  # saved along the way, for evaluation to choose from
     full_fine_tuning: bool = False
     watch: WatchConfig | None = None  # None: nobody looks before `evaluate`
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    def sampling(self, sampling: SamplingConfig) -> SamplingConfig:
+        """How the policy is sampled or trained, given the profile's sampler."""
+        return sampling
+
+    def misfit(self, sampling: SamplingConfig) -> str | None:
+        """What does not fit the sampler, as `key=value must ...`; None where all fits."""
+        return None
+
+    def repositories(self) -> dict[str, str]:
+        """Models that the method loads besides the profile's: a key of its section, and a folder or hub name."""
+        return {}
+
+    def memory_remedy(self) -> str:
+        """What to change where collecting examples runs out of memory."""
+        return "set model.dtype to bfloat16, or use a smaller model.resolution"
+
+    def empty_remedy(self, margin: float) -> str:
+        """Why a whole epoch kept no example, and what to change; margin: the mean one."""
+        return "the data holds no example to train on"
+
+    def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
+        """Changes under which the method collects once, of few prompts, and makes one update; for `check`."""
+        at_a_time = min(self.micro_batch_size or self.batch_size, examples)
+        small = {"epochs": 1, "batch_size": at_a_time, "micro_batch_size": None, "checkpoints": 1}
+        return small | ({"watch": self.watch.model_dump() | {"num_prompts": 2}} if self.watch else {})
+
+    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: float) -> float:
+        """Samples that a training puts through the network; per_prompt: measured for a prompt sampled once."""
+        return 0.0
+
 
 class ScoringConfig(Section):
-    """How candidates are judged; anything but the defaults saves time and changes some labels: docs/performance.md."""
+    """How candidates are scored; anything but the defaults changes some labels: docs/performance.md."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the preference model
-    tiny_vae: str | None = None  # an AutoencoderTiny to decode for the judge alone, e.g. madebyollin/taesd
+    tiny_vae: str | None = None  # an AutoencoderTiny to decode for the preference model alone, e.g. madebyollin/taesd
+    timestep: Annotated[int, Field(ge=0)] | None = None  # given to the preference model as every t: one blind to t
 
 
 class SampledConfig(AlignConfig):
-    """What the methods have that sample the policy: which of the pairs they keep, and how far a ratio may move."""
+    """What the methods have that sample the policy."""
+
+    needs_preference_model: ClassVar[bool] = True
 
     rollouts_per_epoch: Positive | None = None  # None: every training prompt once an epoch
     prompts_per_rollout: Positive = 40
-    threshold: Fraction = 0.3  # margin above which a pair is kept
-    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
+    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1  # how far the ratio of policy and reference may move
     scoring: ScoringConfig = ScoringConfig()
 
+    def repositories(self) -> dict[str, str]:
+        return {"scoring.tiny_vae": self.scoring.tiny_vae} if self.scoring.tiny_vae else {}
 
-class SpoConfig(SampledConfig):
+    def memory_remedy(self) -> str:
+        return f"lower the method's prompts_per_rollout, now {self.prompts_per_rollout}"
+
+    def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
+        small = super().miniature(examples=examples, prompts=prompts)
+        return small | {"rollouts_per_epoch": 1, "prompts_per_rollout": prompts}
+
+    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: float) -> float:
+        most = (self.rollouts_per_epoch or num_prompts) * self.prompts_per_rollout
+        return self.epochs * min(num_prompts, most) * per_prompt
+
+
+class PairConfig(SampledConfig):
+    """What the methods have that make pairs of their samples."""
+
+    beta: Rate = 10.0
+    threshold: Fraction = 0.3  # margin above which a pair is kept
+    pairs_at_random: ClassVar[bool] = False
+
+    def empty_remedy(self, margin: float) -> str:
+        return (
+            f"threshold={self.threshold}, but the mean margin is {margin:.3g}; lower the method's threshold, or train "
+            "the preference model for longer"
+        )
+
+    def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
+        return super().miniature(examples=examples, prompts=prompts) | {"threshold": 0.0}
+
+
+class SpoConfig(PairConfig):
     """SPO (paper section 4; published settings for SD 1.5 as defaults)."""
 
     method: Literal["spo"] = "spo"
@@ -83,11 +154,26 @@ class SpoConfig(SampledConfig):
     branch_steps: Positive = 1
     continue_from: Literal["random", "win", "lose"] = "random"
     pairing: Literal["best_worst", "random"] = "best_worst"
-    judged_at: Annotated[int, Field(ge=0)] | None = None  # told to the preference model as every t: one blind to t
+
+    @property
+    def pairs_at_random(self) -> bool:  # type: ignore[override]
+        return self.pairing == "random"
+
+    def misfit(self, sampling: SamplingConfig) -> str | None:
+        branched = sampling.steps - self.first_step
+        if branched <= 0:
+            return f"first_step={self.first_step} must be below sampling.steps={sampling.steps}"
+        if branched % self.branch_steps:
+            allowed = [n for n in range(1, branched + 1) if branched % n == 0]
+            return (
+                f"branch_steps={self.branch_steps} must divide sampling.steps - first_step = {branched}; "
+                f"use one of {allowed}"
+            )
+        return None
 
 
-class D3poConfig(SampledConfig):
-    """D3PO (arXiv 2311.13231; yk7333/d3po's settings as defaults): whole trajectories, judged at their ends."""
+class D3poConfig(PairConfig):
+    """D3PO (arXiv 2311.13231; yk7333/d3po's settings as defaults): whole trajectories, scored at their ends."""
 
     method: Literal["d3po"] = "d3po"
     threshold: Fraction = 0.0
@@ -97,6 +183,8 @@ class D3poConfig(SampledConfig):
 
 class DiffusionDpoConfig(AlignConfig):
     """Diffusion-DPO (arXiv 2311.12908; SalesforceAIResearch/DiffusionDPO's settings for SD 1.5 as defaults)."""
+
+    needs_pairs: ClassVar[bool] = True
 
     method: Literal["diffusion_dpo"] = "diffusion_dpo"
     updates_per_epoch: Positive | None = None  # None: every decided pair once an epoch
@@ -109,6 +197,17 @@ class DiffusionDpoConfig(AlignConfig):
         weight_decay=1e-2,
         max_grad_norm=1.0,
     )
+
+    def sampling(self, sampling: SamplingConfig) -> SamplingConfig:
+        return sampling.model_copy(update={"guidance_scale": 1.0})  # it trains without guidance
+
+    def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
+        return super().miniature(examples=examples, prompts=prompts) | {"updates_per_epoch": 1}
+
+    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: float) -> float:
+        """Two images a pair, through policy and reference."""
+        most = self.updates_per_epoch * self.batch_size if self.updates_per_epoch else math.inf
+        return 4.0 * self.epochs * min(num_pairs, most)
 
 
 MethodConfig = Annotated[SpoConfig | D3poConfig | DiffusionDpoConfig, Field(discriminator="method")]

@@ -8,7 +8,7 @@ from spo.config.base import Fraction, Positive, Rate, Section
 
 
 class LabelsConfig(Section):
-    """Where the preference model's labels come from: people, or a clean-image model's opinion (SDXL's recipe)."""
+    """Where the labels of preference pairs come from: people, or a clean-image model's opinion (SDXL's recipe)."""
 
     kind: Literal["human", "pseudo"] = "human"
     model: str | None = None  # of pseudo-labels: a CLIP repository such as yuvalkirstain/PickScore_v1
@@ -40,7 +40,6 @@ class TrainPreferenceConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     preprocessing: Literal["antialias", "published"] = "antialias"
     blind: bool = False  # to t, which it is then told is 0 in training and in use: the paper's ablation
-    labels: LabelsConfig = LabelsConfig()
     evaluate_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)  # as published
     evaluate_pairs: Positive = 512  # validation pairs that accuracy is measured on, at most
     log_every: Positive = 20

@@ -6,11 +6,11 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from spo.config.align import MethodConfig, SpoConfig
+from spo.config.align import MethodConfig
 from spo.config.base import Name, Section
 from spo.config.evaluate import EvaluateConfig, PromoteConfig
 from spo.config.model import ModelConfig, SamplingConfig
-from spo.config.preference import TrainPreferenceConfig
+from spo.config.preference import LabelsConfig, TrainPreferenceConfig
 from spo.config.prepare import PrepareConfig
 from spo.config.run import LaunchConfig, SafetyConfig
 from spo.errors import ConfigError
@@ -24,6 +24,7 @@ class Config(Section):
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     prepare: PrepareConfig
+    labels: LabelsConfig = LabelsConfig()
     train_preference: TrainPreferenceConfig
     align: dict[Name, MethodConfig]
     evaluate: EvaluateConfig
@@ -34,19 +35,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         for name, method in self.align.items():
-            if not isinstance(method, SpoConfig):
-                continue
-            branched = self.sampling.steps - method.first_step
-            if branched <= 0:
-                raise ValueError(
-                    f"align.{name}.first_step={method.first_step} must be below sampling.steps={self.sampling.steps}"
-                )
-            if branched % method.branch_steps:
-                allowed = [n for n in range(1, branched + 1) if branched % n == 0]
-                raise ValueError(
-                    f"align.{name}.branch_steps={method.branch_steps} must divide "
-                    f"sampling.steps - first_step = {branched}; use one of {allowed}"
-                )
+            if problem := method.misfit(self.sampling):
+                raise ValueError(f"align.{name}.{problem}")
         if self.prepare.preferences is None and self.train_preference.checkpoint is None:
             raise ValueError(
                 "prepare.preferences is missing: name preference pairs to train on, or a trained preference model in "

@@ -1,39 +1,37 @@
-"""SPO's rollout: step-wise pairs from a policy's own samples (SPO, arXiv 2406.04314, algorithm 1).
+"""SPO's rollout: k paths from one noisy latent, scored at their ends (SPO, arXiv 2406.04314, algorithm 1).
 
 A prompt is denoised plainly for `first_step` steps. From then on each segment of `branch_steps` steps draws k
-paths from ONE x_t, scores their ends, and yields the best and the worst as pairs; sampling goes on from a path
-drawn without regard to the scores. A segment of 1 step is the paper's algorithm and SD 1.5's setting; 4 is SDXL's.
+paths from ONE x_t and scores their ends; sampling continues from one path, by default drawn without regard to the
+scores. A segment of 1 step is the paper's algorithm and SD 1.5's setting; 4 is SDXL's.
 
-A path's end is judged by the x_0 that the policy predicts from it at its own timestep; the pass that predicts
-it also serves as the next step of the path that goes on, so no latent passes through the policy twice.
+A preference model that asks for the predicted x_0 costs one pass of the policy for each of the k ends. That pass also
+serves as the next step of the path that sampling continues from, so no latent passes through the policy twice. One
+that scores the latents themselves costs a single pass, of that path.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from spo.core.gaussian import sample
-from spo.core.selection import select_pairs, take
-from spo.core.types import Conditioning, Denoiser, Noise, Pairs, Scorer, Selection, Transition
+from spo.core.selection import take
+from spo.core.types import Candidates, Conditioning, Denoiser, Noise, Scorer, Transition
 
 ContinueFrom = Literal["random", "win", "lose"]
-Pairing = Literal["best_worst", "random"]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The kept pairs of one segment, and what happened in it."""
+    """k paths of `branch_steps` steps that part at one x_t, and the scores of their ends."""
 
-    pairs: tuple[Pairs, ...]  # one a step, each of num_kept pairs; in the first, win and lose share x_t
-    t: int  # where the paths part
-    num_branched: int  # b, the prompts
-    num_kept: int
-    score: float  # mean over (k, b)
-    margin: float  # mean over b, kept or not
-    unet_forwards: int  # predicted samples; the first segment's count holds the plain steps before it
+    latents: tuple[Tensor, ...]  # x_t (1, b, c, h, w), then (k, b, c, h, w) after each step
+    times: tuple[float, ...]  # of those latents, descending
+    cond: Conditioning  # b
+    scores: Tensor  # (k, b)
+    unet_forwards: int  # predicted samples since the segment before
 
 
 @torch.no_grad()
@@ -41,29 +39,27 @@ def rollout(
     policy: Denoiser,
     scorer: Scorer,
     cond: Conditioning,
-    text: Tensor,
+    text: Any,
     *,
     candidates: int,
     first_step: int,
     branch_steps: int,
-    threshold: float,
     noise: Noise,
     continue_from: ContinueFrom = "random",
-    pairing: Pairing = "best_worst",
 ) -> Iterator[Segment]:
     """Sample the prompts of cond once, yielding a Segment each `branch_steps` steps from `first_step` on.
 
-    cond, text (b, d): the prompts for the policy and the scorer; noise: of these b prompts; candidates: k >= 2;
-    first_step, branch_steps: counts of grid steps. The last step's candidates are themselves judged, at t = 0.
-    continue_from "win" or "lose" and pairing "random" are the paper's ablations; the latter pairs the first two
-    candidates, which are as good as any two, being independent draws from one Gaussian.
-    The policy must not be trained before the last segment: it would go on from predictions that are no longer its own.
-    Raises ValueError at the first segment where the counts do not fit the policy's grid.
+    cond, text: the b prompts for the policy and the scorer; noise: of these prompts; candidates: k >= 2;
+    first_step, branch_steps: counts of grid steps. The last step's candidates are themselves scored, at t = 0.
+    continue_from "win" or "lose", the best or worst candidate, are the paper's ablations.
+    The policy must not be trained before the last segment: it would continue from predictions that are no longer its
+    own. Raises ValueError at the first segment where the counts do not fit the policy's grid.
     """
     num_steps, k = len(policy.timesteps), candidates
-    _check(num_steps, candidates, first_step, branch_steps, continue_from, pairing)
+    check_counts(num_steps, k, first_step, branch_steps)
+    if continue_from not in ("random", "win", "lose"):
+        raise ValueError(f"continue_from={continue_from!r} is unknown; use random, win or lose")
     step = _Step(policy, cond, noise)
-    text_k = text.repeat(k, 1)  # (k * b, d)
 
     x_t = step.noise(-1, 1)  # (1, b, c, h, w)
     for i in range(first_step):
@@ -72,30 +68,21 @@ def rollout(
 
     for i in range(first_step, num_steps, branch_steps):
         end = i + branch_steps
-        path = [x_t, sample(transition, step.noise(i, k))]  # (1, b, c, h, w), then (k, b, c, h, w) each
+        path = [x_t, sample(transition, step.noise(i, k))]
         for j in range(i + 1, end):
             path.append(sample(step.transition(path[-1], j), step.noise(j, k)))
-        ahead = step.transition(path[-1], end) if end < num_steps else None
-        x_0 = path[-1] if ahead is None else ahead.x_0
-
-        t_end = torch.tensor(step.grid[end])  # on the CPU: to look it up there waits for no GPU
-        scores = scorer(policy.decode(x_0.flatten(0, 1)), text_k, t_end).unflatten(0, (k, -1))  # (k, b)
-        selection = select_pairs(scores if pairing == "best_worst" else scores[:2], threshold=threshold)
-        kept, score, margin = torch.stack([selection.keep.sum(), scores.mean(), selection.margin.mean()]).tolist()
-        yield Segment(
-            pairs=tuple(
-                _pairs(path[j : j + 2], step.grid[i + j : i + j + 2], cond, selection) for j in range(branch_steps)
-            ),
-            t=step.grid[i],
-            num_branched=len(cond),
-            num_kept=int(kept),
-            score=score,
-            margin=margin,
-            unet_forwards=step.pop_forwards(),
-        )
-        if ahead is not None:
-            goes_on = {"random": noise.choice(i, k), "win": selection.win, "lose": selection.lose}[continue_from]
-            x_t, transition = _only(path[-1], goes_on), _only_transition(ahead, goes_on)
+        ends = _Ends(step, path[-1], end)
+        scores = scorer(Candidates(ends.x, step.grid[end], text, predict_x_0=ends.predict_x_0, decode=policy.decode))
+        yield Segment(tuple(path), tuple(step.grid[i : end + 1]), cond, scores, step.pop_forwards())
+        if end < num_steps:
+            match continue_from:
+                case "random":
+                    index = noise.choice(i, k)
+                case "win":
+                    index = scores.argmax(dim=0)
+                case "lose":
+                    index = scores.argmin(dim=0)
+            x_t, transition = ends.continue_from(index)
 
 
 class _Step:
@@ -129,16 +116,29 @@ class _Step:
         return forwards
 
 
-def _pairs(latents: list[Tensor], timesteps: list[int], cond: Conditioning, selection: Selection) -> Pairs:
-    """The kept pairs of one step: latents x_t (1 or k, b, c, h, w), x_prev (k, b, c, h, w); timesteps t, t_prev."""
+class _Ends:
+    """The ends (k, b, c, h, w) of a segment's paths at grid step i, passed through the policy when that is needed."""
 
-    def both(x: Tensor) -> Tensor:  # (k, b, ...) -> (b, 2, ...)
-        return torch.stack([take(x, selection.win), take(x, selection.lose)], dim=1)
+    def __init__(self, step: _Step, x: Tensor, i: int):
+        self.x = x
+        self._step = step
+        self._i = i
+        self._transition: Transition | None = None
 
-    x_t, x_prev = latents
-    t, t_prev = (torch.full((len(cond),), t, device=x_t.device) for t in timesteps)
-    x_t = x_t.transpose(0, 1) if len(x_t) == 1 else both(x_t)
-    return Pairs(x_t, both(x_prev), t, t_prev, cond, selection.margin)[selection.keep]
+    def predict_x_0(self) -> Tensor:
+        """(k, b, c, h, w); at the end of sampling the latents are clean already."""
+        if self._i == len(self._step.policy.timesteps):
+            return self.x
+        self._transition = self._step.transition(self.x, self._i)
+        return self._transition.x_0
+
+    def continue_from(self, index: Tensor) -> tuple[Tensor, Transition]:
+        """x_t and its transition, (1, b, ...) each, of candidate index[j] of each prompt j."""
+        x_t = _only(self.x, index)
+        if self._transition is None:
+            return x_t, self._step.transition(x_t, self._i)
+        ahead = self._transition
+        return x_t, Transition(_only(ahead.mean, index), _only(ahead.std, index), _only(ahead.x_0, index))
 
 
 def _only(x: Tensor, index: Tensor) -> Tensor:
@@ -146,13 +146,8 @@ def _only(x: Tensor, index: Tensor) -> Tensor:
     return take(x, index).unsqueeze(0)
 
 
-def _only_transition(transition: Transition, index: Tensor) -> Transition:
-    return Transition(_only(transition.mean, index), _only(transition.std, index), _only(transition.x_0, index))
-
-
-def _check(
-    num_steps: int, candidates: int, first_step: int, branch_steps: int, continue_from: str, pairing: str
-) -> None:
+def check_counts(num_steps: int, candidates: int, first_step: int, branch_steps: int) -> None:
+    """ValueError where the counts do not fit a grid of `num_steps`."""
     if candidates < 2:
         raise ValueError(f"candidates={candidates} make no pair; use 2 or more")
     if not 0 <= first_step < num_steps:
@@ -163,7 +158,3 @@ def _check(
         raise ValueError(
             f"branch_steps={branch_steps} must divide steps - first_step = {branched}; use one of {allowed}"
         )
-    if continue_from not in ("random", "win", "lose"):
-        raise ValueError(f"continue_from={continue_from!r} is unknown; use random, win or lose")
-    if pairing not in ("best_worst", "random"):
-        raise ValueError(f"pairing={pairing!r} is unknown; use best_worst or random")

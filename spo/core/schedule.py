@@ -1,60 +1,102 @@
-"""The noise schedule alpha_bar and the grid of timesteps on which DDIM samples.
+"""How much signal and how much noise a latent holds at a time: x_t = signal x_0 + noise eps.
 
-Equal to diffusers' DDIMScheduler with "leading" spacing, which Stable Diffusion's published settings use.
+A schedule also says how a step splits the noise of x_prev: a part is kept from the predicted eps, the rest is fresh.
+Times are training timesteps, integers or floats in [0, 1000].
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-BetaSchedule = Literal["scaled_linear", "linear"]
+
+@dataclass(frozen=True)
+class Level:
+    """x_t = signal x_0 + noise eps."""
+
+    signal: Tensor  # (b, 1, 1, 1)
+    noise: Tensor  # (b, 1, 1, 1)
 
 
-def alpha_bar_table(
-    *, num_train_timesteps: int, beta_start: float, beta_end: float, schedule: BetaSchedule = "scaled_linear"
-) -> Tensor:
-    """alpha_bar_t = prod_{s <= t} (1 - beta_s) for every training timestep t (DDPM, arXiv 2006.11239, eq. 4).
+class Schedule(Protocol):
+    @property
+    def num_timesteps(self) -> int:
+        """Training timesteps; times lie in [0, num_timesteps]."""
+        ...
 
-    "linear" spaces beta evenly, "scaled_linear" its square root (Stable Diffusion's choice).
-    Returns (num_train_timesteps,) float32, falling from nearly 1 to nearly 0.
-    Raises ValueError for another schedule.
+    def level(self, t: Tensor) -> Level:
+        """Signal and noise at times t (b,)."""
+        ...
+
+    def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
+        """(kept, std), each (b, 1, 1, 1), with kept^2 + std^2 = noise'^2 for every eta in [0, 1].
+
+        `kept` multiplies the predicted eps, `std` the fresh noise.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """DDPM's schedule: signal = sqrt(alpha_bar), noise = sqrt(1 - alpha_bar) (arXiv 2006.11239, eq. 4).
+
+    alpha_bar: (N,) for the training timesteps 0 .. N - 1, float32 or wider. A time below 0 counts as 0, as in the
+    published SPO code. Between two timesteps log(alpha_bar) is linear.
     """
-    if schedule == "scaled_linear":
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
-    elif schedule == "linear":
-        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
-    else:
-        raise ValueError(f"schedule={schedule!r} is unknown; use 'scaled_linear' or 'linear'")
-    return torch.cumprod(1 - betas, dim=0)
+
+    alpha_bar: Tensor
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.alpha_bar)
+
+    def level(self, t: Tensor) -> Level:
+        alpha_bar = self._at(t)
+        return Level(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+    def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
+        """DDIM's std (arXiv 2010.02502, eq. 16). It equals `marginal_preserving_split` of the levels.
+
+        In float32 the last factor cancels: at t = 1 its rounding is 1e-4 of it. The operations are therefore those of
+        the published code, in its order, so that both round alike.
+        """
+        now, then = self._at(t), self._at(t_prev)
+        std = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+        return (1 - then - std**2).sqrt(), std
+
+    def _at(self, t: Tensor) -> Tensor:
+        """alpha_bar (b, 1, 1, 1) at times t (b,)."""
+        if not t.is_floating_point():
+            return self.alpha_bar[t.clamp(min=0)].view(-1, 1, 1, 1)
+        t = t.clamp(0, self.num_timesteps - 1)
+        below = t.floor().long()
+        above = (below + 1).clamp(max=self.num_timesteps - 1)
+        between = self.alpha_bar[below].log().lerp(self.alpha_bar[above].log(), (t - below).to(self.alpha_bar.dtype))
+        return torch.where(t == below, self.alpha_bar[below], between.exp()).view(-1, 1, 1, 1)
 
 
-def timestep_grid(num_steps: int, *, num_train_timesteps: int, steps_offset: int) -> Tensor:
-    """The sampling grid t_i, i = 0..T-1, with "leading" spacing: multiples of N // T, plus the offset.
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Rectified flow: signal = 1 - sigma, noise = sigma, sigma = t / num_timesteps (arXiv 2209.03003)."""
 
-    num_steps is T, num_train_timesteps is N; steps_offset is 1 in Stable Diffusion's settings.
-    Returns (T,) int64, descending. Raises ValueError where the grid would leave [0, N).
+    num_timesteps: int = 1000
+
+    def level(self, t: Tensor) -> Level:
+        sigma = (t / self.num_timesteps).view(-1, 1, 1, 1)
+        return Level(1 - sigma, sigma)
+
+    def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
+        return marginal_preserving_split(self.level(t), self.level(t_prev), eta=eta)
+
+
+def marginal_preserving_split(now: Level, then: Level, *, eta: float) -> tuple[Tensor, Tensor]:
+    """(kept, std) of a step between two levels, after which x_prev is distributed as `then` says.
+
+    With r = (signal / noise) / (signal' / noise') in [0, 1]: std = eta noise' sqrt(1 - r^2) and
+    kept = noise' sqrt(1 - eta^2 (1 - r^2)). eta 0 is deterministic (for rectified flow Euler's step), eta 1 is DDPM's
+    posterior. At signal 0 all noise is fresh; at noise' 0 there is none, and so no density.
     """
-    stride = _stride(num_steps, num_train_timesteps)
-    first = stride * (num_steps - 1) + steps_offset
-    if steps_offset < 0 or first >= num_train_timesteps:
-        raise ValueError(
-            f"steps_offset={steps_offset} puts timesteps outside [0, {num_train_timesteps}); "
-            f"use 0 to {num_train_timesteps - 1 - stride * (num_steps - 1)}"
-        )
-    return torch.arange(num_steps - 1, -1, -1) * stride + steps_offset
-
-
-def previous_timestep(t: Tensor, *, num_steps: int, num_train_timesteps: int) -> Tensor:
-    """The timestep that follows t (any shape, int) in sampling: max(t - N // T, 0).
-
-    As in the published code, not below 0: diffusers steps to -1 and its `final_alpha_cumprod` there, whereas
-    this last step keeps a small std and so a finite log-density.
-    """
-    return (t - _stride(num_steps, num_train_timesteps)).clamp(min=0)
-
-
-def _stride(num_steps: int, num_train_timesteps: int) -> int:
-    if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(f"num_steps={num_steps} must lie between 1 and num_train_timesteps={num_train_timesteps}")
-    return num_train_timesteps // num_steps
+    r = now.signal * then.noise / (then.signal * now.noise)
+    fresh = (1 - r**2).clamp(min=0)
+    return then.noise * (1 - eta**2 * fresh).sqrt(), eta * then.noise * fresh.sqrt()

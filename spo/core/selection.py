@@ -1,10 +1,12 @@
 """Which candidates become the win and the lose of a pair."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from spo.core.precision import at_least_float32
-from spo.core.types import Selection
+from spo.core.types import Conditioning, Pairs, Selection
 
 
 def select_pairs(scores: Tensor, *, threshold: float) -> Selection:
@@ -27,3 +29,23 @@ def select_pairs(scores: Tensor, *, threshold: float) -> Selection:
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Candidate index[j] of each prompt j: x (k, b, ...), index (b,) int -> (b, ...)."""
     return x[index, torch.arange(len(index), device=index.device)]
+
+
+def pairs_of(
+    latents: Sequence[Tensor], times: Sequence[float], cond: Conditioning, selection: Selection
+) -> tuple[Pairs, ...]:
+    """The kept pairs of each step of k paths: latents x_t (1, b, c, h, w), then (k, b, c, h, w) after each step.
+
+    times: of the latents; cond: b. In the first step win and lose share x_t, in later ones each has its own.
+    """
+    return tuple(_pairs(latents[j : j + 2], times[j : j + 2], cond, selection) for j in range(len(latents) - 1))
+
+
+def _pairs(latents: Sequence[Tensor], times: Sequence[float], cond: Conditioning, selection: Selection) -> Pairs:
+    def both(x: Tensor) -> Tensor:  # (k, b, ...) -> (b, 2, ...)
+        return torch.stack([take(x, selection.win), take(x, selection.lose)], dim=1)
+
+    x_t, x_prev = latents
+    t, t_prev = (torch.full((len(cond),), time, device=x_t.device) for time in times)
+    x_t = x_t.transpose(0, 1) if len(x_t) == 1 else both(x_t)
+    return Pairs(x_t, both(x_prev), t, t_prev, cond, selection.margin)[selection.keep]

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -74,8 +75,8 @@ class Pairs:
 
     x_t: Tensor  # (n, 1, c, h, w) where win and lose share x_t, else (n, 2, c, h, w)
     x_prev: Tensor  # (n, 2, c, h, w)
-    t: Tensor  # (n,) int, training timestep
-    t_prev: Tensor  # (n,) int
+    t: Tensor  # (n,) training timestep
+    t_prev: Tensor  # (n,)
     cond: Conditioning  # n
     margin: Tensor  # (n,)
 
@@ -110,6 +111,19 @@ class Pairs:
         )
 
 
+@dataclass(frozen=True)
+class LabelledPairs:
+    """Preference pairs as the training needs them."""
+
+    latents: Tensor  # (n, 2, c, h, w)
+    label: Tensor  # (n, 2)
+    weight: Tensor  # (n,)
+    captions: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
 class Noise(Protocol):
     """Random numbers keyed by what they are for, never by the order of calls (see core/noise.py)."""
 
@@ -122,11 +136,50 @@ class Noise(Protocol):
         ...
 
 
+class Candidates:
+    """k candidates of each of b prompts at one time, as a preference model sees them.
+
+    The latents are there. The predicted x_0 and the decoded images are computed when they are first asked for.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        t: float,
+        text: Any,
+        *,
+        predict_x_0: Callable[[], Tensor],
+        decode: Callable[[Tensor], Tensor],
+    ):
+        self.x = x  # (k, b, c, h, w)
+        self.t = t  # in [0, 1000]; 0 for the end of sampling
+        self.text = text  # what the scorer's `encode` made of the b prompts
+        self._predict_x_0 = predict_x_0
+        self._decode = decode
+
+    @cached_property
+    def x_0(self) -> Tensor:
+        """Predicted clean latents (k, b, c, h, w): a pass of the policy for each candidate, but at t = 0."""
+        return self._predict_x_0()
+
+    @cached_property
+    def images(self) -> Tensor:
+        """`x_0` decoded: (k, b, 3, H, W) in [0, 1]."""
+        return self._decode(self.x_0.flatten(0, 1)).unflatten(0, self.x.shape[:2])
+
+
 class Denoiser(Protocol):
     """A diffusion model: what the core needs of it, and no more."""
 
-    timesteps: Tensor  # (T,) int, descending: the sampling grid
-    latent_shape: tuple[int, int, int]  # c, h, w
+    @property
+    def timesteps(self) -> Tensor:
+        """(T,), descending: the sampling grid."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """c, h, w"""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning: ...
 
@@ -152,10 +205,10 @@ class Denoiser(Protocol):
 class Scorer(Protocol):
     """A preference model; higher is better."""
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text features (b, d), computed once a prompt."""
+    def encode(self, prompts: Sequence[str]) -> Any:
+        """Text features of b prompts, computed once a prompt; only the scorer looks into them."""
         ...
 
-    def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
-        """Scores (n,) of images (n, 3, H, W) in [0, 1] for text features (n, d) at timesteps t (n,), or () for all."""
+    def __call__(self, candidates: "Candidates") -> Tensor:
+        """Scores (k, b), float32; the scorer asks the candidates for no more than it needs."""
         ...

@@ -14,8 +14,8 @@ from spo.evaluation.controls import contrast
 from spo.evaluation.model_variants import ModelVariant, Task
 from spo.evaluation.result_cache import ResultCache, digest_of_code, digest_of_model, digest_of_weights, key_of
 from spo.metrics.metric import Metric, Scores, build_metrics, score
-from spo.models.base import LatentDiffusion
 from spo.models.generate import eight_bits, from_bytes, generate, to_bytes
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build
 from spo.models.lora import published_lora
 from spo.models.policy import load_policy
@@ -124,11 +124,11 @@ class ImageScorer:
         if subject.borrowed is not None:
             self._loaded = None  # nothing of ours is left afterwards
             lora = subject.borrowed
-            return published_lora(self.model, lora.source, weight_name=lora.weight_name, revision=lora.revision)
+            return published_lora(self.model.network, lora.source, weight_name=lora.weight_name, revision=lora.revision)
         if subject.checkpoint is None:
             return self.model.reference()
         if subject.checkpoint != self._loaded:
-            load_policy(self.model, subject.checkpoint)
+            load_policy(self.model.network, subject.checkpoint)
             self._loaded = subject.checkpoint
         return self.model.merged()
 

@@ -10,8 +10,8 @@ from PIL import Image
 from spo.config import Config
 from spo.errors import ConfigError
 from spo.evaluation.resolve_model import BASE, Source, resolve_model
-from spo.models.base import LatentDiffusion
 from spo.models.generate import generate
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build
 from spo.models.policy import load_policy
 from spo.runtime.device import best_device
@@ -110,7 +110,7 @@ def _pictures(
 ) -> list[Image.Image]:
     """One picture a seed; the network holds the source's LoRA afterwards. The base comes before any LoRA."""
     if source.lora is not None:
-        load_policy(network, source.lora)
+        load_policy(network.network, source.lora)
     images = generate(
         network,
         [prompt] * len(seeds),

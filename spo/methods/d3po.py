@@ -1,24 +1,23 @@
-"""D3PO: pairs of whole trajectories, judged once at their ends (arXiv 2311.13231).
+"""D3PO: pairs of whole trajectories, scored once at their ends (arXiv 2311.13231).
 
 Two trajectories of a prompt part at the first step, from one initial noise; the better end makes every step of its
 trajectory a win. That is SPO's rollout with two candidates and a single segment, which is as long as the sampler.
 """
 
 from collections.abc import Iterator
-
-from torch import Tensor
+from typing import Any
 
 from spo.config import D3poConfig
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import Segment, rollout
 from spo.core.types import Conditioning
-from spo.methods.sampled import SampledMethod
+from spo.methods.sampled import PairMethod
 
 
-class D3po(SampledMethod[D3poConfig]):
-    """D3PO: two trajectories, judged at their ends; the published one asks people, here a preference model judges."""
+class D3po(PairMethod[D3poConfig]):
+    """D3PO: two trajectories, scored at their ends. The published one asks people, here a preference model decides."""
 
-    def _roll(self, cond: Conditioning, text: Tensor, noise: KeyedNoise) -> Iterator[Segment]:
+    def _roll(self, cond: Conditioning, text: Any, noise: KeyedNoise) -> Iterator[Segment]:
         return rollout(
             self.policy,
             self.scorer,
@@ -27,6 +26,8 @@ class D3po(SampledMethod[D3poConfig]):
             candidates=2,
             first_step=0,
             branch_steps=len(self.policy.timesteps),
-            threshold=self.config.threshold,
             noise=noise,
         )
+
+
+METHOD = D3po

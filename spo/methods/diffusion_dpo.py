@@ -10,17 +10,16 @@ the mean of the posterior, and never mirrored; pairs are decided by the larger l
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Generator, Tensor
 
 from spo.config import DiffusionDpoConfig
-from spo.core.denoising import denoising_target
 from spo.core.losses import dpo_loss, log_ratio
 from spo.core.noise import KeyedNoise
 from spo.core.types import Conditioning, Denoiser, Loss
-from spo.methods.method import Round, Tally
+from spo.methods.method import Inputs, Round, Tally
 
 NOISE, TIMESTEP, DROPOUT = range(3)  # what a pair's random numbers are for
 ENCODED_AT_A_TIME = 256  # captions
@@ -30,10 +29,10 @@ FINE = 2**31  # a uniform integer below it, divided by it, is a uniform number i
 class NoisingDenoiser(Denoiser, Protocol):
     """A Denoiser that can be trained on noised data."""
 
-    alpha_bar: Tensor  # (N,) of every training timestep
-    prediction_type: str
-
-    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    @property
+    def sampler(self) -> Any:
+        """A spo.models.sampler.Sampler: its schedule, `add_noise` and `target`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,11 @@ class DiffusionDpo:
         self.captions = [captions[i] for i in decided.tolist()]
         self.seed = seed
 
+    @classmethod
+    def build(cls, config: DiffusionDpoConfig, inputs: Inputs, *, seed: int) -> Self:
+        pairs = inputs.load_pairs()
+        return cls(config, inputs.policy, pairs.latents, pairs.label, pairs.captions, seed=seed)
+
     @property
     def rounds_per_epoch(self) -> int:
         whole = -(-len(self.decided) // self.config.batch_size)
@@ -103,7 +107,7 @@ class DiffusionDpo:
         win = self.win[index]
         both = torch.stack([win, 1 - win], dim=1)  # (n, 2)
         x_0 = self.latents[self.decided[index, None], both]  # (n, 2, c, h, w)
-        t = noise.choice(TIMESTEP, len(self.policy.alpha_bar))
+        t = noise.choice(TIMESTEP, self.policy.sampler.schedule.num_timesteps)
         dropped = (noise.choice(DROPOUT, FINE) / FINE < self.config.empty_captions).tolist()
         captions = ["" if drop else self.captions[i] for i, drop in zip(index.tolist(), dropped, strict=True)]
         starts = range(0, len(captions), ENCODED_AT_A_TIME)
@@ -127,6 +131,9 @@ def denoising_log_prob(policy: NoisingDenoiser, pairs: NoisedPairs) -> Tensor:
     """-1/2 the mean squared error over (c, h, w) of the model output for win and lose (n, 2)."""
     x_0 = pairs.x_0.flatten(0, 1)  # (n * 2, c, h, w)
     noise, t = pairs.noise.repeat_interleave(2, dim=0), pairs.t.repeat_interleave(2)
-    output = policy.predict(policy.add_noise(x_0, noise, t), t, pairs.cond.repeat_interleave(2))
-    target = denoising_target(x_0, noise, policy.alpha_bar[t], prediction_type=policy.prediction_type)
+    output = policy.predict(policy.sampler.add_noise(x_0, noise, t), t, pairs.cond.repeat_interleave(2))
+    target = policy.sampler.target(x_0, noise, t)
     return -0.5 * (output - target).square().mean(dim=(1, 2, 3)).unflatten(0, (-1, 2))
+
+
+METHOD = DiffusionDpo

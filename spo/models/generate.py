@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from spo.models.base import LatentDiffusion
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.runtime.progress import progress
 
 
@@ -45,8 +45,9 @@ def _batch(
     model: LatentDiffusion, prompts: list[str], seeds: list[int], steps: int, guidance_scale: float, eta: float
 ) -> Tensor:
     _, height, width = model.latent_shape
-    scale = model.pipeline.vae_scale_factor
-    images = model.pipeline(
+    pipeline = model.network.pipeline
+    scale = pipeline.vae_scale_factor
+    images = pipeline(
         prompt=prompts,
         height=height * scale,
         width=width * scale,

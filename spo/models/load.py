@@ -27,12 +27,16 @@ from transformers.utils import logging as transformers_logging
 
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ConfigError, ModelError, one_line
-from spo.models.base import LatentDiffusion, Pipeline
-from spo.models.sd15 import StableDiffusion
-from spo.models.sdxl import StableDiffusionXL
+from spo.models.autoencoder import Autoencoder
+from spo.models.latent_diffusion import LatentDiffusion
+from spo.models.network import Pipeline
+from spo.models.sampler import Sampler
+from spo.models.sd15 import StableDiffusionNetwork
+from spo.models.sdxl import StableDiffusionXLNetwork
 from spo.runtime import hub
 
 PIPELINES: dict[str, type[Pipeline]] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+NETWORKS = {"sd15": StableDiffusionNetwork, "sdxl": StableDiffusionXLNetwork}
 
 VARIANTS = 256  # of one block's code that torch may compile: widths, batch sizes, adapter on, off or merged, gradients
 
@@ -45,12 +49,13 @@ def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | 
         pipeline.unet.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(pipeline.unet)
-    options = {"resolution": config.resolution, **sampling.model_dump()}
-    match config.family:
-        case "sd15":
-            return StableDiffusion(pipeline, **options)
-        case "sdxl":
-            return StableDiffusionXL(pipeline, **options)
+    if config.resolution % pipeline.vae_scale_factor:
+        raise ModelError(f"model.resolution={config.resolution} must be a multiple of {pipeline.vae_scale_factor}")
+    network = NETWORKS[config.family](pipeline, resolution=config.resolution)
+    sampler = Sampler.ddim(pipeline.scheduler.config, sampling, network.device)
+    return LatentDiffusion(
+        network, sampler, Autoencoder(pipeline.vae, resolution=config.resolution, upcast=network.upcasts_vae)
+    )
 
 
 def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:

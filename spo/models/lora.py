@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
@@ -21,17 +20,17 @@ from torch import Tensor
 
 from spo.config import LoraConfig
 from spo.errors import ModelError, one_line
-from spo.models.base import LatentDiffusion, has_adapter
+from spo.models.network import Network
 from spo.runtime import hub
 from spo.runtime.files import atomic_path
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
-def add_lora(unet: UNet2DConditionModel, config: LoraConfig, *, seed: int) -> None:
+def add_lora(module: Any, config: LoraConfig, *, seed: int) -> None:
     """Attach a trainable LoRA in float32 that changes nothing yet: A ~ N(0, 1 / rank^2) from the seed, B = 0.
 
-    alpha = rank, so the update is B A unscaled. ModelError if the UNet has none of the targets.
+    alpha = rank, so the update is B A unscaled. ModelError if the module has none of the targets.
     """
     peft_config = PeftConfig(
         r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=list(config.targets)
@@ -39,40 +38,42 @@ def add_lora(unet: UNet2DConditionModel, config: LoraConfig, *, seed: int) -> No
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            unet.add_adapter(peft_config)
+            module.add_adapter(peft_config)
         except ValueError as error:
-            raise ModelError(f"lora.targets={list(config.targets)} do not fit this UNet: {one_line(error)}") from None
-    cast_training_params(unet, torch.float32)
+            raise ModelError(
+                f"lora.targets={list(config.targets)} do not fit this {type(module).__name__}: {one_line(error)}"
+            ) from None
+    cast_training_params(module, torch.float32)
 
 
-def save_lora(denoiser: LatentDiffusion, folder: str | Path) -> None:
+def save_lora(network: Network, folder: str | Path) -> None:
     """Write a folder that diffusers' `pipeline.load_lora_weights(folder)` takes."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser.unet))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network.module))
     with atomic_path(folder) as temporary:
-        denoiser.pipeline.save_lora_weights(temporary, unet_lora_layers=layers)
+        network.pipeline.save_lora_weights(temporary, unet_lora_layers=layers)
 
 
-def save_kohya(denoiser: LatentDiffusion, file: str | Path) -> None:
+def save_kohya(network: Network, file: str | Path) -> None:
     """Write a .safetensors file under kohya's names, with alpha: for AUTOMATIC1111, ComfyUI and their kin."""
-    state = {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(denoiser.unet).items()}
+    state = {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(network.module).items()}
     state = convert_state_dict_to_kohya(state)
     with atomic_path(file) as temporary:
         save_file({name: weight.float().cpu().contiguous() for name, weight in state.items()}, temporary)
 
 
-def load_lora(denoiser: LatentDiffusion, source: str | Path, *, weight_name: str | None = None) -> None:
+def load_lora(network: Network, source: str | Path, *, weight_name: str | None = None) -> None:
     """Replace the policy's LoRA by one of a folder, a file or a hub repository, in diffusers' or kohya's names.
 
     It is trainable and in float32 afterwards. Only .safetensors is read. ModelError if it is missing, changes a
     text encoder too (which the reference could not undo) or was made for another UNet.
     """
-    unet = denoiser.unet
+    unet = network.module
     with _explained(source):
-        state, alphas, metadata = _read(denoiser, source, weight_name, revision=None)
+        state, alphas, metadata = _read(network, source, weight_name, revision=None)
         others = sorted({name.split(".")[0] for name in state if not name.startswith("unet.")})
         if others or not state:
             raise ModelError(f"LoRA {source} changes {others or 'nothing'}; it should change the UNet alone")
-        if has_adapter(unet):
+        if network.has_adapter:
             unet.unload_lora()
         unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name="default")
         cast_training_params(unet, torch.float32)
@@ -82,19 +83,19 @@ def load_lora(denoiser: LatentDiffusion, source: str | Path, *, weight_name: str
 
 @contextmanager
 def published_lora(
-    denoiser: LatentDiffusion, source: str | Path, *, weight_name: str | None = None, revision: str | None = None
+    network: Network, source: str | Path, *, weight_name: str | None = None, revision: str | None = None
 ) -> Iterator[None]:
     """Within it, the pipeline has somebody else's LoRA, of UNet and text encoders, in place of the policy's own.
 
     It is loaded as plain diffusers does, from a folder, a .safetensors file or a hub repository, in diffusers' or
     kohya's names; afterwards the pipeline is the base. ModelError if it is missing or fits no layer of this pipeline.
     """
-    denoiser.restore()
-    pipeline = denoiser.pipeline
+    network.restore()
+    pipeline = network.pipeline
     pipeline.unload_lora_weights()
     try:
         with _explained(source):
-            state, alphas, metadata = _read(denoiser, source, weight_name, revision)
+            state, alphas, metadata = _read(network, source, weight_name, revision)
             if not state:
                 raise ModelError(f"LoRA {source} holds no weight; give one of the same base model")
             pipeline.load_lora_into_unet(state, alphas, pipeline.unet, metadata=metadata, _pipeline=pipeline)
@@ -114,7 +115,7 @@ def published_lora(
 
 
 def _read(
-    denoiser: LatentDiffusion, source: str | Path, weight_name: str | None, revision: str | None
+    network: Network, source: str | Path, weight_name: str | None, revision: str | None
 ) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
     """Weights under diffusers' names, alphas and metadata of a LoRA; only .safetensors is read."""
     path = Path(source)
@@ -123,12 +124,12 @@ def _read(
         raise ModelError(f"LoRA {source}: {chosen} is no .safetensors file; other formats can run code and are refused")
     if weight_name is None and (path / WEIGHTS).is_file():
         weight_name = WEIGHTS
-    return denoiser.pipeline.lora_state_dict(
+    return network.pipeline.lora_state_dict(
         str(source),
         weight_name=weight_name,
         revision=revision,
         use_safetensors=True,
-        unet_config=denoiser.unet.config,
+        unet_config=network.module.config,
         return_lora_metadata=True,
     )
 

@@ -5,15 +5,17 @@ from typing import Any
 from torch import Tensor
 
 from spo.core.types import Conditioning
-from spo.models.base import LatentDiffusion
+from spo.models.network import Network
 
 
-class StableDiffusion(LatentDiffusion):
+class StableDiffusionNetwork(Network):
     """Conditioned on `prompt_embeds` (b, tokens, width)."""
+
+    component = "unet"
 
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
 
-    def _unet_inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:
+    def _inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:
         return {"encoder_hidden_states": self._halves(cond, "prompt_embeds", guided)}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo.core.types import Candidates
 from spo.preference.checkpoint import PreferenceModel
 from spo.preference.pixel import Modulations
 
@@ -16,6 +17,7 @@ class PreferenceScorer:
     A `dtype` below float32 runs under autocast; the weights stay as they are, and features and scores are float32.
     Text features are computed once a prompt and handed in, and what the adaptive norms make of a timestep once a
     timestep, so the model must not be trained meanwhile; the published code computes both anew at every step.
+    `timestep` is given to the model in place of every other one: it is then blind to t (the paper's ablation).
     """
 
     def __init__(
@@ -24,11 +26,13 @@ class PreferenceScorer:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        timestep: int | None = None,
     ):
         self.device = torch.device(device)
         self.model = preference.model.to(self.device).eval()
         self.tokenizer = preference.tokenizer
         self.preprocess = preference.preprocess
+        self.timestep = timestep
         self._modulations: dict[int, Modulations] = {}
         self._precision: dict[str, Any] = {
             "device_type": self.device.type,
@@ -49,9 +53,17 @@ class PreferenceScorer:
         with torch.autocast(**self._precision):
             return self.model.text_features(tokens.to(self.device))
 
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """Scores (k, b) of candidates by their decoded x_0; their `text` is what `encode` gives."""
+        images, k = candidates.images, len(candidates.x)
+        t = torch.tensor(candidates.t)  # on the CPU: to look it up there waits for no GPU
+        return self.score_images(images.flatten(0, 1), candidates.text.repeat(k, 1), t).unflatten(0, (k, -1))
+
     @torch.no_grad()
-    def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
+    def score_images(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
         """Scores (n,) of images (n, 3, H, W) in [0, 1] for text features (n, d) at timesteps t (n,), or () for all."""
+        if self.timestep is not None:
+            t = torch.full_like(t, self.timestep)
         pixels = self.preprocess(images.to(self.device))
         with torch.autocast(**self._precision):
             if t.ndim:

@@ -4,21 +4,17 @@ import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo.config import Config, D3poConfig, DiffusionDpoConfig, ScoringConfig, SpoConfig
-from spo.core.types import Scorer
+from spo.config import Config, ScoringConfig
+from spo.core.types import LabelledPairs, Scorer
 from spo.errors import DataError
-from spo.methods.d3po import D3po
-from spo.methods.diffusion_dpo import DiffusionDpo
-from spo.methods.method import Method
-from spo.methods.spo import Spo
+from spo.methods.method import Inputs, build_method
 from spo.metrics.metric import build_metrics, score
-from spo.models.base import LatentDiffusion
 from spo.models.generate import generate, image_seed
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
 from spo.runtime import distributed
@@ -41,11 +37,11 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     store = state_store(config, name, seed, root)
     policy = build_policy(config, name)
     if settings.full_fine_tuning:
-        policy.unfreeze()
+        policy.network.unfreeze()
     else:
-        add_lora(policy.unet, settings.lora, seed=seed)
+        add_lora(policy.network.module, settings.lora, seed=seed)
     start = time.perf_counter()
-    method = build_method(config, name, policy, seed=seed, root=root)
+    method = build_method(settings, build_inputs(config, policy, root=root), seed=seed)
     cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, root=root)
     grows = store.folder / "output"  # there, since DVC removes the outputs of a stage that it runs again
@@ -72,13 +68,16 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
 
 def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
     """Where the states of the run are, and what they depend on."""
+    method = config.align[name]
     settings = config.model_dump(mode="json", include={"model", "sampling"})
-    settings |= {"align": {name: config.align[name].model_dump(mode="json")}, "training_seed": seed}
+    settings |= {"align": {name: method.model_dump(mode="json")}, "training_seed": seed}
     prepared = root / config.folder("prepare")
     inputs: dict[str, str | Path | None] = {"model": config.model.path, "vae": config.model.vae}
-    if isinstance(config.align[name], DiffusionDpoConfig):
+    if method.needs_pairs:
         settings |= {"pairs": fingerprint_of_pairs(prepared / "preferences" / "train.parquet")}
-    else:
+        settings |= {"labels": config.labels.model_dump(mode="json")}
+        inputs |= {"labels": config.labels.model}
+    if method.needs_preference_model:
         model = root / config.folder("train_preference") / "model"
         inputs |= {"prompts": prepared / "prompts" / "train.txt", "preference_model": model}
     settings |= {"inputs": fingerprints(inputs)}
@@ -86,33 +85,24 @@ def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
 
 
 def build_policy(config: Config, name: str) -> LatentDiffusion:
-    """The base behind the method's sampler: Diffusion-DPO trains without guidance."""
-    sampling = config.sampling
-    if isinstance(config.align[name], DiffusionDpoConfig):
-        sampling = sampling.model_copy(update={"guidance_scale": 1.0})
-    return build(config.model, sampling, best_device())
+    """The base behind the method's sampler."""
+    return build(config.model, config.align[name].sampling(config.sampling), best_device())
 
 
-def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: int, root: Path) -> Method[Any]:
-    """The method called `name` in the profile, with the data that it learns from."""
+def build_inputs(config: Config, policy: LatentDiffusion, *, root: Path) -> Inputs:
+    """What a method may learn from."""
     prepared = root / config.folder("prepare")
-    prompts = training_prompts(prepared / "prompts" / "train.txt")
-    match config.align[name]:
-        case SpoConfig() as settings:
-            return Spo(settings, policy, build_judge(config, settings.scoring, policy, root), prompts, seed=seed)
-        case D3poConfig() as settings:
-            return D3po(settings, policy, build_judge(config, settings.scoring, policy, root), prompts, seed=seed)
-        case DiffusionDpoConfig() as settings:
-            file, cache = prepared / "preferences" / "train.parquet", root / config.latents_folder
-            pairs = load_pairs(file, policy, config, cache=cache)
-            return DiffusionDpo(settings, policy, pairs.latents, pairs.label, pairs.captions, seed=seed)
 
+    def scorer(scoring: ScoringConfig) -> Scorer:
+        if scoring.tiny_vae is not None:
+            policy.autoencoder.preview = load_tiny_vae(scoring.tiny_vae, policy)
+        return load_scorer(config, root, policy.device, scoring)
 
-def build_judge(config: Config, scoring: ScoringConfig, policy: LatentDiffusion, root: Path) -> Scorer:
-    """The preference model that judges candidates; the policy decodes them as `scoring` says."""
-    if scoring.tiny_vae is not None:
-        policy.preview = load_tiny_vae(scoring.tiny_vae, policy)
-    return load_scorer(config, root, policy.device, getattr(torch, scoring.dtype))
+    def pairs() -> LabelledPairs:
+        file, cache = prepared / "preferences" / "train.parquet", root / config.latents_folder
+        return load_pairs(file, policy, config, cache=cache)
+
+    return Inputs(policy, training_prompts(prepared / "prompts" / "train.txt"), scorer, pairs)
 
 
 def training_prompts(path: Path) -> list[str]:
@@ -157,7 +147,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
             )
 
     def favour(pictures: Tensor) -> Tensor:
-        return preference(pictures, text, torch.zeros((), dtype=torch.long)).cpu()
+        return preference.score_images(pictures, text, torch.zeros((), dtype=torch.long)).cpu()
 
     def judgement(pictures: Tensor) -> Tensor:
         return score(metrics, pictures, prompts)[settings.score]

@@ -6,7 +6,7 @@ report/report.html, report/summary.txt and report/metrics.json beside them.
 
 from pathlib import Path
 
-from spo.config import Config, SampledConfig
+from spo.config import Config
 from spo.report.charts import all_charts
 from spo.report.cost import duels, numbers, sentences
 from spo.report.gallery import gallery
@@ -32,7 +32,7 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
         inputs.validation_scores,
         tolerance=evaluate.guard_tolerance,
         judge=inputs.judge,
-        judged=[name for name in config.methods if isinstance(config.align[name], SampledConfig)],
+        judged=[name for name in config.methods if config.align[name].needs_preference_model],
     )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
     folder = root / config.folder("report")

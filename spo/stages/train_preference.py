@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spo.config import Config
+from spo.core.types import LabelledPairs
 from spo.models.load import build
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.runtime import distributed
@@ -20,7 +21,7 @@ from spo.runtime.progress import Progress, progress
 from spo.runtime.tables import write_csv
 from spo.tracking import Tracker
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
-from spo.training.preference import LabelledPairs, StepAwareTraining
+from spo.training.preference import StepAwareTraining
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
@@ -81,12 +82,12 @@ class Done:
 
 def state_store(config: Config, root: Path) -> StateStore:
     """Where the stage's states are, and what they depend on."""
-    settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "train_preference"})
+    settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "labels", "train_preference"})
     inputs: dict[str, str | Path | None] = {
         "model": config.model.path,
         "vae": config.model.vae,
         "start_from": config.train_preference.start_from,
-        "labels": config.train_preference.labels.model,
+        "labels": config.labels.model,
     }
     pairs = root / config.folder("prepare") / "preferences" / "train.parquet"
     settings |= {"inputs": {"pairs": fingerprint_of_pairs(pairs), **fingerprints(inputs)}}

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from spo.config import AlignConfig, OptimizerConfig, SafetyConfig, SampledConfig
+from spo.config import AlignConfig, OptimizerConfig, SafetyConfig
 from spo.errors import ConfigError, TrainingError
-from spo.methods.method import Method, P, Round
-from spo.models.base import LatentDiffusion
+from spo.methods.method import E, Method, Round
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.policy import save_policy
 from spo.runtime import distributed
 from spo.runtime.checkpoint import Saver, StateStore
@@ -37,7 +37,7 @@ from spo.training.watch import Watch
 
 
 def align(
-    method: Method[P],
+    method: Method[E],
     policy: LatentDiffusion,
     config: AlignConfig,
     folder: Path,
@@ -53,11 +53,11 @@ def align(
 
     cost: what preparing the method took; watch: looks on, and may end the run early, which the metrics then tell.
     With a store the run goes on from its newest state; `folder` must then have what that run had left there.
-    Raises TrainingError after an epoch in which no pair was kept, where updates are not finite, where memory is short,
-    and where a state cannot be saved or is another run's.
+    Raises TrainingError after an epoch in which no example was kept, where updates are not finite, where memory is
+    short, and where a state cannot be saved or is another run's.
     """
     safety = safety or SafetyConfig()
-    optimizer = build_optimizer(policy.parameters(), config.optimizer)
+    optimizer = build_optimizer(policy.network.parameters(), config.optimizer)
     guard = FiniteGuard(safety.max_skipped_in_a_row)
     state = State(optimizer, guard, LossScale.of(policy.dtype), cost or Cost())
     saved = store.load() if store else None
@@ -73,13 +73,13 @@ def align(
         _log_look(row, tracker)
     saver = Saver(store if distributed.is_main() else None, safety.save_every_seconds, lambda: state.snapshot(policy))
     stuck = StallDetector(safety.stuck_after)
-    with memory_advice(_less_memory(config)), saver.saving_when_stopped():
+    with memory_advice(config.memory_remedy()), saver.saving_when_stopped():
         stopped_early = _rounds(method, policy, config, state, folder, tracker, saver, stuck, seed=seed, watch=watch)
     return _finish(state, folder, stopped_early=stopped_early)
 
 
 def _rounds(
-    method: Method[P],
+    method: Method[E],
     policy: LatentDiffusion,
     config: AlignConfig,
     state: State,
@@ -106,7 +106,7 @@ def _rounds(
         for epoch in range(state.cost.rounds // per_epoch, config.epochs):
             start = time.perf_counter()
             for round_ in method.collect(epoch, skip=state.cost.rounds % per_epoch):
-                several = round_.pairs is not None and len(round_.pairs) > at_once
+                several = round_.examples is not None and len(round_.examples) > at_once
                 with saver.holding() if several else saver.whole():
                     rows = _train(method, policy, config, state, round_, seed=seed)
                     if state.cost.rounds % per_epoch == 0:
@@ -117,7 +117,7 @@ def _rounds(
                         save_checkpoint(policy, state.cost, folder / "checkpoints")
                 bar.update(**{name: rows[-1][name] for name in ("loss", "kept", "score") if rows and name in rows[-1]})
                 margin = max((tally.margin for tally in round_.tallies), default=1.0)
-                stuck.see(kept=round_.pairs is not None, margin=margin, rows=rows)
+                stuck.see(kept=round_.examples is not None, margin=margin, rows=rows)
                 if _is_over(watch, state, policy, folder, tracker):
                     return True
                 saver.save_if_due()
@@ -126,16 +126,16 @@ def _rounds(
 
 
 def _end_epoch(state: State, config: AlignConfig) -> None:
-    if not state.pairs_in_epoch:
-        raise TrainingError(_no_pairs(config, state.history))
-    state.pairs_in_epoch = 0
+    if not state.examples_in_epoch:
+        raise TrainingError(_none_kept(config, state.history))
+    state.examples_in_epoch = 0
 
 
 def _finish(state: State, folder: Path, *, stopped_early: bool) -> dict[str, Any]:
     """Write the tables; the run's metrics."""
     state.history.write(folder)
     branched = sum(sums.branched for sums in state.history.timesteps.values())
-    return {**asdict(state.cost), "kept_share": state.cost.num_pairs / branched, "stopped_early": stopped_early}
+    return {**asdict(state.cost), "kept_share": state.cost.num_examples / branched, "stopped_early": stopped_early}
 
 
 def _is_over(watch: Watch | None, state: State, policy: LatentDiffusion, folder: Path, tracker: Tracker) -> bool:
@@ -168,7 +168,7 @@ def _log_look(row: dict[str, float], tracker: Tracker) -> None:
 def save_checkpoint(policy: LatentDiffusion, cost: Cost, folder: Path) -> None:
     """Write <folder>/step-<rounds>: the policy, and what it took to get there."""
     checkpoint = folder / f"step-{cost.rounds:06d}"
-    save_policy(policy, checkpoint)
+    save_policy(policy.network, checkpoint)
     write_json(checkpoint / "cost.json", asdict(cost))
 
 
@@ -187,46 +187,47 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
 
 
 def _train(
-    method: Method[P], policy: LatentDiffusion, config: AlignConfig, state: State, round_: Round[P], *, seed: int
+    method: Method[E], policy: LatentDiffusion, config: AlignConfig, state: State, round_: Round[E], *, seed: int
 ) -> list[dict[str, float]]:
-    """Train once on a round's pairs, shuffled; one row of measurements an update."""
-    cost, pairs, rows = state.cost, round_.pairs, []
+    """Train once on a round's examples, shuffled; one row of measurements an update."""
+    cost, examples, rows = state.cost, round_.examples, []
     cost.rounds += 1
-    if pairs is not None:
-        order = torch.randperm(len(pairs), generator=Generator().manual_seed(seed + 7919 * cost.rounds))
+    if examples is not None:
+        order = torch.randperm(len(examples), generator=Generator().manual_seed(seed + 7919 * cost.rounds))
         with memory_advice(_smaller_updates(config)):
-            for index in order.to(pairs.t.device).split(config.batch_size):
-                row = _update(method, policy, config, state, pairs[index])
+            for index in order.to(examples.t.device).split(config.batch_size):
+                row = _update(method, policy, config, state, examples[index])
                 rows += [row] if row else []
-        cost.num_pairs += len(pairs)
-        state.pairs_in_epoch += len(pairs)
-    made = distributed.add_up({"forwards": policy.forwards, "decodes": policy.decodes})
+        cost.num_examples += len(examples)
+        state.examples_in_epoch += len(examples)
+    network, autoencoder = policy.network, policy.autoencoder
+    made = distributed.add_up({"forwards": network.forwards, "decodes": autoencoder.decodes})
     cost.unet_forwards += int(made["forwards"])
     cost.vae_decodes += int(made["decodes"])
-    policy.forwards = policy.decodes = 0
+    network.forwards = autoencoder.decodes = 0
     return rows
 
 
 def _update(
-    method: Method[P], policy: LatentDiffusion, config: AlignConfig, state: State, pairs: P
+    method: Method[E], policy: LatentDiffusion, config: AlignConfig, state: State, examples: E
 ) -> dict[str, float] | None:
-    """One step of the optimizer; the pairs go through the networks `micro_batch_size` at a time.
+    """One step of the optimizer; the examples go through the networks `micro_batch_size` at a time.
 
-    Of several processes each takes its share of the pairs, and all make the same step.
+    Of several processes each takes its share of the examples, and all make the same step.
     None, and no weight is changed, where loss or gradient is not finite; in float16 that may be the loss scale's doing,
     which is then halved.
     """
-    parameters, optimizer, cost = policy.parameters(), state.optimizer, state.cost
+    parameters, optimizer, cost = policy.network.parameters(), state.optimizer, state.cost
     done = (cost.rounds - 1) / (config.epochs * method.rounds_per_epoch)
     ratios: list[tuple[list[int], list[list[float]]]] = []
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
-    mine = torch.arange(len(pairs), device=pairs.t.device)[distributed.share(len(pairs))]
-    for index in mine.split(config.micro_batch_size or len(pairs)) if len(mine) else ():
-        part = pairs[index]
+    shard = torch.arange(len(examples), device=examples.t.device)[distributed.share(len(examples))]
+    for index in shard.split(config.micro_batch_size or len(examples)) if len(shard) else ():
+        part = examples[index]
         loss = method.loss(part)
         state.scale.scale(loss.value * (len(part) / config.batch_size)).backward()
         for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
-            total[name] += value * (len(part) / len(pairs))
+            total[name] += value * (len(part) / len(examples))
         if loss.log_ratio is not None:
             ratios.append((part.t.tolist(), loss.log_ratio.tolist()))
     distributed.sum_gradients(parameters)
@@ -262,7 +263,7 @@ def rate_share(update: int, done: float, config: OptimizerConfig) -> float:
 def _record(
     state: State,
     rows: list[dict[str, float]],
-    round_: Round[P],
+    round_: Round[E],
     epoch: int,
     policy: LatentDiffusion,
     tracker: Tracker,
@@ -277,20 +278,10 @@ def _record(
     state.history.count(policy.timesteps.tolist(), round_.tallies)
 
 
-def _no_pairs(config: AlignConfig, history: History) -> str:
+def _none_kept(config: AlignConfig, history: History) -> str:
     sums = history.timesteps.values()
-    margin = sum(each.margin for each in sums) / sum(each.branched for each in sums)
-    threshold = config.threshold if isinstance(config, SampledConfig) else 0
-    return (
-        f"no pair was kept in a whole epoch: threshold={threshold}, but the mean margin is {margin:.3g}; "
-        "lower the method's threshold, or train the preference model for longer"
-    )
-
-
-def _less_memory(config: AlignConfig) -> str:
-    if isinstance(config, SampledConfig):
-        return f"lower the method's prompts_per_rollout, now {config.prompts_per_rollout}"
-    return "set model.dtype to bfloat16, or use a smaller model.resolution"
+    margin = sum(each.margin for each in sums) / max(1, sum(each.branched for each in sums))
+    return f"no example was kept in a whole epoch: {config.empty_remedy(margin)}"
 
 
 def _smaller_updates(config: AlignConfig) -> str:

@@ -16,7 +16,7 @@ class Cost:
 
     rounds: int = 0  # of collecting and training
     updates: int = 0
-    num_pairs: int = 0
+    num_examples: int = 0
     unet_forwards: int = 0  # samples, each half of the guidance counted
     vae_decodes: int = 0  # images
     seconds: float = 0.0
@@ -40,10 +40,10 @@ class History:
     """One row an update, one a look from outside, and sums over the pairs of each timestep."""
 
     updates: list[dict[str, float]] = field(default_factory=list)
-    timesteps: dict[int, TimestepSums] = field(default_factory=dict)
+    timesteps: dict[float, TimestepSums] = field(default_factory=dict)
     looks: list[dict[str, float]] = field(default_factory=list)  # of the watch
 
-    def count(self, grid: Sequence[int], tallies: Sequence[Tally]) -> None:
+    def count(self, grid: Sequence[float], tallies: Sequence[Tally]) -> None:
         """Add what became of candidates; a t between two of the sampler's `grid` counts at the lower."""
         for tally in tallies:
             sums = self._at(grid, tally.t)
@@ -51,7 +51,7 @@ class History:
             sums.kept += tally.num_kept
             sums.margin += tally.margin * tally.num_branched
 
-    def count_ratios(self, grid: Sequence[int], t: Sequence[int], log_ratio: Sequence[Sequence[float]]) -> None:
+    def count_ratios(self, grid: Sequence[float], t: Sequence[float], log_ratio: Sequence[Sequence[float]]) -> None:
         """Add the log-ratios (win, lose) of pairs that were trained on at t."""
         for timestep, (win, lose) in zip(t, log_ratio, strict=True):
             sums = self._at(grid, timestep)
@@ -59,7 +59,7 @@ class History:
             sums.log_ratio_win += win
             sums.log_ratio_lose += lose
 
-    def _at(self, grid: Sequence[int], t: int) -> TimestepSums:
+    def _at(self, grid: Sequence[float], t: float) -> TimestepSums:
         ascending = sorted(grid)
         return self.timesteps.setdefault(ascending[max(0, bisect_right(ascending, t) - 1)], TimestepSums())
 
@@ -71,7 +71,7 @@ class History:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        sums = {int(t): TimestepSums(**of_t) for t, of_t in values["timesteps"].items()}
+        sums = {_number(t): TimestepSums(**of_t) for t, of_t in values["timesteps"].items()}
         return cls(values["updates"], sums, values["looks"])
 
     def write(self, folder: Path) -> None:
@@ -90,6 +90,11 @@ class History:
             for t, sums in sorted(self.timesteps.items(), reverse=True)
         ]
         write_csv(folder / "timesteps.csv", rows)
+
+
+def _number(text: str) -> float:
+    """An integer timestep stays one."""
+    return float(text) if "." in text else int(text)
 
 
 def _mean(total: float, count: int) -> float:

@@ -14,11 +14,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from spo.config import Config, LabelsConfig
+from spo.core.types import LabelledPairs
 from spo.data.images import decode_image
 from spo.data.preferences import PreferencePair, PreferencePairs
 from spo.data.prefetch import ahead
 from spo.errors import DataError
-from spo.models.base import LatentDiffusion
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.checkpoint import load_clip
 from spo.preference.labels import human_labels, prompt_weights, pseudo_labels
 from spo.preference.score import PreferenceScorer
@@ -26,7 +27,6 @@ from spo.runtime import distributed
 from spo.runtime.cache import checksum, keep, kept
 from spo.runtime.checkpoint import fingerprint, fingerprints
 from spo.runtime.progress import progress
-from spo.training.preference import LabelledPairs
 
 PAIRS_AT_A_TIME = 32
 VERSION = 2  # of what is kept: another one wherever the same inputs would give other latents or labels
@@ -59,13 +59,13 @@ def load_pairs(
 
 def _key(path: Path, num_pairs: int, base: LatentDiffusion, config: Config) -> str:
     """Of all that latents and labels depend on."""
-    labels = config.train_preference.labels
+    labels, vae = config.labels, base.autoencoder.vae
     made_of = {
         "version": VERSION,
         "pairs": fingerprint_of_pairs(path),
         "num_pairs": num_pairs,
         "resolution": config.model.resolution,
-        "vae": [checksum(base.vae.state_dict()), base.vae.config.scaling_factor, base.vae.config.shift_factor],
+        "vae": [checksum(vae.state_dict()), vae.config.scaling_factor, vae.config.shift_factor],
         "labels": labels.model_dump(mode="json"),
         "models": fingerprints({"labels": labels.model, "processor": labels.processor}),
     }
@@ -83,8 +83,8 @@ def _encode(
     stored: PreferencePairs, num_pairs: int, base: LatentDiffusion, config: Config, *, label: str
 ) -> dict[str, Tensor]:
     """`latents` (n, 2, c, h, w) and `label` (n, 2) of the first n pairs; of several processes each makes its share."""
-    labels, resolution = config.train_preference.labels, config.model.resolution
-    judge = _judge(labels, base) if labels.model else None
+    labels, resolution = config.labels, config.model.resolution
+    labeller = _labeller(labels, base) if labels.model else None
     latents, opinions = [], []
     shared_out = num_pairs >= distributed.count()
     mine = torch.arange(num_pairs)[distributed.share(num_pairs) if shared_out else slice(None)]
@@ -97,13 +97,13 @@ def _encode(
     decoded = ahead(read, ([stored[i] for i in part.tolist()] for part in parts), depth=2)
     for pairs, pixels in progress(decoded, total=len(parts), label=label):
         images = pixels.to(base.device, non_blocking=True).float() / 255
-        latents.append(base.encode_images(images).cpu().unflatten(0, (-1, 2)))
-        opinions.append(_opinion(judge, images, pairs, labels) if judge else _votes(pairs))
+        latents.append(base.autoencoder.encode(images).cpu().unflatten(0, (-1, 2)))
+        opinions.append(_opinion(labeller, images, pairs, labels) if labeller else _votes(pairs))
     made = {"latents": torch.cat(latents), "label": torch.cat(opinions)}
     return {name: distributed.gather(tensor) for name, tensor in made.items()} if shared_out else made
 
 
-def _judge(labels: LabelsConfig, base: LatentDiffusion) -> PreferenceScorer:
+def _labeller(labels: LabelsConfig, base: LatentDiffusion) -> PreferenceScorer:
     assert labels.model is not None  # the configuration sees to it
     return PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
 
@@ -112,9 +112,9 @@ def _votes(pairs: list[PreferencePair]) -> Tensor:
     return human_labels(torch.tensor([[pair.label_0, pair.label_1] for pair in pairs]))
 
 
-def _opinion(judge: PreferenceScorer, images: Tensor, pairs: list[PreferencePair], labels: LabelsConfig) -> Tensor:
-    text = judge.encode([pair.caption for pair in pairs]).repeat_interleave(2, dim=0)
-    scores = judge(images, text, torch.zeros(len(images), dtype=torch.long)).cpu()
+def _opinion(labeller: PreferenceScorer, images: Tensor, pairs: list[PreferencePair], labels: LabelsConfig) -> Tensor:
+    text = labeller.encode([pair.caption for pair in pairs]).repeat_interleave(2, dim=0)
+    scores = labeller.score_images(images, text, torch.zeros(len(images), dtype=torch.long)).cpu()
     return pseudo_labels(scores.unflatten(0, (-1, 2)), tie_margin=labels.tie_margin)
 
 

@@ -7,8 +7,8 @@ float32.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 
 from spo.config import SafetyConfig, TrainPreferenceConfig
 from spo.core.losses import preference_loss
-from spo.core.types import Conditioning
-from spo.models.base import LatentDiffusion
+from spo.core.types import Conditioning, LabelledPairs
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.accuracy import pairwise_accuracy
 from spo.preference.checkpoint import PreferenceModel
 from spo.runtime import distributed
@@ -26,19 +26,6 @@ from spo.training.guards import FiniteGuard, Streak
 from spo.training.scaling import LossScale
 
 Row = dict[str, float] | None  # a step's measurements, where it was made
-
-
-@dataclass(frozen=True)
-class LabelledPairs:
-    """Preference pairs as the training needs them."""
-
-    latents: Tensor  # (n, 2, c, h, w)
-    label: Tensor  # (n, 2)
-    weight: Tensor  # (n,)
-    captions: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.label)
 
 
 class StepAwareTraining:
@@ -86,7 +73,7 @@ class StepAwareTraining:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * self._schedule(step)
         index = torch.randint(len(pairs), (config.batch_size,), generator=generator)
-        t = torch.randint(len(self.base.alpha_bar), (len(index),), generator=generator)
+        t = torch.randint(self.base.sampler.schedule.num_timesteps, (len(index),), generator=generator)
         noise = self.noise(pairs, index, generator)
         optimizer.zero_grad()
         mine = distributed.share(len(index))
@@ -158,12 +145,12 @@ class StepAwareTraining:
             max_length=self.model.clip.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).input_ids.to(self.base.device)
-        told = torch.zeros_like(t) if self.config.blind else t
-        told = told.repeat_interleave(2).to(self.base.device)
+        given_t = torch.zeros_like(t) if self.config.blind else t
+        given_t = given_t.repeat_interleave(2).to(self.base.device)
         pixels = self.preference.preprocess(images)
         with torch.autocast(self.base.device.type, self.dtype, enabled=self.dtype != torch.float32):
             text = self.model.text_features(tokens).repeat_interleave(2, dim=0)
-            features = self.model.image_features(pixels, told)
+            features = self.model.image_features(pixels, given_t)
         return self.model.score(features, text).unflatten(0, (-1, 2))
 
     @torch.no_grad()
@@ -171,8 +158,9 @@ class StepAwareTraining:
         """Images (n * 2, 3, H, W) in [0, 1]: the x_0 predicted from latents (n, 2, ...) noised to t (n,)."""
         device = self.base.device
         t = t.repeat_interleave(2).to(device)
-        x_t = self.base.add_noise(latents.flatten(0, 1).to(device), noise.flatten(0, 1).to(device), t)
-        return self.base.decode(self.base.predict_x_0(x_t, t, cond.repeat_interleave(2)))
+        x_t = self.base.sampler.add_noise(latents.flatten(0, 1).to(device), noise.flatten(0, 1).to(device), t)
+        output = self.base.predict(x_t, t, cond.repeat_interleave(2))
+        return self.base.decode(self.base.sampler.predict_x_0(output, x_t, t))
 
     @torch.no_grad()
     def accuracy(self, pairs: LabelledPairs, timestep: int, *, seed: int) -> tuple[float, int]:

@@ -1,18 +1,19 @@
-"""The preference model that `train_preference` left, as the judge of candidates."""
+"""The preference model that `train_preference` left, as the scorer of candidates."""
 
 from pathlib import Path
 
 import torch
 
-from spo.config import Config
-from spo.core.types import Scorer
-from spo.methods.spo import BlindScorer
+from spo.config import Config, ScoringConfig
 from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
 
 
-def load_scorer(config: Config, root: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Scorer:
+def load_scorer(
+    config: Config, root: Path, device: torch.device, scoring: ScoringConfig | None = None
+) -> PreferenceScorer:
     """One that was trained blind to t stays so. ModelError where it is missing."""
+    scoring = scoring or ScoringConfig()
     preference = load_preference_model(root / config.folder("train_preference") / "model")
-    scorer = PreferenceScorer(preference, device=device, dtype=dtype)
-    return BlindScorer(scorer, 0) if config.train_preference.blind else scorer
+    timestep = 0 if config.train_preference.blind else scoring.timestep
+    return PreferenceScorer(preference, device=device, dtype=getattr(torch, scoring.dtype), timestep=timestep)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from spo.models.base import LatentDiffusion
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.runtime import checkpoint
 from spo.runtime.checkpoint import pack_optimizer, unpack_optimizer
 from spo.training.guards import FiniteGuard
@@ -21,18 +21,18 @@ class State:
     scale: LossScale
     cost: Cost = field(default_factory=Cost)
     history: History = field(default_factory=History)
-    pairs_in_epoch: int = 0
+    examples_in_epoch: int = 0
 
     def snapshot(self, policy: LatentDiffusion) -> checkpoint.State:
         """Weights and all the rest as they stand between two rounds, on the CPU."""
         tensors, numbers = pack_optimizer(self.optimizer)
-        weights = {f"policy.{i}": parameter.detach() for i, parameter in enumerate(policy.parameters())}
+        weights = {f"policy.{i}": parameter.detach() for i, parameter in enumerate(policy.network.parameters())}
         values = {
             "optimizer": numbers,
             "scale": asdict(self.scale),
             "cost": asdict(self.cost),
             "history": self.history.to_json(),
-            "pairs_in_epoch": self.pairs_in_epoch,
+            "examples_in_epoch": self.examples_in_epoch,
         }
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in {**weights, **tensors}.items()}
         return checkpoint.State(self.cost.rounds, copies, values)
@@ -40,11 +40,11 @@ class State:
     @torch.no_grad()
     def restore(self, policy: LatentDiffusion, saved: checkpoint.State) -> None:
         """Put back what `snapshot` gave."""
-        for i, parameter in enumerate(policy.parameters()):
+        for i, parameter in enumerate(policy.network.parameters()):
             parameter.copy_(saved.tensors[f"policy.{i}"])
         unpack_optimizer(self.optimizer, saved.tensors, saved.values["optimizer"])
         self.scale = LossScale(**saved.values["scale"])
         self.cost = Cost(**saved.values["cost"])
         self.history = History.from_json(saved.values["history"])
-        self.pairs_in_epoch = saved.values["pairs_in_epoch"]
+        self.examples_in_epoch = saved.values["examples_in_epoch"]
         self.guard.skipped = self.cost.skipped

@@ -33,9 +33,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints = root / "runs/own/align/spo/seed-0/checkpoints"
     for seed, name in enumerate(("step-000001", "step-000002")):
         policy = make_tiny_denoiser("sd15", root / "model")
-        add_lora(policy.unet, LoraConfig(rank=2), seed=0)
+        add_lora(policy.network.module, LoraConfig(rank=2), seed=0)
         shake(policy, seed=seed)
-        save_policy(policy, checkpoints / name)
+        save_policy(policy.network, checkpoints / name)
     shutil.copytree(checkpoints / "step-000002", root / "runs/own/evaluate/lora/spo")
     return root
 

@@ -48,9 +48,9 @@ def write_evaluation(
     """What `evaluate` and `report` leave behind, for a LoRA of its own."""
     folder = root / config.folder("evaluate")
     denoiser = make_tiny_denoiser("sd15", root / "model")
-    add_lora(denoiser.unet, LoraConfig(rank=2), seed=seed)
+    add_lora(denoiser.network.module, LoraConfig(rank=2), seed=seed)
     shake(denoiser, seed=seed)
-    save_lora(denoiser, folder / "lora" / "spo")
+    save_lora(denoiser.network, folder / "lora" / "spo")
     rows = [
         {
             "column": column,

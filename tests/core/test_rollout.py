@@ -4,12 +4,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from spo.core.ddim import ddim_transition
 from spo.core.gaussian import log_prob
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
-from spo.core.schedule import alpha_bar_table, timestep_grid
+from spo.core.schedule import VariancePreserving
+from spo.core.step import gaussian_step
 from spo.core.types import Conditioning, Pairs
+from spo.methods.sampled import keep_pairs
+from tests.schedules import grid, stable_diffusion
 
 NUM_STEPS, LATENT = 10, (2, 3, 3)
 
@@ -18,9 +20,10 @@ class AnalyticDenoiser:
     """The exact epsilon of data that is N(prompt, 1) everywhere; remembers what it was asked."""
 
     def __init__(self):
-        self.timesteps = timestep_grid(NUM_STEPS, num_train_timesteps=1000, steps_offset=1)
+        self.timesteps = grid(NUM_STEPS)
         self.latent_shape = LATENT
-        self.alpha_bar = alpha_bar_table(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012)
+        self.alpha_bar = stable_diffusion().alpha_bar
+        self.decoded = 0
         self.calls = []  # (x_t, t) of every predict
 
     def encode(self, prompts):
@@ -33,11 +36,11 @@ class AnalyticDenoiser:
         return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * cond.tensors["prompt"].view(-1, 1, 1, 1))
 
     def transition(self, output, x_t, t, t_prev):
-        return ddim_transition(
-            output, x_t, self.alpha_bar[t], self.alpha_bar[t_prev], eta=1.0, prediction_type="epsilon"
-        )
+        schedule = VariancePreserving(self.alpha_bar)
+        return gaussian_step(output, x_t, t, t_prev, schedule=schedule, eta=1.0, prediction_type="epsilon")
 
     def decode(self, latents):
+        self.decoded += len(latents)
         return latents.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
 
     def reference(self):
@@ -49,22 +52,42 @@ class BrightnessScorer:
 
     def __init__(self, sign=1.0):
         self.sign = sign
-        self.calls = []  # (images, text, t)
+        self.calls = []  # (images (k * b, 3, h, w), text (k * b, 1), t)
 
     def encode(self, prompts):
         return torch.tensor([[float(prompt)] for prompt in prompts])
 
-    def __call__(self, images, text, t):
-        assert len(images) == len(text) and t.ndim == 0
-        self.calls.append((images, text, t))
-        return self.sign * 20 * images.mean(dim=(1, 2, 3))
+    def __call__(self, candidates):
+        images, k = candidates.images.flatten(0, 1), len(candidates.x)
+        self.calls.append((images, candidates.text.repeat(k, 1), torch.tensor(candidates.t)))
+        return self.sign * 20 * images.mean(dim=(1, 2, 3)).unflatten(0, (k, -1))
+
+
+class LatentScorer(BrightnessScorer):
+    """Scores the noisy latents themselves; asks for nothing else."""
+
+    def __call__(self, candidates):
+        self.calls.append((candidates.x, candidates.text, candidates.t))
+        return self.sign * 20 * candidates.x.mean(dim=(2, 3, 4))
 
 
 def run(policy=None, scorer=None, prompts=(-1, 0, 1), ids=None, **options):
     policy, scorer = policy or AnalyticDenoiser(), scorer or BrightnessScorer()
-    settings = {"candidates": 4, "first_step": 2, "branch_steps": 1, "threshold": 0.0, **options}
+    settings = {"candidates": 4, "first_step": 2, "branch_steps": 1, **options}
+    selection = {"threshold": settings.pop("threshold", 0.0), "at_random": settings.pop("at_random", False)}
     noise = KeyedNoise(0, 0, ids or range(len(prompts)))
-    return list(rollout(policy, scorer, policy.encode(prompts), scorer.encode(prompts), noise=noise, **settings))
+    segments = rollout(policy, scorer, policy.encode(prompts), scorer.encode(prompts), noise=noise, **settings)
+    return [Kept(segment, keep_pairs(segment, **selection)) for segment in segments]
+
+
+class Kept:
+    """A segment and its kept pairs."""
+
+    def __init__(self, segment, kept):
+        self.t = segment.times[0]
+        self.unet_forwards = segment.unet_forwards
+        self.pairs, self.num_branched, self.num_kept = kept.pairs, kept.num_branched, kept.num_kept
+        self.score, self.margin = kept.score, kept.margin
 
 
 def test_every_step_from_first_step_on_branches_every_prompt():
@@ -158,6 +181,18 @@ def test_no_latent_passes_through_the_policy_twice(branch_steps):
     assert len(latents.unique(dim=0)) == len(latents)
 
 
+def test_a_scorer_of_latents_costs_one_pass_a_step_and_no_decode():
+    """Only the candidate that sampling continues from goes through the policy; the path is the same as any scorer's."""
+    policy, scorer = AnalyticDenoiser(), LatentScorer()
+    segments = run(policy, scorer)
+    assert [len(x_t) for x_t, _ in policy.calls] == [3] * NUM_STEPS
+    assert policy.decoded == 0
+    assert [t for _, _, t in scorer.calls] == [601, 501, 401, 301, 201, 101, 1, 0]
+    assert all(x.shape == (4, 3, *LATENT) for x, _, _ in scorer.calls)
+    for segment, of_pixels in zip(segments, run(), strict=True):
+        torch.testing.assert_close(segment.pairs[0].x_t, of_pixels.pairs[0].x_t)
+
+
 def test_each_x_t_was_a_candidate_of_the_segment_before():
     policy = AnalyticDenoiser()
     segments = run(policy)
@@ -187,8 +222,8 @@ def test_the_ablations_continue_from_the_win_or_the_lose(continue_from, index):
 
 
 def test_random_pairing_is_of_two_candidates_drawn_without_scores_and_still_ordered_by_them():
-    two, best_worst = run(pairing="random"), run()
-    mirrored = run(scorer=BrightnessScorer(sign=-1.0), pairing="random")
+    two, best_worst = run(at_random=True), run()
+    mirrored = run(scorer=BrightnessScorer(sign=-1.0), at_random=True)
     for segment, flipped, widest in zip(two, mirrored, best_worst, strict=True):
         assert torch.equal(segment.pairs[0].x_prev, flipped.pairs[0].x_prev.flip(1))
         assert torch.equal(segment.pairs[0].x_t, widest.pairs[0].x_t)
@@ -251,12 +286,11 @@ def test_gradients_are_off_inside_and_as_they_were_outside():
         candidates=2,
         first_step=2,
         branch_steps=1,
-        threshold=0.0,
         noise=KeyedNoise(0, 0, [0]),
     )
     for segment in segments:
         assert torch.is_grad_enabled()
-        assert not segment.pairs[0].x_prev.requires_grad
+        assert not segment.latents[1].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -266,7 +300,6 @@ def test_gradients_are_off_inside_and_as_they_were_outside():
         ({"first_step": 10}, r"first_step=10 must lie in \[0, 10\)"),
         ({"branch_steps": 3}, r"branch_steps=3 must divide steps - first_step = 8; use one of \[1, 2, 4, 8\]"),
         ({"continue_from": "best"}, "continue_from='best' is unknown; use random, win or lose"),
-        ({"pairing": "best"}, "pairing='best' is unknown; use best_worst or random"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):

@@ -1,40 +1,43 @@
-import diffusers
 import pytest
 import torch
 
-from spo.core.schedule import alpha_bar_table, previous_timestep, timestep_grid
+from spo.core.schedule import RectifiedFlow
+from tests.schedules import grid, stable_diffusion
 
-STABLE_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
-
-
-@pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
-def test_alpha_bar_is_diffusers(schedule):
-    theirs = diffusers.DDIMScheduler(**STABLE_DIFFUSION, beta_schedule=schedule).alphas_cumprod
-    assert torch.equal(alpha_bar_table(**STABLE_DIFFUSION, schedule=schedule), theirs)
+DIFFUSION = stable_diffusion()
 
 
-@pytest.mark.parametrize("num_steps", [1, 7, 10, 20, 50])
-def test_grid_is_diffusers_leading_grid(num_steps):
-    scheduler = diffusers.DDIMScheduler(steps_offset=1)
-    scheduler.set_timesteps(num_steps)
-    assert torch.equal(timestep_grid(num_steps, num_train_timesteps=1000, steps_offset=1), scheduler.timesteps)
+def test_diffusion_preserves_variance_and_loses_signal():
+    level = DIFFUSION.level(torch.arange(1000))
+    torch.testing.assert_close(level.signal**2 + level.noise**2, torch.ones(1000, 1, 1, 1))
+    assert (level.signal.flatten().diff() < 0).all()
+
+
+def test_flow_mixes_signal_and_noise_in_proportion_to_time():
+    level = RectifiedFlow().level(torch.tensor([0.0, 250.0, 1000.0]))
+    torch.testing.assert_close(level.noise.flatten(), torch.tensor([0.0, 0.25, 1.0]))
+    torch.testing.assert_close(level.signal, 1 - level.noise)
+
+
+def test_a_time_between_two_timesteps_lies_between_their_levels_and_a_whole_one_is_exact():
+    whole = DIFFUSION.level(torch.tensor([7, 8, 999]))
+    assert torch.equal(DIFFUSION.level(torch.tensor([7.0, 8.0, 999.0])).signal, whole.signal)
+    between = DIFFUSION.level(torch.tensor([7.5])).signal.item()
+    assert whole.signal[1].item() < between < whole.signal[0].item()
+
+
+def test_a_time_below_0_counts_as_0():
+    for below in (torch.tensor([-50]), torch.tensor([-50.0])):
+        assert torch.equal(DIFFUSION.level(below).noise, DIFFUSION.level(torch.tensor([0])).noise)
+
+
+@pytest.mark.parametrize("schedule", [DIFFUSION, RectifiedFlow()])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_kept_and_fresh_noise_make_up_the_noise_of_the_next_level(schedule, eta):
+    t, t_prev = torch.tensor([951, 501, 101]), torch.tensor([901, 451, 51])
+    kept, std = schedule.split_noise(t, t_prev, eta=eta)
+    torch.testing.assert_close(kept**2 + std**2, schedule.level(t_prev).noise ** 2)
 
 
 def test_the_papers_first_branched_timestep_is_751():
-    assert timestep_grid(20, num_train_timesteps=1000, steps_offset=1)[4] == 751
-
-
-@pytest.mark.parametrize("num_steps", [1, 7, 10, 20, 50])
-def test_previous_timestep_is_the_next_of_the_grid_and_0_at_its_end(num_steps):
-    grid = timestep_grid(num_steps, num_train_timesteps=1000, steps_offset=1)
-    following = torch.cat([grid[1:], torch.tensor([0])])
-    assert torch.equal(previous_timestep(grid, num_steps=num_steps, num_train_timesteps=1000), following)
-
-
-def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="schedule='cosine' is unknown; use 'scaled_linear' or 'linear'"):
-        alpha_bar_table(**STABLE_DIFFUSION, schedule="cosine")
-    with pytest.raises(ValueError, match="num_steps=0 must lie between 1 and num_train_timesteps=1000"):
-        timestep_grid(0, num_train_timesteps=1000, steps_offset=1)
-    with pytest.raises(ValueError, match=r"steps_offset=1 puts timesteps outside \[0, 1000\); use 0 to 0"):
-        timestep_grid(1000, num_train_timesteps=1000, steps_offset=1)
+    assert grid(20)[4] == 751

@@ -23,9 +23,9 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("project")
     make_tiny_pipeline("sd15", root / "base")
     denoiser = make_tiny_denoiser("sd15", root / "base")
-    add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+    add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
     shake(denoiser)
-    save_lora(denoiser, root / "runs/tiny/evaluate/lora/spo")
+    save_lora(denoiser.network, root / "runs/tiny/evaluate/lora/spo")
     return root
 
 

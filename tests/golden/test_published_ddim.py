@@ -1,28 +1,27 @@
 import pytest
 import torch
 
-from spo.core.ddim import ddim_transition
 from spo.core.gaussian import log_prob
-from spo.core.schedule import alpha_bar_table, previous_timestep, timestep_grid
+from spo.core.step import gaussian_step
+from tests.schedules import grid, previous, stable_diffusion
 
 
 @pytest.mark.parametrize("case", range(5))
 def test_transitions_and_their_densities_are_the_published_ones(golden, meta, case):
     settings = meta["cases"][case]
     ours = {name: golden[f"ddim{case}.{name}"] for name in ("model_output", "sample", "prev_sample", "timestep")}
-    table = alpha_bar_table(
-        num_train_timesteps=1000,
+    schedule = stable_diffusion(
         beta_start=settings["beta_start"],
         beta_end=settings["beta_end"],
-        schedule=settings["beta_schedule"],
+        beta_schedule=settings["beta_schedule"],
     )
     t = ours["timestep"]
-    t_prev = previous_timestep(t, num_steps=settings["num_steps"], num_train_timesteps=1000)
-    transition = ddim_transition(
+    transition = gaussian_step(
         ours["model_output"],
         ours["sample"],
-        table[t],
-        table[t_prev],
+        t,
+        previous(t, steps=settings["num_steps"]),
+        schedule=schedule,
         eta=settings["eta"],
         prediction_type=settings["prediction_type"],
     )
@@ -37,5 +36,5 @@ def test_transitions_and_their_densities_are_the_published_ones(golden, meta, ca
 @pytest.mark.parametrize("case", range(5))
 def test_the_published_timesteps_lie_on_our_grid(golden, meta, case):
     settings = meta["cases"][case]
-    grid = timestep_grid(settings["num_steps"], num_train_timesteps=1000, steps_offset=settings["steps_offset"])
-    assert torch.isin(golden[f"ddim{case}.timestep"], grid).all()
+    timesteps = grid(settings["num_steps"], steps_offset=settings["steps_offset"])
+    assert torch.isin(golden[f"ddim{case}.timestep"], timesteps).all()

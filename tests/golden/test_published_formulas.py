@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo.core.ddim import ddim_transition
 from spo.core.gaussian import log_prob
 from spo.core.losses import dpo_loss, log_ratio, preference_loss
-from spo.core.schedule import alpha_bar_table, previous_timestep, timestep_grid
 from spo.core.selection import select_pairs
+from spo.core.step import gaussian_step
 from spo.preference.preprocess import Preprocessing
+from tests.schedules import grid, previous, stable_diffusion
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 CASES = list(itertools.product(PREDICTIONS, (10, 20, 50), (0.3, 1.0)))
-TABLE = alpha_bar_table(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012)
+SCHEDULE = stable_diffusion()
+TABLE = SCHEDULE.alpha_bar
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -46,10 +47,10 @@ def published_step(
 @pytest.mark.parametrize(("prediction_type", "steps", "eta"), CASES)
 def test_every_step_of_a_grid_is_the_published_one(prediction_type: str, steps: int, eta: float):
     """The last steps included: to 1e-6 in the published float32, and as near to float64 as float32 can be."""
-    t = timestep_grid(steps, num_train_timesteps=1000, steps_offset=1)
-    t_prev = previous_timestep(t, num_steps=steps, num_train_timesteps=1000)
+    t = grid(steps)
+    t_prev = previous(t, steps=steps)
     output, x_t = draw(len(t), 4, 8, 8, seed=steps), draw(len(t), 4, 8, 8, seed=steps + 1)
-    ours = ddim_transition(output, x_t, TABLE[t], TABLE[t_prev], eta=eta, prediction_type=prediction_type)
+    ours = gaussian_step(output, x_t, t, t_prev, schedule=SCHEDULE, eta=eta, prediction_type=prediction_type)
     x_prev = ours.mean + ours.std * draw(*x_t.shape, seed=steps + 2)
     inputs = (output, x_t, x_prev, TABLE[t], TABLE[t_prev])
     found = {"x_0": ours.x_0, "std": ours.std.flatten(), "mean": ours.mean, "log_prob": log_prob(ours, x_prev)}
@@ -65,10 +66,10 @@ def test_every_step_of_a_grid_is_the_published_one(prediction_type: str, steps: 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_without_noise_the_mean_is_the_published_ddim_step(prediction_type: str):
-    t = timestep_grid(20, num_train_timesteps=1000, steps_offset=1)
-    t_prev = previous_timestep(t, num_steps=20, num_train_timesteps=1000)
+    t = grid(20)
+    t_prev = previous(t, steps=20)
     output, x_t = draw(20, 4, 8, 8), draw(20, 4, 8, 8, seed=1)
-    ours = ddim_transition(output, x_t, TABLE[t], TABLE[t_prev], eta=0.0, prediction_type=prediction_type)
+    ours = gaussian_step(output, x_t, t, t_prev, schedule=SCHEDULE, eta=0.0, prediction_type=prediction_type)
     inputs = (each.double() for each in (output, x_t, x_t, TABLE[t], TABLE[t_prev]))
     exact = published_step(*inputs, eta=0.0, prediction_type=prediction_type)
     torch.testing.assert_close(ours.mean.double(), exact["mean"], rtol=1e-5, atol=1e-5)

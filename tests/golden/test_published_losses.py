@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from spo.core.ddim import ddim_transition
 from spo.core.gaussian import log_prob
 from spo.core.guidance import guide
 from spo.core.losses import dpo_loss, log_ratio, preference_loss
-from spo.core.schedule import alpha_bar_table, previous_timestep
+from spo.core.step import gaussian_step
+from tests.schedules import previous, stable_diffusion
 
 GOLDEN = Path(__file__).parent
 
@@ -20,10 +20,14 @@ def pair_log_prob(unet, golden):
     x_t, t, positive = golden["loss.latents"], golden["loss.timesteps"], golden["loss.prompt_embeds"]
     negative = golden["loss.negative_prompt_embeds"].expand_as(positive)
     output = unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, positive])).sample
-    alpha_bar = alpha_bar_table(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012)
-    t_prev = previous_timestep(t, num_steps=20, num_train_timesteps=1000)
-    transition = ddim_transition(
-        guide(*output.chunk(2), 5.0), x_t, alpha_bar[t], alpha_bar[t_prev], eta=1.0, prediction_type="epsilon"
+    transition = gaussian_step(
+        guide(*output.chunk(2), 5.0),
+        x_t,
+        t,
+        previous(t, steps=20),
+        schedule=stable_diffusion(),
+        eta=1.0,
+        prediction_type="epsilon",
     )
     return log_prob(transition, torch.stack([golden["loss.win"], golden["loss.lose"]], dim=1))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from spo.config import LoraConfig
-from spo.models.base import LatentDiffusion
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import add_lora
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline
 
@@ -17,14 +17,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared_policy(folder: Path) -> LatentDiffusion:
     denoiser = make_tiny_denoiser("sd15", folder)
-    add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+    add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
     return denoiser
 
 
 @pytest.fixture
 def policy(shared_policy: LatentDiffusion) -> Iterator[LatentDiffusion]:
     """A policy that is the reference at first; what a test trains is undone."""
-    parameters = shared_policy.parameters()
+    parameters = shared_policy.network.parameters()
     before = [parameter.detach().clone() for parameter in parameters]
     yield shared_policy
     for parameter, value in zip(parameters, before, strict=True):

@@ -5,23 +5,22 @@ import math
 import pytest
 import torch
 
-from spo.core.denoising import denoising_target
 from spo.methods.diffusion_dpo import DiffusionDpo
-from spo.models.base import LatentDiffusion
+from spo.models.latent_diffusion import LatentDiffusion
 from tests.methods.tiny import LABELS, data, make_method
-from tests.models.tiny import make_tiny_denoiser, shake
+from tests.models.tiny import make_tiny_denoiser, shake, with_sampling
 
 
 def test_the_objective_is_the_published_one_in_float64(policy: LatentDiffusion, folder) -> None:
-    unguided = policy.with_sampling(guidance_scale=1.0)
+    unguided = with_sampling(policy, guidance_scale=1.0)
     method = make_method("diffusion_dpo", unguided, beta=700.0, batch_size=5)
-    pairs = next(iter(method.collect(0))).pairs
+    pairs = next(iter(method.collect(0))).examples
     shake(policy)
     reference = make_tiny_denoiser("sd15", folder)
 
     logits = []
     for i in range(len(pairs)):
-        alpha_bar = policy.alpha_bar.double()[pairs.t[i]]
+        alpha_bar = policy.sampler.schedule.alpha_bar.double()[pairs.t[i]]
         text = pairs.cond.tensors["prompt_embeds"][i : i + 1]
         noise = pairs.noise[i].double()
 
@@ -32,8 +31,8 @@ def test_the_objective_is_the_published_one_in_float64(policy: LatentDiffusion, 
             return ((output.double() - noise) ** 2).mean()
 
         win, lose = pairs.x_0[i]
-        of_policy = error(policy.unet, win) - error(policy.unet, lose)
-        of_reference = error(reference.unet, win) - error(reference.unet, lose)
+        of_policy = error(policy.network.module, win) - error(policy.network.module, lose)
+        of_reference = error(reference.network.module, win) - error(reference.network.module, lose)
         logits.append(-0.5 * 700.0 * (of_policy - of_reference).item())
 
     expected = sum(math.log1p(math.exp(-logit)) for logit in logits) / len(logits)
@@ -45,7 +44,7 @@ def test_the_objective_is_the_published_one_in_float64(policy: LatentDiffusion, 
 def test_ties_are_dropped_and_the_larger_label_wins(policy: LatentDiffusion) -> None:
     latents, _, _ = data(policy)
     rounds = list(make_method("diffusion_dpo", policy).collect(0))
-    seen = {tuple(pair[:, 0, 0, 0].tolist()) for round_ in rounds for pair in round_.pairs.x_0}
+    seen = {tuple(pair[:, 0, 0, 0].tolist()) for round_ in rounds for pair in round_.examples.x_0}
     wanted = set()
     for (first, second), (a, b) in zip(latents[:, :, 0, 0, 0].tolist(), LABELS, strict=True):
         if a != b:
@@ -62,47 +61,33 @@ def test_pairs_of_which_none_is_decided_are_refused(policy: LatentDiffusion) -> 
 
 def test_win_and_lose_share_noise_and_timestep_which_cover_the_schedule(policy: LatentDiffusion) -> None:
     method = make_method("diffusion_dpo", policy, batch_size=5)
-    t = torch.cat([next(iter(method.collect(epoch))).pairs.t for epoch in range(200)])
+    t = torch.cat([next(iter(method.collect(epoch))).examples.t for epoch in range(200)])
     assert t.min() >= 0 and t.max() < 1000
     assert abs(t.float().mean().item() - 499.5) < 4 * 288.7 / math.sqrt(len(t))
-    pairs = next(iter(method.collect(0))).pairs
+    pairs = next(iter(method.collect(0))).examples
     assert pairs.noise.shape == (5, *policy.latent_shape)  # one a pair
 
 
 @pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (1.0, 5)])
 def test_captions_are_dropped_by_their_share(policy: LatentDiffusion, share: float, dropped: int) -> None:
     method = make_method("diffusion_dpo", policy, batch_size=5, empty_captions=share)
-    embedded = next(iter(method.collect(0))).pairs.cond.tensors["prompt_embeds"]
+    embedded = next(iter(method.collect(0))).examples.cond.tensors["prompt_embeds"]
     empty = policy.encode([""]).tensors["prompt_embeds"]
     assert sum(torch.equal(row, empty[0]) for row in embedded) == dropped
 
 
 def test_an_update_takes_four_forwards_a_pair(policy: LatentDiffusion) -> None:
-    unguided = policy.with_sampling(guidance_scale=1.0)
+    unguided = with_sampling(policy, guidance_scale=1.0)
     method = make_method("diffusion_dpo", unguided, batch_size=5)
-    pairs = next(iter(method.collect(0))).pairs
+    pairs = next(iter(method.collect(0))).examples
+    before = unguided.network.forwards
     method.loss(pairs)
-    assert unguided.forwards == 4 * len(pairs)  # win and lose, policy and reference
-
-
-def test_the_target_is_what_its_prediction_type_says() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x_0, noise = torch.randn(2, 3, 2, 2, 2, generator=generator, dtype=torch.float64)
-    alpha_bar = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
-    a, s = alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
-    x_t = a * x_0 + s * noise
-    assert torch.equal(denoising_target(x_0, noise, alpha_bar, prediction_type="epsilon"), noise)
-    assert torch.equal(denoising_target(x_0, noise, alpha_bar, prediction_type="sample"), x_0)
-    v = denoising_target(x_0, noise, alpha_bar, prediction_type="v_prediction")
-    torch.testing.assert_close(a * x_t - s * v, x_0)  # v inverts to x_0 and to the noise
-    torch.testing.assert_close(s * x_t + a * v, noise)
-    with pytest.raises(ValueError, match="'flow' is unknown"):
-        denoising_target(x_0, noise, alpha_bar, prediction_type="flow")
+    assert unguided.network.forwards - before == 4 * len(pairs)  # win and lose, policy and reference
 
 
 def test_captions_follow_their_pairs(policy: LatentDiffusion) -> None:
     method = make_method("diffusion_dpo", policy, batch_size=5, empty_captions=0.0)
-    pairs = next(iter(method.collect(0))).pairs
+    pairs = next(iter(method.collect(0))).examples
     latents, _, captions = data(policy)
     for x_0, embedded in zip(pairs.x_0, pairs.cond.tensors["prompt_embeds"], strict=True):
         i = next(i for i in range(len(latents)) if (latents[i] == x_0[0]).all(dim=(1, 2, 3)).any())

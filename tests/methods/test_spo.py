@@ -8,8 +8,8 @@ import torch
 from spo.core.types import Pairs
 from spo.methods.sampled import step_log_prob
 from spo.methods.spo import Spo
-from spo.models.base import LatentDiffusion
-from tests.methods.tiny import PROMPTS, BrightnessScorer, make_method
+from spo.models.latent_diffusion import LatentDiffusion
+from tests.methods.tiny import PROMPTS, make_method
 from tests.models.tiny import shake
 
 
@@ -20,7 +20,7 @@ def make_spo(policy: LatentDiffusion, **settings) -> Spo:
 
 
 def collect(method: Spo, epoch: int = 0) -> list[Pairs]:
-    return [round_.pairs for round_ in method.collect(epoch) if round_.pairs is not None]
+    return [round_.examples for round_ in method.collect(epoch) if round_.examples is not None]
 
 
 def test_a_shared_x_t_gives_what_two_forwards_give_with_half_the_work(policy):
@@ -28,12 +28,12 @@ def test_a_shared_x_t_gives_what_two_forwards_give_with_half_the_work(policy):
     shake(policy)
     assert pairs.x_t.shape[1] == 1
     twice = Pairs(pairs.x_t.expand(-1, 2, -1, -1, -1), pairs.x_prev, pairs.t, pairs.t_prev, pairs.cond, pairs.margin)
-    policy.forwards = 0
+    policy.network.forwards = 0
     shared = step_log_prob(policy, pairs)
-    forwards, policy.forwards = policy.forwards, 0
+    forwards, policy.network.forwards = policy.network.forwards, 0
     separate = step_log_prob(policy, twice)
     torch.testing.assert_close(shared, separate, rtol=1e-4, atol=1e-5)
-    assert policy.forwards == 2 * forwards
+    assert policy.network.forwards == 2 * forwards
 
 
 def test_ratios_at_the_clamp_are_counted_and_have_no_gradient(policy):
@@ -46,8 +46,8 @@ def test_ratios_at_the_clamp_are_counted_and_have_no_gradient(policy):
 
 def test_an_epoch_visits_every_prompt_once_in_an_order_of_its_own(policy, monkeypatch):
     method = make_spo(policy)
-    seen, encode = [], policy.encode
-    monkeypatch.setattr(policy, "encode", lambda prompts: seen.extend(prompts) or encode(prompts))
+    seen, encode = [], policy.network.encode
+    monkeypatch.setattr(policy.network, "encode", lambda prompts: seen.extend(prompts) or encode(prompts))
     list(method.collect(0))
     first, seen[:] = list(seen), []
     list(method.collect(1))
@@ -65,24 +65,10 @@ def test_segments_train_on_every_step_of_both_paths(policy):
     method = make_spo(policy, branch_steps=4)
     rounds = list(method.collect(0))
     assert [tally.t for tally in rounds[0].tallies] == policy.timesteps[1:].tolist()
-    pairs = Pairs.cat([round_.pairs for round_ in rounds])
+    pairs = Pairs.cat([round_.examples for round_ in rounds])
     assert pairs.x_t.shape[1] == 2
     assert sorted(pairs.t.unique().tolist(), reverse=True) == policy.timesteps[1:].tolist()
     assert method.loss(pairs).value.item() == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_a_preference_model_blind_to_t_is_told_one_timestep_at_every_step(policy):
-    told = []
-
-    class Listener(BrightnessScorer):
-        def __call__(self, images, text, t):
-            told.extend(t.unique().tolist())
-            return super().__call__(images, text, t)
-
-    for judged_at in (None, 7):
-        config = make_spo(policy, judged_at=judged_at, rollouts_per_epoch=1).config
-        list(Spo(config, policy, Listener(), PROMPTS).collect(0))
-    assert told == [*policy.timesteps[2:].tolist(), 0, 7, 7, 7, 7]
 
 
 @pytest.mark.parametrize("settings", [{"continue_from": "win"}, {"continue_from": "lose"}, {"pairing": "random"}])

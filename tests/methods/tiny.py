@@ -7,9 +7,9 @@ from spo.config import D3poConfig, DiffusionDpoConfig, SpoConfig
 from spo.core.types import Pairs
 from spo.methods.d3po import D3po
 from spo.methods.diffusion_dpo import DiffusionDpo, NoisedPairs
-from spo.methods.method import Method, TrainingPairs
+from spo.methods.method import Examples, Method
 from spo.methods.spo import Spo
-from spo.models.base import LatentDiffusion
+from spo.models.latent_diffusion import LatentDiffusion
 
 METHODS = ("spo", "d3po", "diffusion_dpo")
 PROMPTS = ["a cat", "a dog", "a house", "a tree", "a boat"]
@@ -22,8 +22,8 @@ class BrightnessScorer:
     def encode(self, prompts):
         return torch.zeros(len(prompts), 1)
 
-    def __call__(self, images, text, t):
-        return 1e3 * images.mean(dim=(1, 2, 3))
+    def __call__(self, candidates):
+        return 1e3 * candidates.images.mean(dim=(2, 3, 4))
 
 
 def data(policy: LatentDiffusion) -> tuple[Tensor, Tensor, list[str]]:
@@ -53,7 +53,7 @@ def batch_settings(name: str, size: int) -> dict[str, int]:
     return {"batch_size": size} if name == "diffusion_dpo" else {"prompts_per_rollout": size}
 
 
-def swapped(pairs: TrainingPairs) -> TrainingPairs:
+def swapped(pairs: Examples) -> Examples:
     """The same pairs with win and lose exchanged."""
     if isinstance(pairs, NoisedPairs):
         return NoisedPairs(pairs.x_0.flip(1), pairs.noise, pairs.t, pairs.cond)
@@ -62,6 +62,6 @@ def swapped(pairs: TrainingPairs) -> TrainingPairs:
     return Pairs(x_t, pairs.x_prev.flip(1), pairs.t, pairs.t_prev, pairs.cond, pairs.margin)
 
 
-def what_is_learned(pairs: TrainingPairs) -> Tensor:
+def what_is_learned(pairs: Examples) -> Tensor:
     """(n, 2, c, h, w): the wins and loses."""
     return pairs.x_0 if isinstance(pairs, NoisedPairs) else pairs.x_prev

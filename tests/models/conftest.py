@@ -6,8 +6,9 @@ import pytest
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from spo.config import LoraConfig
-from spo.models.base import LatentDiffusion, Pipeline
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import add_lora
+from spo.models.network import Pipeline
 from tests.models.sampled import RANK, SAMPLING
 from tests.models.tiny import FAMILIES, make_tiny_denoiser, make_tiny_pipeline, shake
 
@@ -44,7 +45,7 @@ def make(family: str, tiny_folder: Callable[..., Path]) -> Callable[..., LatentD
 def policy(make: Callable[..., LatentDiffusion]) -> LatentDiffusion:
     """A denoiser whose LoRA is not zero."""
     denoiser = make()
-    add_lora(denoiser.unet, LoraConfig(rank=RANK), seed=0)
+    add_lora(denoiser.network.module, LoraConfig(rank=RANK), seed=0)
     shake(denoiser)
     return denoiser
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from spo.config import SamplingConfig
-from spo.models.base import LatentDiffusion, Pipeline
+from spo.models.latent_diffusion import LatentDiffusion
+from spo.models.network import Pipeline
 from tests.models.tiny import RESOLUTION, draw_latents, sample_ddim
 
 PROMPTS = ["a red house", "fog"]

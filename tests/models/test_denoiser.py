@@ -13,7 +13,7 @@ from spo.config import LoraConfig, SamplingConfig
 from spo.core.types import Conditioning
 from spo.errors import ConfigError, ModelError
 from spo.models.lora import add_lora
-from tests.models.tiny import RESOLUTION, draw_latents, make_tiny_denoiser, sample_ddim, shake
+from tests.models.tiny import RESOLUTION, draw_latents, make_tiny_denoiser, sample_ddim, shake, with_sampling
 
 PROMPTS = ["a red house", "two cats on a mat", "fog"]
 T = torch.tensor([801, 401, 1])
@@ -23,7 +23,7 @@ CAN_COMPILE = HEADERS.is_file() and shutil.which(os.environ.get("CXX", "g++")) i
 
 def test_both_halves_of_the_guidance_in_one_call_equal_two_calls(denoiser):
     cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
-    plain = denoiser.with_sampling(guidance_scale=1)
+    plain = with_sampling(denoiser, guidance_scale=1.0)
     marked = {name: tensor for name, tensor in cond.tensors.items() if name.startswith("negative_")}
     negative = Conditioning({name.removeprefix("negative_"): tensor for name, tensor in marked.items()})
     towards, away = plain.predict(x_t, T, cond), plain.predict(x_t, T, negative)
@@ -34,18 +34,17 @@ def test_both_halves_of_the_guidance_in_one_call_equal_two_calls(denoiser):
 def test_forwards_count_every_sample_and_half(denoiser):
     cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
     denoiser.predict(x_t, T, cond)
-    assert denoiser.forwards == 6
-    plain = denoiser.with_sampling(guidance_scale=1)
-    plain.predict(x_t, T, cond)
-    assert (plain.forwards, denoiser.forwards) == (3, 6)
+    assert denoiser.network.forwards == 6
+    with_sampling(denoiser, guidance_scale=1.0).predict(x_t, T, cond)
+    assert denoiser.network.forwards == 6 + 3
 
 
 def test_without_gradients_the_unet_goes_by_slices_that_change_nothing(denoiser):
     cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
     whole = denoiser.predict(x_t, T, cond).detach()
     sizes = []
-    denoiser.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    denoiser.unet_batch_size = 4
+    denoiser.network.module.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    denoiser.network.batch_size = 4
     with torch.no_grad():
         sliced = denoiser.predict(x_t, T, cond)
     torch.testing.assert_close(sliced, whole, atol=1e-5, rtol=1e-5)
@@ -63,14 +62,14 @@ def test_rows_follow_the_prompts_whatever_their_company(denoiser):
 
 
 def test_prediction_is_differentiable_in_float32_by_the_lora_alone(denoiser):
-    add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+    add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
     output = denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(PROMPTS))
     output.square().mean().backward()
     assert output.dtype == torch.float32
-    names = [name for name, parameter in denoiser.unet.named_parameters() if parameter.grad is not None]
+    names = [name for name, parameter in denoiser.network.module.named_parameters() if parameter.grad is not None]
     assert names
     assert all("lora" in name for name in names)
-    assert len(names) == len(denoiser.parameters())
+    assert len(names) == len(denoiser.network.parameters())
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -78,7 +77,7 @@ def test_prediction_is_differentiable_in_float32_by_the_lora_alone(denoiser):
 def test_transition_is_diffusers_ddim_step(family, tiny_folder, prediction_type, eta):
     sampling = SamplingConfig(steps=5, eta=eta)
     denoiser = make_tiny_denoiser(family, tiny_folder(family, prediction_type), sampling=sampling)
-    scheduler = DDIMScheduler.from_config(denoiser.pipeline.scheduler.config)
+    scheduler = DDIMScheduler.from_config(denoiser.network.pipeline.scheduler.config)
     scheduler.set_timesteps(5)
     assert denoiser.timesteps.tolist() == scheduler.timesteps.tolist() == [801, 601, 401, 201, 1]
     output, x_t = draw_latents(denoiser, 2, seed=1), draw_latents(denoiser, 2)
@@ -95,7 +94,7 @@ def test_ddim_over_the_denoiser_is_the_pipelines_own_call(family, tiny_folder, p
     sampling = SamplingConfig(steps=4, eta=0.0, guidance_scale=guidance_scale)
     denoiser = make_tiny_denoiser(family, tiny_folder(family, prediction_type), sampling=sampling)
     x_t = draw_latents(denoiser, 2)
-    theirs = denoiser.pipeline(
+    theirs = denoiser.network.pipeline(
         PROMPTS[:2],
         latents=x_t,
         num_inference_steps=4,
@@ -110,8 +109,9 @@ def test_ddim_over_the_denoiser_is_the_pipelines_own_call(family, tiny_folder, p
 def test_predicted_x_0_undoes_added_noise_if_the_model_knows_the_noise(denoiser, monkeypatch):
     x_0, noise = draw_latents(denoiser, 3), draw_latents(denoiser, 3, seed=1)
     monkeypatch.setattr(type(denoiser), "predict", lambda *_: noise)
-    x_t = denoiser.add_noise(x_0, noise, T)
-    torch.testing.assert_close(denoiser.predict_x_0(x_t, T, denoiser.encode(PROMPTS)), x_0, atol=1e-4, rtol=1e-4)
+    x_t = denoiser.sampler.add_noise(x_0, noise, T)
+    output = denoiser.predict(x_t, T, denoiser.encode(PROMPTS))
+    torch.testing.assert_close(denoiser.sampler.predict_x_0(output, x_t, T), x_0, atol=1e-4, rtol=1e-4)
 
 
 def test_decode_is_the_pipelines_picture_whatever_the_slices(denoiser):
@@ -120,34 +120,30 @@ def test_decode_is_the_pipelines_picture_whatever_the_slices(denoiser):
     assert images.shape == (3, 3, RESOLUTION, RESOLUTION)
     assert images.min() >= 0
     assert images.max() <= 1
-    raw = denoiser.vae.decode(latents / denoiser.vae.config.scaling_factor).sample
-    theirs = denoiser.pipeline.image_processor.postprocess(raw, output_type="pt")
+    raw = denoiser.autoencoder.vae.decode(latents / denoiser.autoencoder.vae.config.scaling_factor).sample
+    theirs = denoiser.network.pipeline.image_processor.postprocess(raw, output_type="pt")
     torch.testing.assert_close(images, theirs)
-    denoiser.vae_batch_size = 2
+    denoiser.autoencoder.batch_size = 2
     torch.testing.assert_close(denoiser.decode(latents), images)
 
 
 def test_encode_images_gives_what_decode_takes(denoiser):
     images = torch.rand(3, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
-    mean = denoiser.encode_images(images)
+    mean = denoiser.autoencoder.encode(images)
     assert mean.shape == (3, *denoiser.latent_shape)
-    posterior = denoiser.vae.encode(2 * images - 1).latent_dist
-    torch.testing.assert_close(mean, posterior.mean * denoiser.vae.config.scaling_factor)
-    drawn = denoiser.encode_images(images, torch.Generator().manual_seed(1))
-    again = denoiser.encode_images(images, torch.Generator().manual_seed(1))
-    assert torch.equal(drawn, again)
-    assert not torch.equal(drawn, mean)
+    posterior = denoiser.autoencoder.vae.encode(2 * images - 1).latent_dist
+    torch.testing.assert_close(mean, posterior.mean * denoiser.autoencoder.vae.config.scaling_factor)
     assert denoiser.decode(mean).shape == images.shape
 
 
 def test_shift_of_a_vae_is_undone(denoiser):
     images = torch.rand(1, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
     plain_latents, plain_images = (
-        denoiser.encode_images(images),
+        denoiser.autoencoder.encode(images),
         denoiser.decode(torch.zeros(1, *denoiser.latent_shape)),
     )
-    denoiser.vae.register_to_config(shift_factor=0.5)
-    shifted = denoiser.encode_images(images)
+    denoiser.autoencoder.vae.register_to_config(shift_factor=0.5)
+    shifted = denoiser.autoencoder.encode(images)
     torch.testing.assert_close(shifted, plain_latents - 0.5 * 0.3)
     torch.testing.assert_close(denoiser.decode(torch.full((1, *denoiser.latent_shape), -0.5 * 0.3)), plain_images)
 
@@ -156,20 +152,20 @@ def test_a_new_lora_changes_nothing_and_its_seed_decides_it(denoiser, family, ti
     cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
     before = denoiser.predict(x_t, T, cond)
     state = torch.get_rng_state()
-    add_lora(denoiser.unet, LoraConfig(rank=2), seed=7)
+    add_lora(denoiser.network.module, LoraConfig(rank=2), seed=7)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(denoiser.predict(x_t, T, cond), before)
     other, same = make_tiny_denoiser(family, tiny_folder(family)), make_tiny_denoiser(family, tiny_folder(family))
-    add_lora(other.unet, LoraConfig(rank=2), seed=8)
-    add_lora(same.unet, LoraConfig(rank=2), seed=7)
-    ours, differs, equals = (model.parameters() for model in (denoiser, other, same))
+    add_lora(other.network.module, LoraConfig(rank=2), seed=8)
+    add_lora(same.network.module, LoraConfig(rank=2), seed=7)
+    ours, differs, equals = (model.network.parameters() for model in (denoiser, other, same))
     assert all(torch.equal(a, b) for a, b in zip(ours, equals, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(ours, differs, strict=True))
 
 
 def test_targets_that_the_unet_lacks_are_refused(denoiser):
     with pytest.raises(ModelError, match=r"lora\.targets=\['to_nowhere'\]"):
-        add_lora(denoiser.unet, LoraConfig(targets=("to_nowhere",)), seed=0)
+        add_lora(denoiser.network.module, LoraConfig(targets=("to_nowhere",)), seed=0)
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -178,9 +174,9 @@ def trained(request, denoiser):
     cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
     base = denoiser.predict(x_t, T, cond)
     if request.param == "lora":
-        add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+        add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
     else:
-        denoiser.unfreeze()
+        denoiser.network.unfreeze()
     shake(denoiser)
     return denoiser, cond, x_t, base
 
@@ -196,11 +192,11 @@ def test_reference_is_exactly_the_base_and_the_policy_comes_back(trained):
 
 def test_the_policy_comes_back_after_an_exception(trained):
     denoiser, cond, x_t, _ = trained
-    policy, trainable = denoiser.predict(x_t, T, cond), len(denoiser.parameters())
+    policy, trainable = denoiser.predict(x_t, T, cond), len(denoiser.network.parameters())
     with pytest.raises(KeyboardInterrupt), denoiser.reference():
         raise KeyboardInterrupt
     assert torch.equal(denoiser.predict(x_t, T, cond), policy)
-    assert len(denoiser.parameters()) == trainable
+    assert len(denoiser.network.parameters()) == trainable
 
 
 def test_gradients_survive_a_reference_pass_between_forward_and_backward(trained):
@@ -211,7 +207,7 @@ def test_gradients_survive_a_reference_pass_between_forward_and_backward(trained
         if between:
             with torch.no_grad(), denoiser.reference():
                 denoiser.predict(x_t, T, cond)
-        return list(torch.autograd.grad(loss, denoiser.parameters()))
+        return list(torch.autograd.grad(loss, denoiser.network.parameters()))
 
     torch.testing.assert_close(gradients(True), gradients(False))
 
@@ -221,19 +217,19 @@ def test_without_anything_trained_the_reference_is_the_model(denoiser):
     with denoiser.reference():
         inside = denoiser.predict(x_t, T, cond)
     assert torch.equal(denoiser.predict(x_t, T, cond), inside)
-    assert denoiser.parameters() == []
+    assert denoiser.network.parameters() == []
 
 
 def test_gradient_checkpointing_changes_no_gradient(family, tiny_folder):
     gradients = []
     for checkpointing in (False, True):
         denoiser = make_tiny_denoiser(family, tiny_folder(family), gradient_checkpointing=checkpointing)
-        add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+        add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
         shake(denoiser)
         loss = denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(PROMPTS)).square().mean()
         with torch.no_grad(), denoiser.reference():
             denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(PROMPTS))
-        gradients.append(torch.autograd.grad(loss, denoiser.parameters()))
+        gradients.append(torch.autograd.grad(loss, denoiser.network.parameters()))
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
@@ -244,7 +240,7 @@ def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder):
     found = []
     for compiled in (False, True):
         denoiser = make_tiny_denoiser("sd15", tiny_folder("sd15"), compile=compiled)
-        add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+        add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
         shake(denoiser)
         cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
         with torch.no_grad(), denoiser.merged():
@@ -252,9 +248,11 @@ def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder):
         policy = denoiser.predict(x_t, T, cond)
         with torch.no_grad(), denoiser.reference():
             reference = denoiser.predict(x_t, T, cond)
-        gradients = torch.autograd.grad(policy.square().mean(), denoiser.parameters())
+        gradients = torch.autograd.grad(policy.square().mean(), denoiser.network.parameters())
         found.append((sampled, policy, reference, *gradients))
-        blocks = [module for module in denoiser.unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
+        blocks = [
+            module for module in denoiser.network.module.modules() if type(module).__name__ == "BasicTransformerBlock"
+        ]
         assert blocks and all((block._compiled_call_impl is not None) == compiled for block in blocks)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
@@ -269,15 +267,17 @@ def test_bfloat16_stays_near_float32_with_trainable_weights_in_float32(family, t
     outputs = []
     for dtype in ("float32", "bfloat16"):
         denoiser = make_tiny_denoiser(family, tiny_folder(family), dtype=dtype)
-        add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+        add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
         shake(denoiser, scale=0.1)
         cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
-        output = denoiser.with_sampling(guidance_scale=1).predict(x_t, T, cond)
+        output = with_sampling(denoiser, guidance_scale=1.0).predict(x_t, T, cond)
         output.square().mean().backward()
         images = denoiser.decode(x_t)
-        assert output.dtype == images.dtype == denoiser.encode_images(images).dtype == torch.float32
+        assert output.dtype == images.dtype == denoiser.autoencoder.encode(images).dtype == torch.float32
         assert (
-            {p.dtype for p in denoiser.parameters()} == {p.grad.dtype for p in denoiser.parameters()} == {torch.float32}
+            {p.dtype for p in denoiser.network.parameters()}
+            == {p.grad.dtype for p in denoiser.network.parameters()}
+            == {torch.float32}
         )
         outputs.append(output.detach())
     assert (outputs[0] - outputs[1]).norm() < 0.05 * outputs[0].norm()
@@ -286,18 +286,11 @@ def test_bfloat16_stays_near_float32_with_trainable_weights_in_float32(family, t
 def test_full_fine_tuning_in_bfloat16_trains_float32_weights_and_starts_at_the_reference(family, tiny_folder):
     denoiser = make_tiny_denoiser(family, tiny_folder(family), dtype="bfloat16")
     cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
-    denoiser.unfreeze()
+    denoiser.network.unfreeze()
     with denoiser.reference():
         reference = denoiser.predict(x_t, T, cond)
     torch.testing.assert_close(denoiser.predict(x_t, T, cond), reference, atol=0.05, rtol=0.05)
-    assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
-
-
-def test_another_sampler_shares_the_networks(denoiser):
-    other = denoiser.with_sampling(steps=10, eta=0.5)
-    assert other.unet is denoiser.unet
-    assert (len(other.timesteps), other.eta, other.guidance_scale) == (10, 0.5, 5.0)
-    assert (len(denoiser.timesteps), denoiser.eta) == (5, 1.0)
+    assert {p.dtype for p in denoiser.network.parameters()} == {torch.float32}
 
 
 def test_wrong_sizes_are_refused(denoiser):
@@ -305,5 +298,3 @@ def test_wrong_sizes_are_refused(denoiser):
         denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(["fog"]))
     with pytest.raises(ValueError, match="at least one prompt"):
         denoiser.encode([])
-    with pytest.raises(ModelError, match=r"resolution=17 must be a multiple of 2"):
-        type(denoiser)(denoiser.pipeline, resolution=17)

@@ -14,8 +14,8 @@ from diffusers import (
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ModelError
 from spo.models.load import build, load_pipeline, load_tiny_vae
-from spo.models.sd15 import StableDiffusion
-from spo.models.sdxl import StableDiffusionXL
+from spo.models.sd15 import StableDiffusionNetwork
+from spo.models.sdxl import StableDiffusionXLNetwork
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
 
 
@@ -30,13 +30,19 @@ def message(*args, **more):
     return str(caught.value)
 
 
-def test_family_decides_pipeline_and_denoiser(family, tiny_folder):
+def test_a_resolution_that_latents_cannot_have_is_refused(family, tiny_folder):
+    odd = config(family, tiny_folder(family)).model_copy(update={"resolution": 17})
+    with pytest.raises(ModelError, match=r"resolution=17 must be a multiple of 2"):
+        build(odd, SamplingConfig(), "cpu")
+
+
+def test_family_decides_pipeline_and_network(family, tiny_folder):
     denoiser = build(config(family, tiny_folder(family)), SamplingConfig(), "cpu")
     kinds = {
-        "sd15": (StableDiffusion, StableDiffusionPipeline),
-        "sdxl": (StableDiffusionXL, StableDiffusionXLPipeline),
+        "sd15": (StableDiffusionNetwork, StableDiffusionPipeline),
+        "sdxl": (StableDiffusionXLNetwork, StableDiffusionXLPipeline),
     }
-    assert (type(denoiser), type(denoiser.pipeline)) == kinds[family]
+    assert (type(denoiser.network), type(denoiser.network.pipeline)) == kinds[family]
     assert denoiser.latent_shape == (4, 8, 8)
 
 
@@ -50,12 +56,12 @@ def test_all_networks_have_the_configured_dtype(family, tiny_folder, dtype):
 @pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # diffusers' own call of its own
 def test_vae_that_overflows_in_float16_runs_in_float32_beside_the_pipelines_own(tiny_folder):
     sdxl, sd15 = (make_tiny_denoiser(family, tiny_folder(family), dtype="float16") for family in ("sdxl", "sd15"))
-    assert sdxl.vae.dtype == torch.float32
-    assert sdxl.pipeline.vae.dtype == sd15.vae.dtype == torch.float16
+    assert sdxl.autoencoder.vae.dtype == torch.float32
+    assert sdxl.network.pipeline.vae.dtype == sd15.autoencoder.vae.dtype == torch.float16
     options = {"num_inference_steps": 2, "height": RESOLUTION, "width": RESOLUTION, "output_type": "pt"}
     for denoiser in (sdxl, sd15):
         assert denoiser.decode(torch.zeros(1, *denoiser.latent_shape)).isfinite().all()
-        assert denoiser.pipeline("fog", **options).images.isfinite().all()
+        assert denoiser.network.pipeline("fog", **options).images.isfinite().all()
 
 
 def test_any_scheduler_becomes_unclipped_ddim_of_the_same_noise_schedule(family, tmp_path):
@@ -67,10 +73,10 @@ def test_any_scheduler_becomes_unclipped_ddim_of_the_same_noise_schedule(family,
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("DDIMScheduler", "EulerDiscreteScheduler"))
     denoiser = make_tiny_denoiser(family, folder)
-    assert type(denoiser.pipeline.scheduler) is DDIMScheduler
-    assert denoiser.pipeline.scheduler.config.clip_sample is False
+    assert type(denoiser.network.pipeline.scheduler) is DDIMScheduler
+    assert denoiser.network.pipeline.scheduler.config.clip_sample is False
     assert denoiser.timesteps.tolist() == [801, 601, 401, 201, 1]
-    torch.testing.assert_close(denoiser.alpha_bar, euler.alphas_cumprod)
+    torch.testing.assert_close(denoiser.sampler.schedule.alpha_bar, euler.alphas_cumprod)
 
 
 def test_a_grid_that_ends_in_a_step_without_noise_is_refused_with_the_mend(tmp_path):
@@ -138,10 +144,10 @@ def test_a_tiny_autoencoder_decodes_in_the_vaes_place_and_must_fit_the_latents(f
         AutoencoderTiny(**options, **blocks, latent_channels=channels).save_pretrained(tmp_path / str(channels))
     latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
     before = denoiser.decode(latents)
-    denoiser.preview = load_tiny_vae(str(tmp_path / "4"), denoiser)
+    denoiser.autoencoder.preview = load_tiny_vae(str(tmp_path / "4"), denoiser)
     with torch.no_grad():
         quick = denoiser.decode(latents)
-        raw = denoiser.preview.decode(latents).sample
+        raw = denoiser.autoencoder.preview.decode(latents).sample
     assert quick.shape == before.shape
     torch.testing.assert_close(quick, (raw / 2 + 0.5).clamp(0, 1))
     with pytest.raises(ModelError, match=r"scoring\.tiny_vae=.* decodes 8 channels, the model has 4"):

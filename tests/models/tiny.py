@@ -1,5 +1,6 @@
 """Diffusion pipelines of both families with random tiny weights, made in memory: no network, no downloads."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from spo.config import ModelConfig, SamplingConfig
 from spo.core.types import Conditioning
-from spo.models.base import LatentDiffusion
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build
+from spo.models.sampler import Sampler
 
 FAMILIES = ("sd15", "sdxl")
 RESOLUTION = 16  # pixels; latents are 8 x 8
@@ -114,7 +116,7 @@ def make_tiny_denoiser(
 def shake(denoiser: LatentDiffusion, *, seed: int = 0, scale: float = 0.2) -> None:
     """Set all that trains to random numbers, so that a LoRA changes something."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in denoiser.parameters():
+    for parameter in denoiser.network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * scale
 
 
@@ -130,3 +132,12 @@ def sample_ddim(denoiser: LatentDiffusion, x_t: Tensor, cond: Conditioning) -> T
         t, t_prev = torch.full((len(x_t),), now), torch.full((len(x_t),), then)
         x_t = denoiser.transition(denoiser.predict(x_t, t, cond), x_t, t, t_prev).mean
     return x_t
+
+
+def with_sampling(denoiser: LatentDiffusion, **changes: Any) -> LatentDiffusion:
+    """The same network and autoencoder behind another sampler."""
+    now = denoiser.sampler
+    settings = {"steps": len(now.timesteps), "eta": now.eta, "guidance_scale": now.guidance_scale, **changes}
+    scheduler = denoiser.network.pipeline.scheduler.config
+    sampler = Sampler.ddim(scheduler, SamplingConfig(**settings), denoiser.device)
+    return replace(denoiser, sampler=sampler)

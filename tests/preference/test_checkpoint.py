@@ -55,7 +55,8 @@ def test_what_is_saved_is_what_is_loaded(
     prompts = ["a cat", "dog 7", "c", "d", "e"]
     assert torch.equal(after.encode(prompts), before.encode(prompts))
     assert torch.equal(
-        after(images, after.encode(prompts), timesteps), before(images, before.encode(prompts), timesteps)
+        after.score_images(images, after.encode(prompts), timesteps),
+        before.score_images(images, before.encode(prompts), timesteps),
     )
 
 
@@ -191,7 +192,7 @@ def test_a_plain_clip_is_loaded_whole(clip: CLIPModel, clip_folder: Path, images
     ids = loaded.tokenizer("a cat", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = clip(input_ids=ids, pixel_values=loaded.preprocess(images)).logits_per_image[:, 0]
-    scores = PreferenceScorer(loaded)(images, text.expand(5, -1), torch.arange(5))
+    scores = PreferenceScorer(loaded).score_images(images, text.expand(5, -1), torch.arange(5))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -47,15 +47,15 @@ class PickyScorer:
     def encode(self, prompts):
         return torch.tensor([[float(prompt in PROMPTS[2:])] for prompt in prompts])
 
-    def __call__(self, images, text, t):
-        return 1e4 * images.mean(dim=(1, 2, 3)) * text[:, 0]
+    def __call__(self, candidates):
+        return 1e4 * candidates.images.mean(dim=(2, 3, 4)) * candidates.text[:, 0]
 
 
 def run(pipeline: Path, folder: Path) -> dict[str, Any]:
     """Align once; the pairs of all rounds, the metrics and the adapter's weights."""
     policy = make_tiny_denoiser("sd15", pipeline)
     config = SpoConfig(**SETTINGS)
-    add_lora(policy.unet, config.lora, seed=0)
+    add_lora(policy.network.module, config.lora, seed=0)
     shake(policy, scale=0.05)
     method = Spo(config, policy, PickyScorer(), PROMPTS, seed=0)
     rounds = []
@@ -72,8 +72,8 @@ def run(pipeline: Path, folder: Path) -> dict[str, Any]:
     return {
         "metrics": {name: value for name, value in metrics.items() if name != "seconds"},
         "measured": [dict(round_.measured) for round_ in rounds],
-        "pairs": Pairs.cat([round_.pairs for round_ in rounds if round_.pairs is not None]),
-        "weights": [parameter.detach() for parameter in policy.parameters()],
+        "pairs": Pairs.cat([round_.examples for round_ in rounds if round_.examples is not None]),
+        "weights": [parameter.detach() for parameter in policy.network.parameters()],
     }
 
 

@@ -123,7 +123,7 @@ def test_full_fine_tuning_of_a_base_in_half_precision_can_be_watched(project: Pa
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     with contextlib.chdir(project):
         policy = align.build_policy(half, "dpo")
-        policy.unfreeze()
+        policy.network.unfreeze()
         watch = align.build_watch(half, "dpo", policy, root=Path())
         assert watch is not None
         pictures = watch.paint()

@@ -44,13 +44,13 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("project")
     make_tiny_pipeline("sd15", root / "base")
     denoiser = make_tiny_denoiser("sd15", root / "base")
-    add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+    add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
     for i, name in enumerate(METHODS):
         for seed in SEEDS:
             for step in (2, 4):
                 shake(denoiser, seed=100 * i + 10 * seed + step)
                 folder = root / f"runs/tiny/align/{name}/seed-{seed}/checkpoints/step-{step:06d}"
-                save_lora(denoiser, folder)
+                save_lora(denoiser.network, folder)
                 write_json(folder / "cost.json", {"seconds": 1.5 * step, "unet_forwards": 100 * step, "rollouts": step})
     prompts = root / "runs/tiny/prepare/prompts"
     prompts.mkdir(parents=True)

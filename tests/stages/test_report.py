@@ -67,7 +67,7 @@ def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generato
     for name, seed in itertools.product(methods, seeds):
         folder = runs / "align" / name / f"seed-{seed}"
         write_metrics(
-            folder, {"seconds": 480.0, "unet_forwards": 61440, "num_pairs": 2310, "kept_share": 0.56, "updates": 30}
+            folder, {"seconds": 480.0, "unet_forwards": 61440, "num_examples": 2310, "kept_share": 0.56, "updates": 30}
         )
         write_csv(folder / "history.csv", [
             {"update": i + 1, "loss": "" if i == 3 else 0.69 - 0.004 * i + rng.normal(0, 0.02), "grad_norm": 0.8,

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from spo.config import AlignConfig, LoraConfig, OptimizerConfig, OracleConfig, SafetyConfig, WatchConfig
 from spo.core.types import Loss
 from spo.errors import ConfigError, TrainingError
-from spo.methods.method import Method, TrainingPairs
-from spo.models.base import LatentDiffusion
+from spo.methods.method import Examples, Method
 from spo.models.generate import generate
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import WEIGHTS, add_lora
 from spo.runtime.checkpoint import StateStore
 from spo.runtime.stopping import Stopped, stoppable
@@ -56,7 +56,7 @@ def train(
         **settings,
     }
     policy = make_tiny_denoiser("sd15", pipeline)
-    add_lora(policy.unet, values["lora"], seed=seed)
+    add_lora(policy.network.module, values["lora"], seed=seed)
     method = make_method(name, policy, seed=seed, **values)
     watch = None
     if watched is not None:
@@ -106,7 +106,7 @@ def test_history_has_a_row_for_every_update_and_timestep(pipeline, tmp_path):
     assert [int(row["update"]) for row in history] == list(range(1, metrics["updates"] + 1))
     timesteps = rows(tmp_path / "run" / "timesteps.csv")
     assert [int(row["timestep"]) for row in timesteps] == [401, 201, 1]  # of 5 steps the last 3
-    assert sum(int(row["kept"]) for row in timesteps) == metrics["num_pairs"]
+    assert sum(int(row["kept"]) for row in timesteps) == metrics["num_examples"]
     assert all(int(row["branched"]) == 2 * len(PROMPTS) for row in timesteps)
 
 
@@ -228,10 +228,10 @@ def poisoned(pipeline: Path, bad: tuple[int, ...]) -> tuple[Method, AlignConfig]
     policy = make_tiny_denoiser("sd15", pipeline)
     settings = {"epochs": 1, "prompts_per_rollout": 5, "candidates": 2, "first_step": 3, "batch_size": 3}
     method = make_method("spo", policy, checkpoints=1, **settings)
-    add_lora(policy.unet, method.config.lora, seed=0)
+    add_lora(policy.network.module, method.config.lora, seed=0)
     calls, loss = count(1), method.loss
 
-    def poisoned_loss(pairs: TrainingPairs) -> Loss:
+    def poisoned_loss(pairs: Examples) -> Loss:
         value = loss(pairs)
         return replace(value, value=value.value * float("nan")) if next(calls) in bad else value
 
@@ -254,11 +254,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(pipeline, tmp_path,
 
 def test_a_run_of_bad_updates_ends_before_any_is_made(pipeline, tmp_path):
     method, config = poisoned(pipeline, bad=(1, 2, 3, 4))
-    before = [parameter.detach().clone() for parameter in method.policy.parameters()]
+    before = [parameter.detach().clone() for parameter in method.policy.network.parameters()]
     safety = SafetyConfig(max_skipped_in_a_row=2)
     with pytest.raises(TrainingError, match=r"2 updates in a row.*lower optimizer\.learning_rate"):
         align(method, method.policy, config, tmp_path, NullTracker(), safety=safety)
-    assert all(torch.equal(one, other) for one, other in zip(before, method.policy.parameters(), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(before, method.policy.network.parameters(), strict=True))
 
 
 def test_running_out_of_memory_while_updating_names_the_micro_batch(pipeline, tmp_path, monkeypatch):
@@ -282,11 +282,11 @@ def test_a_run_that_a_signal_ends_in_an_update_goes_on_to_the_same_weights_and_h
 
     def run(folder: Path, *, cut_at: int | None = None) -> dict:
         policy = make_tiny_denoiser("sd15", pipeline)
-        add_lora(policy.unet, settings["lora"], seed=0)
+        add_lora(policy.network.module, settings["lora"], seed=0)
         method = make_method(name, policy, **settings)
         calls, loss = count(1), method.loss
 
-        def cutting(pairs: TrainingPairs) -> Loss:
+        def cutting(pairs: Examples) -> Loss:
             value = loss(pairs)
             if next(calls) == cut_at:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from spo.config import Config, load_config
 from spo.data.preferences import PairWriter
-from spo.models.base import LatentDiffusion
+from spo.models.autoencoder import Autoencoder
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build
 from spo.stages import prepare
 from spo.tracking import NullTracker
@@ -44,13 +45,13 @@ def base(config: Config) -> LatentDiffusion:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pictures each call of the autoencoder got."""
     counts: list[int] = []
-    encode = LatentDiffusion.encode_images
+    encode = Autoencoder.encode
 
-    def counted(self: LatentDiffusion, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def counted(self: Autoencoder, images: Tensor) -> Tensor:
         counts.append(len(images))
-        return encode(self, images, generator)
+        return encode(self, images)
 
-    monkeypatch.setattr(LatentDiffusion, "encode_images", counted)
+    monkeypatch.setattr(Autoencoder, "encode", counted)
     return counts
 
 
@@ -81,7 +82,7 @@ def test_another_autoencoder_or_resolution_is_encoded_anew_in_place_of_the_old(
     first = load(config, base, tmp_path)
     encoded.clear()
     with torch.no_grad():
-        next(base.vae.parameters()).mul_(1.5)
+        next(base.autoencoder.vae.parameters()).mul_(1.5)
     second = load(config, base, tmp_path)
     assert encoded and not same(first, second)
     encoded.clear()

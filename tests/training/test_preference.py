@@ -40,7 +40,7 @@ def make_pairs(training: StepAwareTraining, n: int = 16) -> LabelledPairs:
     images = level + 0.05 * torch.randn(n, 2, 3, RESOLUTION, RESOLUTION, generator=generator)
     label = torch.tensor([[1.0, 0.0]]).repeat(n, 1)
     images[::2], label[::2] = images[::2].flip(1), label[::2].flip(1)
-    latents = training.base.encode_images(images.flatten(0, 1).clamp(0, 1)).unflatten(0, (n, 2))
+    latents = training.base.autoencoder.encode(images.flatten(0, 1).clamp(0, 1)).unflatten(0, (n, 2))
     return LabelledPairs(latents, label, torch.ones(n), ["a red circle"] * n)
 
 
@@ -54,12 +54,12 @@ def test_two_equal_images_score_equally_because_they_share_their_noise(training)
 
 def test_both_images_and_both_halves_of_the_guidance_take_one_unet_call(training):
     calls = []
-    training.base.unet.register_forward_hook(lambda *_: calls.append(1))
-    training.base.forwards = 0
+    training.base.network.module.register_forward_hook(lambda *_: calls.append(1))
+    training.base.network.forwards = 0
     pairs = make_pairs(training, 4)
     noise = training.noise(pairs, torch.arange(4), Generator().manual_seed(0))
     training.scores(pairs, torch.arange(4), torch.full((4,), 501), noise)
-    assert training.base.forwards == 4 * 2 * 2
+    assert training.base.network.forwards == 4 * 2 * 2
     assert len(calls) == 1
 
 
@@ -89,13 +89,15 @@ def test_at_a_small_t_the_model_sees_the_clean_images(training):
 
 def test_training_learns_the_preference_and_leaves_the_base_alone(training):
     pairs = make_pairs(training)
-    before = [parameter.clone() for parameter in training.base.unet.parameters()]
+    before = [parameter.clone() for parameter in training.base.network.module.parameters()]
     start, count = training.accuracy(pairs, 1, seed=0)
     rows = list(training.train(pairs, seed=0))
     assert count == 16
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert training.accuracy(pairs, 1, seed=0)[0] > max(start, 0.75)
-    assert all(torch.equal(one, other) for one, other in zip(before, training.base.unet.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(before, training.base.network.module.parameters(), strict=True)
+    )
 
 
 def test_the_vision_tower_comes_to_depend_on_t(training):

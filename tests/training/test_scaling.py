@@ -27,22 +27,22 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def gradients(denoiser, scale: LossScale, factor: float) -> torch.Tensor:
     """Of the mean square of a prediction times `factor`, over all that trains, in one row."""
-    for parameter in denoiser.parameters():
+    for parameter in denoiser.network.parameters():
         parameter.grad = None
     loss = factor * denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(["a", "b", "c"])).square().mean()
     scale.scale(loss).backward()
-    scale.unscale(denoiser.parameters())
-    return torch.cat([parameter.grad.flatten() for parameter in denoiser.parameters()])
+    scale.unscale(denoiser.network.parameters())
+    return torch.cat([parameter.grad.flatten() for parameter in denoiser.network.parameters()])
 
 
 def test_small_gradients_of_a_float16_model_are_those_of_float32_and_not_nothing(pipeline):
     found = {}
     for dtype in ("float32", "float16"):
         denoiser = make_tiny_denoiser("sd15", pipeline, dtype=dtype)
-        add_lora(denoiser.unet, LoraConfig(rank=2), seed=0)
+        add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
         shake(denoiser, scale=0.1)
         found[dtype] = gradients(denoiser, LossScale.of(getattr(torch, dtype)), 1e-5)
-        assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in denoiser.network.parameters()} == {torch.float32}
     lost = gradients(denoiser, LossScale(1.0), 1e-5)
     assert (found["float16"] - found["float32"]).norm() < 0.05 * found["float32"].norm()
     assert (lost - found["float32"]).norm() > 0.5 * found["float32"].norm()
@@ -93,14 +93,14 @@ def test_alignment_in_float16_trains_float32_weights_and_lowers_the_factor_where
     for start in (2.0**16, 2.0**40):
         monkeypatch.setattr(LossScale, "of", lambda dtype, start=start: LossScale(start))
         policy = make_tiny_denoiser("sd15", pipeline, dtype="float16")
-        add_lora(policy.unet, LoraConfig(rank=2), seed=0)
-        before = [parameter.detach().clone() for parameter in policy.parameters()]
+        add_lora(policy.network.module, LoraConfig(rank=2), seed=0)
+        before = [parameter.detach().clone() for parameter in policy.network.parameters()]
         method = make_method("spo", policy, epochs=8, checkpoints=1, optimizer=OptimizerConfig(learning_rate=1e-3))
         (tmp_path / str(start)).mkdir()
         trained[start] = align(method, policy, method.config, tmp_path / str(start), NullTracker())
-        assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
-        assert all(parameter.isfinite().all() for parameter in policy.parameters())
-        assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+        assert {parameter.dtype for parameter in policy.network.parameters()} == {torch.float32}
+        assert all(parameter.isfinite().all() for parameter in policy.network.parameters())
+        assert any(not torch.equal(a, b) for a, b in zip(before, policy.network.parameters(), strict=True))
     assert 0 < trained[2.0**40]["updates"] < trained[2.0**16]["updates"]
     assert trained[2.0**40]["skipped"] == 0  # an overflow is no failure
 
@@ -108,7 +108,7 @@ def test_alignment_in_float16_trains_float32_weights_and_lowers_the_factor_where
 def test_a_resumed_run_has_the_factor_of_before():
     def state(scale: LossScale) -> tuple[State, SimpleNamespace]:
         weight = torch.nn.Parameter(torch.ones(2))
-        policy = SimpleNamespace(parameters=lambda: [weight])
+        policy = SimpleNamespace(network=SimpleNamespace(parameters=lambda: [weight]))
         return State(torch.optim.AdamW([weight]), FiniteGuard(1), scale), policy
 
     (saved, policy), (other, other_policy) = state(LossScale(2.0**9, finite_updates=7)), state(LossScale(2.0**16))

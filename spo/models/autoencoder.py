@@ -1,0 +1,42 @@
+"""The autoencoder of a latent diffusion model: images to latents and back."""
+
+import copy
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+
+class Autoencoder:
+    """A frozen VAE with its scaling factor and shift.
+
+    Args:
+        vae: already on its device
+        resolution: height and width of an image, in pixels
+        upcast: run a float16 VAE that says `force_upcast` in float32, as the SDXL pipeline's own call does
+        batch_size: images that go through at a time; None: 16, and fewer where they would have more than 8 times
+            512 x 512 pixels, or on a CPU 128 x 128
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, resolution: int, upcast: bool = False, batch_size: int | None = None):
+        upcast = upcast and vae.dtype == torch.float16 and vae.config.force_upcast
+        self.vae = copy.deepcopy(vae).float() if upcast else vae
+        self.preview: AutoencoderTiny | None = None  # decodes in the VAE's place
+        pixels = 8 * (128 if vae.device.type == "cpu" else 512) ** 2
+        self.batch_size = batch_size or min(16, max(1, pixels // resolution**2))
+        self.decodes = 0  # images that `decode` made
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (b, 3, H, W) in [0, 1], float32, of latents (b, c, h, w)."""
+        vae = self.vae if self.preview is None else self.preview
+        latents = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(vae.dtype)
+        self.decodes += len(latents)
+        images = [vae.decode(part).sample for part in latents.split(self.batch_size)]
+        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (b, c, h, w), float32, of images (b, 3, H, W) in [0, 1]: the mean of the posterior."""
+        parts = (2 * images - 1).to(self.vae.dtype).split(self.batch_size)
+        latents = torch.cat([self.vae.encode(part).latent_dist.mean for part in parts]).float()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor

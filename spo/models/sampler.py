@@ -1,0 +1,71 @@
+"""The sampler of training: a schedule, a grid of timesteps, and the Gaussian step between two of them."""
+
+from typing import Any, Self
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from spo.config import SamplingConfig
+from spo.core.prediction import PredictionType, predict_x_0_and_noise, training_target
+from spo.core.schedule import Schedule, VariancePreserving
+from spo.core.step import gaussian_step
+from spo.core.types import Transition
+
+
+class Sampler:
+    """timesteps: (T,), descending; eta and guidance_scale as in `SamplingConfig`."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        timesteps: Tensor,
+        *,
+        prediction_type: PredictionType,
+        eta: float,
+        guidance_scale: float,
+    ):
+        self.schedule = schedule
+        self.timesteps = timesteps
+        self.prediction_type = prediction_type
+        self.eta = eta
+        self.guidance_scale = guidance_scale
+
+    @classmethod
+    def ddim(cls, scheduler_config: Any, sampling: SamplingConfig, device: torch.device) -> Self:
+        """DDIM over the grid of diffusers' DDIMScheduler, so that it is the pipeline's own sampling."""
+        scheduler = DDIMScheduler.from_config(scheduler_config)
+        scheduler.set_timesteps(sampling.steps)
+        return cls(
+            VariancePreserving(scheduler.alphas_cumprod.to(device, torch.float32)),
+            scheduler.timesteps.to(device),
+            prediction_type=scheduler.config.prediction_type,
+            eta=sampling.eta,
+            guidance_scale=sampling.guidance_scale,
+        )
+
+    def transition(self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> Transition:
+        """The step from t to t_prev, both (b,), in float32."""
+        return gaussian_step(
+            output.float(),
+            x_t.float(),
+            t,
+            t_prev,
+            schedule=self.schedule,
+            eta=self.eta,
+            prediction_type=self.prediction_type,
+        )
+
+    def predict_x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latents (b, c, h, w) that an output for x_t (b, c, h, w) at times t (b,) means."""
+        level = self.schedule.level(t)
+        return predict_x_0_and_noise(output, x_t.float(), level, prediction_type=self.prediction_type)[0]
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = signal x_0 + noise eps; all (b, c, h, w), t (b,)."""
+        level = self.schedule.level(t)
+        return level.signal * x_0 + level.noise * noise
+
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The network's right output (b, c, h, w) for `add_noise(x_0, noise, t)`."""
+        return training_target(x_0, noise, self.schedule.level(t), prediction_type=self.prediction_type)
