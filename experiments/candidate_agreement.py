@@ -34,6 +34,7 @@ from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
 from spo.runtime.device import best_device
 from spo.runtime.tables import write_csv
+from spo.workspace import Workspace
 
 Row = dict[str, Any]
 
@@ -135,12 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SpoError(f"profile {config.profile} has no SPO called {options.method}; it has {sorted(config.align)}")
     if options.candidates is not None:
         settings = SpoConfig.model_validate({**settings.model_dump(), "candidates": options.candidates})
-    file = Path(config.folder("prepare")) / "prompts" / "validation.txt"
-    if not file.is_file():
-        raise SpoError(f"{file} is missing; run `python -m spo prepare`")
-    prompts = file.read_text(encoding="utf-8").splitlines()[: options.prompts]
+    workspace = Workspace(config)
+    prompts = workspace.prepared.prompts("validation", options.prompts)
     everything: list[Row] = []
-    for folder in options.models or [Path(config.folder("train_preference")) / "model"]:
+    for folder in options.models or [workspace.preference_model]:
         scorer: Scorer = PreferenceScorer(load_preference_model(folder), device=best_device())
         told = 0 if config.train_preference.blind else settings.judged_at
         scorer = scorer if told is None else BlindScorer(scorer, told)

@@ -17,9 +17,8 @@ def publish_stages(rows: Sequence[tuple[str, str, str, float]]) -> None:
     create_table_artifact(key="stages", table=table, description="What ran, and what had not changed")
 
 
-def publish_report(profile: str, folder: Path) -> None:
+def publish_report(profile: str, report: Path) -> None:
     """Show the report's verdict and headline figures with the run, and where its page lies."""
-    report = folder / "report"
     summary = (report / "summary.txt").read_text(encoding="utf-8").strip()
     metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
     rows = "\n".join(f"| {name} | {value} |" for name, value in _flat(metrics))

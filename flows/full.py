@@ -9,7 +9,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -20,8 +19,11 @@ from prefect.runtime import flow_run
 from flows.artifacts import publish_promotion, publish_report, publish_stages
 from flows.overrides import override, parse
 from flows.profile import use_profile
-from flows.stages import STAGES, Stage, promote_released, run_stage
+from flows.stages import Stage, promote_released, run_stage
+from spo.config import load_config
 from spo.errors import SpoError
+from spo.pipeline import PIPELINE
+from spo.workspace import Workspace
 
 
 @flow(name="spo", retries=0)
@@ -45,14 +47,14 @@ def full(
     name = use_profile(profile)
     tag_run(f"profile:{name}")
     rows, outcomes = [], {}
-    for stage in (stage for stage in STAGES if stages is None or stage in stages):
+    for stage in (stage for stage in PIPELINE if stages is None or stage in stages):
         start = time.monotonic()
         state = run_stage(stage, force=force)
         outcomes[str(stage)] = str(state.name)
         rows.append((stage, str(state.name), state.message or "", time.monotonic() - start))
     publish_stages(rows)
     if "report" in outcomes:
-        publish_report(name, Path("runs") / name)
+        publish_report(name, Workspace(load_config()).report)
     if promote:
         publish_promotion(decision := promote_released())
         tag_run("kept" if "not promoted" in decision else "promoted")
@@ -69,7 +71,7 @@ def tag_run(*tags: str) -> None:
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flows.full", description="Run the pipeline as a Prefect flow.")
     parser.add_argument("--profile", help="one of configs/*.yaml, written to params.yaml (default: the one there)")
-    parser.add_argument("--stage", dest="stages", nargs="+", action="extend", choices=STAGES, help="(default: all)")
+    parser.add_argument("--stage", dest="stages", nargs="+", action="extend", choices=PIPELINE, help="(default: all)")
     parser.add_argument(
         "--set",
         dest="overrides",

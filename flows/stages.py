@@ -3,7 +3,7 @@
 import re
 import sys
 from contextlib import closing
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from prefect import task
 from prefect.artifacts import create_link_artifact
@@ -11,9 +11,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
 from flows.process import logged
+from spo.pipeline import PIPELINE
 
-Stage = Literal["prepare", "train_preference", "align", "evaluate", "report"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
+if TYPE_CHECKING:
+    Stage = str
+else:
+    Stage = Literal[*PIPELINE]  # Prefect checks a parameter against these names
 
 SAYS = {  # what DVC says of an item, and what became of it
     "Completed": re.compile(r"Running stage '(.+)':"),

@@ -21,27 +21,12 @@ from safetensors import SafetensorError
 from spo.commands.preflight import Finding, require
 from spo.config import Config, LaunchConfig, load_config
 from spo.errors import SpoError, is_disk_full, is_out_of_memory, one_line
+from spo.pipeline import STAGES
 from spo.runtime.locking import locked
 from spo.runtime.stopping import Stopped, run_group, stoppable
+from spo.workspace import Workspace
 
-STAGES = {  # in the pipeline's order; the last is not part of it
-    "prepare": "check prompts and preferences and split them",
-    "train_preference": "train the step-aware preference model",
-    "align": "align the diffusion model by one method",
-    "evaluate": "compare base and aligned models on held-out prompts",
-    "report": "write the report",
-    "pretrain": "make the embedded default's models and data anew",
-}
-STAGES_CHECKED = ("prepare", "train_preference", "align", "evaluate")  # at their start, for what later ones lack
-SHARED_OUT = ("train_preference", "align", "evaluate")  # among the processes of `launch`
 LAUNCHED = "SPO_LAUNCHED"  # environment variable of the processes that `launch` started: they start no more
-RESUMED = ("train_preference", "align")  # go on from where they were stopped
-SECTIONS = {  # of the configuration, that a stage reads: what its run is tracked with
-    "prepare": ("seed", "prepare"),
-    "train_preference": ("seed", "model", "sampling", "train_preference"),
-    "align": ("model", "sampling"),
-    "evaluate": ("model", "sampling", "evaluate"),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,9 +69,9 @@ def run_stage(options: argparse.Namespace) -> int:
         raise SpoError(f"align {method}: profile {config.profile} has no such method; it has {sorted(config.align)}")
     if method is not None and seed is None:
         seed = config.training_seeds[0]
-    if stage in STAGES_CHECKED:
+    if STAGES[stage].checked:
         require(config, stage, root)
-    if config.launch.num_processes > 1 and stage in SHARED_OUT and not {"RANK", LAUNCHED} & set(os.environ):
+    if config.launch.num_processes > 1 and STAGES[stage].distributed and not {"RANK", LAUNCHED} & set(os.environ):
         return launch(config.launch, options.arguments)
     label = stage if method is None else f"{stage} {method} --seed {seed}"
     _settle()
@@ -100,7 +85,7 @@ def run_stage(options: argparse.Namespace) -> int:
     job = (stage, *(() if method is None else (method, f"seed-{seed}")))
     with only_one(config, job, root):
         if getattr(options, "restart", False):
-            shutil.rmtree(root / config.state_folder(*job), ignore_errors=True)
+            shutil.rmtree(Workspace(config, root).state(*job), ignore_errors=True)
         with tracking.start(config, stage, root, method=method, seed=seed) as tracker:
             tracker.log_params(settings(config, stage, method, seed))
             run(config, *(() if method is None else (method, seed)), root=root, tracker=tracker)
@@ -141,13 +126,12 @@ def only_one(config: Config, job: Sequence[str], root: Path) -> AbstractContextM
     """
     if os.environ.get("RANK", "0") != "0":
         return nullcontext()
-    lock = root / ".cache" / "locks" / config.profile / f"{'-'.join(job)}.lock"
-    return locked(lock, f"{' '.join(job)} of profile {config.profile}")
+    return locked(Workspace(config, root).lock(*job), f"{' '.join(job)} of profile {config.profile}")
 
 
 def settings(config: Config, stage: str, method: str | None = None, seed: int | None = None) -> dict[str, Any]:
     """The sections of the configuration that a stage reads; of a method also the training seed."""
-    values = config.model_dump(mode="json", include=set(SECTIONS.get(stage, ())))
+    values = config.model_dump(mode="json", include=set(STAGES[stage].sections))
     if method is not None:
         values |= {"align": config.align[method].model_dump(mode="json"), "training_seed": seed}
     return values
@@ -170,12 +154,13 @@ def repro(options: argparse.Namespace) -> int:
     code = run_group(command, environment)
     if code:
         raise SpoError(f"the pipeline stopped (dvc's exit code {code}); the lines above tell which stage and why")
-    summary = (config.folder("report") / "summary.txt").read_text(encoding="utf-8").strip()
+    workspace = Workspace(config)
+    summary = (workspace.report / "summary.txt").read_text(encoding="utf-8").strip()
     print(f"\n{summary}\n")
     for what, where in {
-        "report": config.folder("report") / "report.html",
-        "images": config.folder("evaluate") / "images",
-        "LoRA weights": config.folder("evaluate") / "lora",
+        "report": workspace.report / "report.html",
+        "images": workspace.evaluate / "images",
+        "LoRA weights": workspace.loras,
         "runs": "`make ui`, then http://127.0.0.1:5000",
     }.items():
         print(f"{what:<13}{where}")
@@ -321,14 +306,14 @@ def _parser() -> argparse.ArgumentParser:
     """The commands and their options; each sets `run`, which takes the parsed options."""
     parser = argparse.ArgumentParser(prog="python -m spo", description="Step-aware Preference Optimization.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for stage, purpose in STAGES.items():
+    for stage, row in STAGES.items():
         aliases = [stage.replace("_", "-")] if "_" in stage else []
-        command = commands.add_parser(stage, aliases=aliases, help=purpose, description=purpose)
-        if stage == "align":
+        command = commands.add_parser(stage, aliases=aliases, help=row.help, description=row.help)
+        if row.per_method:
             command.add_argument("name", metavar="NAME", help="of the method: a key of the profile's align section")
             command.add_argument("--seed", type=int, help="of the training (default: the first of training_seeds)")
         command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
-        if stage in RESUMED:
+        if row.resumable:
             command.add_argument("--restart", action="store_true", help="forget what a stopped run had saved")
         command.set_defaults(run=run_stage, stage=stage)
 

@@ -15,9 +15,10 @@ import pytest
 from safetensors import SafetensorError
 
 from spo import tracking
-from spo.__main__ import STAGES, main, only_one, settings
+from spo.__main__ import main, only_one, settings
 from spo.config import load_config
 from spo.errors import DataError
+from spo.pipeline import STAGES
 from spo.tracking import NullTracker
 
 ROOT = Path(__file__).parents[1]

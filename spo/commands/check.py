@@ -5,6 +5,7 @@ temporary folder, over the profile's own models and data: a few prompts and pair
 as many pairs at a time as in training. What that takes tells what the whole will take.
 """
 
+import importlib
 import math
 import resource
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from spo.config import Config, DiffusionDpoConfig, MethodConfig, SampledConfig
 from spo.data.preferences import PairWriter, read_pairs
 from spo.data.prompts import read_prompts
 from spo.errors import DataError, SpoError
+from spo.pipeline import PIPELINE, STAGES
 from spo.runtime.files import read_json
-from spo.stages import align, evaluate, prepare, report, train_preference
+from spo.stages import prepare
 from spo.tracking import NullTracker
+from spo.workspace import Prepared, Workspace
 
 PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
 GIB = 2**30
@@ -47,23 +51,19 @@ def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Find
     small = miniature(config, root)
     tracker = NullTracker()
     seed = config.training_seeds[0]
-    stages: list[tuple[str, Callable[[], object]]] = [
-        ("prepare", lambda: _prepare(small, config, folder)),
-        ("train_preference", lambda: train_preference.run(small, root=folder, tracker=tracker)),
-        *[
-            (f"align {name}", lambda name=name: align.run(small, name, seed, root=folder, tracker=tracker))
-            for name in config.methods
-        ],
-        ("evaluate", lambda: evaluate.run(small, root=folder, tracker=tracker)),
-        ("report", lambda: report.run(small, root=folder, tracker=tracker)),
-    ]
     taken = {}
-    for stage, run in stages:
+    jobs: list[tuple[Any, ...]] = []
+    for name in PIPELINE:
+        jobs += [(name, method, seed) for method in config.methods] if STAGES[name].per_method else [(name,)]
+    for name, *job in jobs:
+        stage = " ".join([name, *job[:1]])
+        module = importlib.import_module(f"spo.stages.{name}")
+        run = partial(module.run, small, *job, root=folder, tracker=tracker)
         start = time.perf_counter()
         try:
-            taken[stage] = _taken(run)
+            taken[stage] = _taken(partial(_prepare, small, config, folder) if stage == "prepare" else run)
             if stage == "prepare":
-                _shorten(folder / small.folder("prepare") / "preferences")
+                _shorten(Workspace(small, folder).prepared)
         except SpoError as error:
             say(Finding(f"{stage} in miniature", False, str(error), ()))
             return False
@@ -121,9 +121,9 @@ def _one_update(method: MethodConfig) -> dict[str, Any]:
     return {**method.model_dump(), **small}
 
 
-def _shorten(folder: Path) -> None:
+def _shorten(prepared: Prepared) -> None:
     """Leave as many pairs as a batch has, decided ones first: there must be some."""
-    for path in folder.glob("*.parquet"):
+    for path in [path for side in ("train", "validation") if (path := prepared.pairs_file(side)).exists()]:
         pairs = sorted(read_pairs(path), key=lambda pair: pair.is_tie)[:PAIRS]
         shorter = path.with_suffix(".short")
         with PairWriter(shorter) as writer:
@@ -191,7 +191,7 @@ def _seconds_a_forward(config: Config, folder: Path) -> float:
 
 
 def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:
-    return read_json(folder / config.aligned(name, config.training_seeds[0]) / "metrics.json")
+    return read_json(Workspace(config, folder).aligned(name, config.training_seeds[0]) / "metrics.json")
 
 
 def _duration(seconds: float) -> str:

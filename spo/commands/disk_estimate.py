@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo.config import Config
+from spo.workspace import Workspace
 
 CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, where the hub's are not here to be measured
 UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # where it is not here
@@ -46,11 +47,12 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
         "align": (2 * unet * sum(method.checkpoints for method in whole) * seeds, (STATES + most) * unet),
         "evaluate": (pictures * PICTURE_BYTES, 0),
     }
-    caches = {"train_preference": [config.latents_folder], "evaluate": [Path(".cache/evaluate", config.profile)]}
+    workspace = Workspace(config, root)
+    caches = {"train_preference": [workspace.latents_cache], "evaluate": [workspace.evaluation_cache]}
     rooms = {}
     for stage, (kept, passing) in jobs.items():
-        places = [config.folder(stage), config.state_folder(stage), *caches.get(stage, [])]
-        rooms[stage] = DiskEstimate(kept, passing, sum(size_of(root / place) for place in places))
+        places = [workspace.output(stage), workspace.state(stage), *caches.get(stage, [])]
+        rooms[stage] = DiskEstimate(kept, passing, sum(size_of(place) for place in places))
     return rooms
 
 

@@ -23,6 +23,7 @@ from spo.models.generate import image_seed
 from spo.models.lora import WEIGHTS
 from spo.runtime.files import read_json
 from spo.tracking import registry
+from spo.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +80,13 @@ def run(
 def find_candidate(config: Config, root: Path = Path(), method: str | None = None) -> Candidate:
     """What `evaluate` released for the method (default: promote.method, or else the profile's first)."""
     name = method or config.promote.method or config.methods[0]
-    folder = root / config.folder("evaluate")
+    workspace = Workspace(config, root)
+    folder = workspace.evaluate
     if name not in config.methods:
         raise ConfigError(f"promote: {name!r} is not among the evaluated methods; use one of {list(config.methods)}")
     if not (folder / "metrics.json").is_file():
         raise DataError(f"{folder} holds no evaluation; run `python -m spo evaluate`")
-    lora = folder / "lora" / name
+    lora = workspace.loras / name
     if not (lora / WEIGHTS).is_file():
         raise ModelError(f"{lora} holds no {WEIGHTS}: a LoRA can be registered, a fully fine-tuned model cannot")
     with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
@@ -94,7 +96,7 @@ def find_candidate(config: Config, root: Path = Path(), method: str | None = Non
 
 def register(config: Config, candidate: Candidate, root: Path = Path()) -> registry.Version:
     """Its version of the registered model, described by its evaluation."""
-    evaluated, reported = root / config.folder("evaluate"), root / config.folder("report")
+    evaluated, reported = Workspace(config, root).evaluate, Workspace(config, root).report
     files = [evaluated / name for name in ("scores.csv", "metrics.json", "means.csv", "comparisons.csv", "samples.png")]
     files += [reported / name for name in ("report.html", "summary.txt")]
     tags = {
@@ -189,6 +191,6 @@ def _headline(candidate: Candidate, config: Config) -> dict[str, str]:
 
 
 def _description(candidate: Candidate, config: Config, root: Path) -> str:
-    summary = root / config.folder("report") / "summary.txt"
+    summary = Workspace(config, root).report / "summary.txt"
     told = summary.read_text(encoding="utf-8").strip() if summary.is_file() else "There is no report of it yet."
     return f"{candidate.method}, {candidate.released}, profile {config.profile}\n\n```\n{told}\n```"

@@ -66,23 +66,6 @@ class Config(Section):
                 raise ValueError(f"{key}={list(values)} names one of them twice; name each once")
         return self
 
-    def folder(self, stage: str) -> Path:
-        """Where a stage writes, relative to the project: runs/<profile>/<stage>."""
-        return Path("runs") / self.profile / stage
-
-    def aligned(self, method: str, seed: int) -> Path:
-        """Where `align` writes what a method comes to from a training seed, relative to the project."""
-        return self.folder("align") / method / f"seed-{seed}"
-
-    def state_folder(self, *job: str) -> Path:
-        """Where a job (stage, method, seed) keeps what it goes on from when stopped; nothing that DVC looks at."""
-        return Path(".cache") / "state" / Path(self.profile, *job)
-
-    @property
-    def latents_folder(self) -> Path:
-        """Where the prepared pairs' latents and labels are kept; nothing that DVC looks at."""
-        return Path(".cache") / "latents" / self.profile
-
 
 def load_config(root: Path = Path(), profile: str | None = None) -> Config:
     """Read params.yaml and the profile it names (or `profile`); ConfigError in one line if anything is wrong."""

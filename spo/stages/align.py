@@ -11,7 +11,6 @@ from torch import Tensor
 
 from spo.config import Config, D3poConfig, DiffusionDpoConfig, ScoringConfig, SpoConfig
 from spo.core.types import Scorer
-from spo.errors import DataError
 from spo.methods.d3po import D3po
 from spo.methods.diffusion_dpo import DiffusionDpo
 from spo.methods.method import Method
@@ -31,6 +30,7 @@ from spo.training.history import Cost
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference_scorer import load_scorer
 from spo.training.watch import Watch
+from spo.workspace import Workspace
 
 BATCH = 32  # pictures painted at a time, or as many as `evaluate` takes where that is less
 
@@ -62,7 +62,7 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
             safety=config.safety,
             store=store,
         )
-        with distributed.written_by_main(atomic_path(root / config.aligned(name, seed))) as folder:
+        with distributed.written_by_main(atomic_path(Workspace(config, root).aligned(name, seed))) as folder:
             shutil.copytree(made, folder)
             write_json(folder / "metrics.json", metrics)
     if distributed.is_main():
@@ -74,15 +74,15 @@ def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
     """Where the states of the run are, and what they depend on."""
     settings = config.model_dump(mode="json", include={"model", "sampling"})
     settings |= {"align": {name: config.align[name].model_dump(mode="json")}, "training_seed": seed}
-    prepared = root / config.folder("prepare")
+    workspace = Workspace(config, root)
     inputs: dict[str, str | Path | None] = {"model": config.model.path, "vae": config.model.vae}
     if isinstance(config.align[name], DiffusionDpoConfig):
-        settings |= {"pairs": fingerprint_of_pairs(prepared / "preferences" / "train.parquet")}
+        settings |= {"pairs": fingerprint_of_pairs(workspace.prepared.pairs_file("train"))}
     else:
-        model = root / config.folder("train_preference") / "model"
-        inputs |= {"prompts": prepared / "prompts" / "train.txt", "preference_model": model}
+        prompts, model = workspace.prepared.prompts_file("train"), workspace.preference_model
+        inputs |= {"prompts": prompts, "preference_model": model}
     settings |= {"inputs": fingerprints(inputs)}
-    return StateStore(root / config.state_folder("align", name, f"seed-{seed}"), settings)
+    return StateStore(workspace.state("align", name, f"seed-{seed}"), settings)
 
 
 def build_policy(config: Config, name: str) -> LatentDiffusion:
@@ -95,16 +95,16 @@ def build_policy(config: Config, name: str) -> LatentDiffusion:
 
 def build_method(config: Config, name: str, policy: LatentDiffusion, *, seed: int, root: Path) -> Method[Any]:
     """The method called `name` in the profile, with the data that it learns from."""
-    prepared = root / config.folder("prepare")
-    prompts = training_prompts(prepared / "prompts" / "train.txt")
+    workspace = Workspace(config, root)
+    prompts = workspace.prepared.prompts("train")
     match config.align[name]:
         case SpoConfig() as settings:
             return Spo(settings, policy, build_judge(config, settings.scoring, policy, root), prompts, seed=seed)
         case D3poConfig() as settings:
             return D3po(settings, policy, build_judge(config, settings.scoring, policy, root), prompts, seed=seed)
         case DiffusionDpoConfig() as settings:
-            file, cache = prepared / "preferences" / "train.parquet", root / config.latents_folder
-            pairs = load_pairs(file, policy, config, cache=cache)
+            file = workspace.prepared.pairs_file("train")
+            pairs = load_pairs(file, policy, config, cache=workspace.latents_cache)
             return DiffusionDpo(settings, policy, pairs.latents, pairs.label, pairs.captions, seed=seed)
 
 
@@ -115,13 +115,6 @@ def build_judge(config: Config, scoring: ScoringConfig, policy: LatentDiffusion,
     return load_scorer(config, root, policy.device, getattr(torch, scoring.dtype))
 
 
-def training_prompts(path: Path) -> list[str]:
-    """The prepared prompts, one a line; DataError where they are missing."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `python -m spo prepare`")
-    return path.read_text(encoding="utf-8").splitlines()
-
-
 def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Watch | None:
     """The watch of the method called `name`, which paints the first validation prompts, eta 0.
 
@@ -130,10 +123,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     settings = config.align[name].watch
     if settings is None:
         return None
-    path = root / config.folder("prepare") / "prompts" / "validation.txt"
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `python -m spo prepare`")
-    prompts = path.read_text(encoding="utf-8").splitlines()[: settings.num_prompts]
+    prompts = Workspace(config, root).prepared.prompts("validation", settings.num_prompts)
     needed = (settings.score,) if settings.stop_after_worse else ()
     metrics = build_metrics([settings.metric], policy.device, needed=needed)
     if not metrics:

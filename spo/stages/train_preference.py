@@ -21,19 +21,20 @@ from spo.runtime.tables import write_csv
 from spo.tracking import Tracker
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference import LabelledPairs, StepAwareTraining
+from spo.workspace import Workspace
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     """Write model/, accuracy.csv, history.csv and metrics.json to runs/<profile>/train_preference."""
     start = time.perf_counter()
     settings = config.train_preference
-    prepared = root / config.folder("prepare") / "preferences"
-    cache, device = root / config.latents_folder, best_device()
+    workspace, device = Workspace(config, root), best_device()
+    prepared, cache = workspace.prepared, workspace.latents_cache
     base = build(config.model, config.sampling, device)
     validation = None
     if config.prepare.preferences is not None:
         validation = load_pairs(
-            prepared / "validation.parquet", base, config, cache=cache, limit=settings.evaluate_pairs
+            prepared.pairs_file("validation"), base, config, cache=cache, limit=settings.evaluate_pairs
         )
     if settings.checkpoint is not None:
         preference = load_preference_model(settings.checkpoint)
@@ -50,10 +51,10 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     else:
         store = state_store(config, root)
         done = _restored(training, store) or Done(accuracy=_accuracies(training, validation, "start", config))
-        pairs = load_pairs(prepared / "train.parquet", base, config, cache=cache)
+        pairs = load_pairs(prepared.pairs_file("train"), base, config, cache=cache)
         _train(training, pairs, config, store, done, tracker)
         done.accuracy += _accuracies(training, validation, "trained", config)
-    with distributed.written_by_main(atomic_path(root / config.folder("train_preference"))) as folder:
+    with distributed.written_by_main(atomic_path(workspace.train_preference)) as folder:
         save_preference_model(preference.model.cpu(), preference.tokenizer, preference.preprocess, folder / "model")
         write_csv(folder / "accuracy.csv", done.accuracy)
         write_csv(folder / "history.csv", done.history)
@@ -88,9 +89,10 @@ def state_store(config: Config, root: Path) -> StateStore:
         "start_from": config.train_preference.start_from,
         "labels": config.train_preference.labels.model,
     }
-    pairs = root / config.folder("prepare") / "preferences" / "train.parquet"
-    settings |= {"inputs": {"pairs": fingerprint_of_pairs(pairs), **fingerprints(inputs)}}
-    return StateStore(root / config.state_folder("train_preference"), settings)
+    workspace = Workspace(config, root)
+    pairs = fingerprint_of_pairs(workspace.prepared.pairs_file("train"))
+    settings |= {"inputs": {"pairs": pairs, **fingerprints(inputs)}}
+    return StateStore(workspace.state("train_preference"), settings)
 
 
 def _restored(training: StepAwareTraining, store: StateStore) -> Done | None:

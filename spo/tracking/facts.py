@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from spo.config import Config
+from spo.pipeline import STAGES
+from spo.workspace import Workspace
 
 FLOW_RUN = "SPO_FLOW_RUN"  # environment variable: the Prefect flow run that started the stage
+CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # of a side, in MLflow's words
 DIGEST_LENGTH = 32  # hexadecimal digits of a SHA-256; MLflow takes 36 at most
 
 
@@ -45,26 +48,15 @@ def provenance(root: Path) -> dict[str, str]:
 
 def inputs(config: Config, stage: str, root: Path) -> list[dict[str, Any]]:
     """The data sets that a stage reads, each with the hash of what it holds; a hub's data set by its name."""
-    prepared, preferences = config.folder("prepare"), config.prepare.preferences
-    of_stage: dict[str, dict[str, tuple[str | Path, str]]] = {
-        "prepare": {
-            "prompts": (config.prepare.prompts.source, "source"),
-            **({"preferences": (preferences.source, "source")} if preferences else {}),
-        },
-        "train_preference": {
-            "preferences train": (prepared / "preferences" / "train.parquet", "training"),
-            "preferences validation": (prepared / "preferences" / "validation.parquet", "validation"),
-        },
-        "align": {"prompts train": (prepared / "prompts" / "train.txt", "training")},
-        "evaluate": {
-            "prompts validation": (prepared / "prompts" / "validation.txt", "validation"),
-            "prompts test": (prepared / "prompts" / "test.txt", "testing"),
-        },
-    }
+    prepared = Workspace(config).prepared
+    found = [(f"{kind} {side}", str(prepared.file(kind, side)), CONTEXTS[side]) for kind, side in STAGES[stage].inputs]
+    if stage == "prepare":
+        found = [("prompts", config.prepare.prompts.source, "source")]
+        found += [("preferences", each.source, "source") for each in [config.prepare.preferences] if each]
     return [
-        {"name": name, "context": context, "source": str(source), **_content(root, str(source))}
-        for name, (source, context) in of_stage.get(stage, {}).items()
-        if (root / source).exists() or ":" in str(source)
+        {"name": name, "context": context, "source": source, **_content(root, source)}
+        for name, source, context in found
+        if (root / source).exists() or ":" in source
     ]
 
 
