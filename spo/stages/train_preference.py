@@ -52,7 +52,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         store = state_store(config, root)
         done = _restored(training, store) or Done(accuracy=_accuracies(training, validation, "start", config))
         pairs = load_pairs(prepared.pairs_file("train"), base, config, cache=cache)
-        _train(training, pairs, config, store, done, tracker)
+        start -= done.seconds  # as if one process had done it all
+        _train(training, pairs, config, store, done, tracker, start=start)
         done.accuracy += _accuracies(training, validation, "trained", config)
     with distributed.written_by_main(atomic_path(workspace.train_preference)) as folder:
         save_preference_model(preference.model.cpu(), preference.tokenizer, preference.preprocess, folder / "model")
@@ -60,7 +61,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         write_csv(folder / "history.csv", done.history)
         metrics = {**_metrics(done.accuracy, done.history), "skipped": training.guard.skipped}
         metrics["unet_forwards"] = done.step * settings.batch_size * 2 * (1 + (config.sampling.guidance_scale > 1))
-        write_json(folder / "metrics.json", {**metrics, "seconds": round(done.seconds_since(start), 1)})
+        write_json(folder / "metrics.json", {**metrics, "seconds": round(time.perf_counter() - start, 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
     if settings.checkpoint is None and distributed.is_main():
@@ -74,10 +75,7 @@ class Done:
     accuracy: list[dict[str, Any]]  # of the model at the start, later also of the trained one
     history: list[dict[str, float]] = field(default_factory=list)
     step: int = 0
-    seconds: float = 0.0  # of the processes before this one
-
-    def seconds_since(self, start: float) -> float:
-        return self.seconds + time.perf_counter() - start
+    seconds: float = 0.0  # that all processes of the stage had taken when the state was saved
 
 
 def state_store(config: Config, root: Path) -> StateStore:
@@ -112,13 +110,14 @@ def _train(
     store: StateStore,
     done: Done,
     tracker: Tracker,
+    *,
+    start: float,
 ) -> None:
-    """Train to the end; `done` grows with it."""
-    start, before = time.perf_counter(), done.seconds
+    """Train to the end and update `done`; `start` is when the stage started, on `time.perf_counter`'s clock."""
 
     def snapshot() -> State:
         tensors, values = training.state()
-        done.seconds = before + time.perf_counter() - start
+        done.seconds = time.perf_counter() - start
         return State(done.step, tensors, {"training": values, "done": asdict(done)})
 
     settings = config.train_preference
