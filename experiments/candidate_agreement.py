@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import at_least, mistakes_in_one_line, quiet, table
+from bench.measure import at_least, mistakes_in_one_line, table
 from spo.config import Config, SpoConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
@@ -33,6 +33,7 @@ from spo.models.load import build
 from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
 from spo.runtime.device import best_device
+from spo.runtime.libraries import set_up_libraries
 from spo.runtime.tables import write_csv
 from spo.workspace import Workspace
 
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--candidates", type=at_least(2), help="(default: the method's own)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/judge_order.csv"))
     options = parser.parse_args(arguments)
-    quiet()
+    set_up_libraries()
     config = load_config()
     settings = config.align.get(options.method)
     if not isinstance(settings, SpoConfig):

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.measure import mistakes_in_one_line, quiet
+from bench.measure import mistakes_in_one_line
 from experiments.workbench import QUICK, Ruler, adopt, cells, means_of, place
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.report.compute_saving import Point, saving
 from spo.runtime.files import read_json
+from spo.runtime.libraries import set_up_libraries
 from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.tracking import NullTracker
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/dpo_curve.csv"))
     parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")
     options = parser.parse_args(arguments)
-    quiet()
+    set_up_libraries()
     epochs, num_checkpoints = (1, 2) if options.quick else (options.epochs, options.checkpoints)
     size: dict[str, Any] = {"epochs": epochs, "num_checkpoints": num_checkpoints, "quick": options.quick}
     config = load_config()

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import at_least, mistakes_in_one_line, quiet
+from bench.measure import at_least, mistakes_in_one_line
 from experiments.workbench import Ruler, adopt, cells, digest, means_of, place, quickened
 from spo.config import Config, SampledConfig, load_config
 from spo.errors import SpoError
 from spo.evaluation.checkpoint_selection import choose_checkpoint
 from spo.metrics.metric import Scores
 from spo.runtime.files import read_json
+from spo.runtime.libraries import set_up_libraries
 from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.tracking import NullTracker
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the two tables")
     parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")
     options = parser.parse_args(arguments)
-    quiet()
+    set_up_libraries()
     config = load_config()
     methods = options.methods or list(config.align)
     if unknown := [name for name in methods if name not in config.align]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Generator
 
-from bench.measure import at_least, mistakes_in_one_line, quiet
+from bench.measure import at_least, mistakes_in_one_line
 from experiments.pictures import lessons, like_pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from experiments.teacher import Effort, Teacher
@@ -34,6 +34,7 @@ from experiments.workbench import Ruler, adopt, place, quickened
 from spo.config import Config, SampledConfig, load_config
 from spo.errors import SpoError
 from spo.runtime.files import atomic_path, read_json, write_json
+from spo.runtime.libraries import set_up_libraries
 from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.stages import train_preference as preference_stage
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/share_sweep.csv"))
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, four prompts: does it run?")
     options = parser.parse_args(arguments)
-    quiet()
+    set_up_libraries()
     effort = Effort(preference_steps=options.preference_steps)
     config = load_config()
     if options.step_aware_steps is not None:

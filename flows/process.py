@@ -1,18 +1,16 @@
 """A command whose lines are shown as they come, and whose whole process group ends with the task that runs it."""
 
 import io
-import os
 import signal
 import subprocess
-import sys
-import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+
+from spo.runtime.processes import await_group, child_environment, signal_group
 
 GRACE_SECONDS = 60.0  # for a stage to save what it has done, before it is ended
 TAIL_LINES = 20  # of a failed command's output, in its error
@@ -33,10 +31,9 @@ def logged(command: Sequence[str], *, name: str) -> Generator[str, None, None]:
 
 
 def environment() -> Mapping[str, str]:
-    """This Python first, lines unbuffered, and the run that its tracking belongs to."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    """That of a child: lines unbuffered, and the run that its tracking belongs to."""
     run = {"SPO_PIPELINE_RUN": str(flow_run.id), "SPO_FLOW_RUN": str(flow_run.id)} if flow_run.id else {}
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "true", **run}
+    return child_environment(PYTHONUNBUFFERED="1", **run)
 
 
 class Process:
@@ -66,24 +63,7 @@ class Process:
     def close(self) -> None:
         """SIGTERM to the whole group, and SIGKILL to what is left of it after the grace."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if not self._signal(number) or self._ended(within=GRACE_SECONDS):
+            if not signal_group(self._popen, number) or await_group(self._popen, GRACE_SECONDS):
                 break
         self._popen.wait()
         self._output.close()
-
-    def _ended(self, *, within: float) -> bool:
-        deadline = time.monotonic() + within
-        while alive := self._signal(0):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        return not alive
-
-    def _signal(self, number: int) -> bool:
-        """Send a signal to the group; False where it has no process left."""
-        self._popen.poll()  # a child that has ended but was not waited for still counts as one
-        try:
-            os.killpg(self._popen.pid, number)
-        except ProcessLookupError:
-            return False
-        return True

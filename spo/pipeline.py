@@ -41,14 +41,14 @@ _TABLE = (
     ),
     Stage(
         "evaluate",
-        "compare base and aligned models on held-out prompts",
+        "compare base and aligned models",
         ("model", "sampling", "evaluate"),
         (("prompts", "validation"), ("prompts", "test")),
         distributed=True,
         checked=True,
     ),
     Stage("report", "write the report"),
-    Stage("pretrain", "make the embedded default's models and data anew", in_pipeline=False),
+    Stage("pretrain", "make the shipped models and data of `tiny` anew", in_pipeline=False),
 )
 STAGES = {stage.name: stage for stage in _TABLE}  # in the order in which they run
 PIPELINE = tuple(stage.name for stage in _TABLE if stage.in_pipeline)

@@ -9,13 +9,10 @@ Python drops what is raised in a destructor or in a weak reference's callback, w
 anywhere else. So a signal is remembered, and where its Stopped was dropped, the next `uninterrupted` raises it again.
 """
 
-import os
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -79,32 +76,6 @@ def uninterrupted() -> Iterator[None]:
         _State.depth -= 1
     if _State.depth == 0 and _State.asked is not None and not isinstance(sys.exception(), Stopped):
         raise Stopped(_State.asked)
-
-
-def run_group(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command in a process group of its own; its exit code.
-
-    A signal that ends us is passed on as SIGTERM to the whole group, and then waited for: DVC itself would leave its
-    stage running, and a stage saves what it has done.
-    """
-    with subprocess.Popen(command, env=environment, process_group=0) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            with uninterrupted():
-                os.killpg(process.pid, signal.SIGTERM)
-                while _group_lives(process):
-                    time.sleep(0.1)
-            raise
-
-
-def _group_lives(leader: subprocess.Popen[bytes]) -> bool:
-    leader.poll()  # one that has ended but was not waited for counts as living
-    try:
-        os.killpg(leader.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _handle(number: int, _: FrameType | None) -> None:

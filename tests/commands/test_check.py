@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from spo.__main__ import main
-from spo.commands import check
-from spo.commands.check import forwards, miniature
+from spo.commands import miniature as check
+from spo.commands.miniature import forwards, miniature
 from spo.config import Config, SampledConfig, load_config
 from spo.errors import DataError
 from spo.stages import prepare
@@ -76,7 +76,7 @@ def test_a_missing_file_is_found_before_anything_is_loaded(
     out = capsys.readouterr().out
     assert "FAIL  prepare.prompts.source             no.txt does not exist" in out
     assert "in miniature" not in out
-    assert out.splitlines()[-1] == "profile changed cannot run yet: mend the lines marked FAIL"
+    assert out.splitlines()[-1] == "profile changed cannot run yet: repair the lines marked FAIL"
 
 
 @pytest.mark.slow
