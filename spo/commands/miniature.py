@@ -28,6 +28,7 @@ from spo.data.prompts import read_prompts
 from spo.errors import DataError, SpoError
 from spo.pipeline import PIPELINE, STAGES
 from spo.runtime.files import read_json
+from spo.runtime.text import duration
 from spo.stages import prepare
 from spo.tracking import NullTracker
 from spo.workspace import Prepared, Workspace
@@ -135,7 +136,7 @@ def _shorten(prepared: Prepared) -> None:
 def _time(config: Config, root: Path, folder: Path) -> str:
     parts = {stage: count for stage, count in forwards(config, root, folder).items() if count}
     rate = _seconds_a_forward(config, folder)
-    return "at most about: " + ", ".join(f"{stage} {_duration(count * rate)}" for stage, count in parts.items())
+    return "at most about: " + ", ".join(f"{stage} {duration(count * rate)}" for stage, count in parts.items())
 
 
 def _taken(stage: Callable[[], object]) -> int:
@@ -192,9 +193,3 @@ def _seconds_a_forward(config: Config, folder: Path) -> float:
 
 def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:
     return read_json(Workspace(config, folder).aligned(name, config.training_seeds[0]) / "metrics.json")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-    return f"{seconds / 3600:.1f} h"

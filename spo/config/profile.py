@@ -13,7 +13,7 @@ from spo.config.model import ModelConfig, SamplingConfig
 from spo.config.preference import TrainPreferenceConfig
 from spo.config.prepare import PrepareConfig
 from spo.config.run import LaunchConfig, SafetyConfig
-from spo.errors import ConfigError
+from spo.errors import ConfigError, one_line
 
 
 class Config(Section):
@@ -96,7 +96,7 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is no valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; it should hold named sections")
     return values

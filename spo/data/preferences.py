@@ -22,7 +22,7 @@ from spo.data.preference_files import RawRow, raw_rows
 from spo.data.prefetch import ahead
 from spo.data.prompts import check_prompt
 from spo.data.rows import Rejected, RowError, nothing_usable
-from spo.errors import DataError
+from spo.errors import DataError, one_line
 
 SUM_TOLERANCE = 1e-3  # of label_0 + label_1 = 1
 SCHEMA = pa.schema(
@@ -157,7 +157,7 @@ class PreferencePairs:
         try:
             self._file = pq.ParquetFile(self.path, memory_map=True, pre_buffer=False)
         except (OSError, pa.ArrowException) as error:
-            why = "is missing" if isinstance(error, FileNotFoundError) else f"is broken: {' '.join(str(error).split())}"
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"is broken: {one_line(error)}"
             raise DataError(f"preference file {self.path} {why}; run `python -m spo prepare`") from None
         if self._file.schema_arrow.names != SCHEMA.names:
             raise DataError(

@@ -10,7 +10,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spo.data.rows import Rejected, RowError, count_reasons, json_lines, nothing_usable, open_text
-from spo.errors import DataError
+from spo.errors import DataError, one_line
+from spo.runtime.hashing import short_hash
 
 MAX_CHARACTERS = 2000
 FIELDS = ("prompt", "caption", "text", "Prompt")  # looked for where no field is named
@@ -84,8 +84,7 @@ def read_prompts(
 
 def prompt_hash(prompt: str, seed: int) -> float:
     """A number in [0, 1) that depends on the normalised prompt and the seed alone."""
-    digest = blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest) >> 11) / 2**53
+    return (int(short_hash(f"{seed}\n{prompt}", 8), 16) >> 11) / 2**53
 
 
 def split_prompts(prompts: Sequence[str], *, seed: int, validation_fraction: float, test_fraction: float) -> Split:
@@ -192,7 +191,7 @@ def _column(path: Path, field: str | None) -> Iterator[Row]:
             batches = file.iter_batches(batch_size=1024, columns=[chosen])
             yield from enumerate((value for batch in batches for value in batch.column(0).to_pylist()), start=1)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path} cannot be read as parquet: {one_line(error)}") from None
 
 
 def _choose_field(names: Sequence[str], strings: Sequence[str], path: Path) -> str:

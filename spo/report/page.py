@@ -15,7 +15,8 @@ from spo.report.cost import Duel, leading
 from spo.report.gallery import Card
 from spo.report.inputs import Inputs
 from spo.report.results import Results, direction, level
-from spo.report.verdict import basis, duration, verdicts
+from spo.report.verdict import basis, verdicts
+from spo.runtime.text import duration
 from spo.workspace import Workspace
 
 

@@ -14,7 +14,6 @@ which has the checksums of both. It is written beside its name and renamed, so i
 are kept. It is no output of a stage: DVC removes those before a stage runs.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -32,12 +31,13 @@ from torch import Tensor
 
 from spo.errors import TrainingError, one_line
 from spo.runtime.files import atomic_path, read_json, write_json
+from spo.runtime.hashing import file_checksum
 from spo.runtime.stopping import uninterrupted
+from spo.runtime.text import flatten
 
 VERSION = 1
 KEPT = 2
 SHARE_OF_TIME = 0.05  # that saving may take, at most
-SAMPLE = 64 * 2**20  # bytes that a fingerprint reads of a file, at most
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class StateStore:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
                 save_file(tensors, folder / "tensors.safetensors")
                 write_json(folder / "values.json", {"number": state.number, "values": state.values})
-                checksums = {name: _checksum(folder / name) for name in ("tensors.safetensors", "values.json")}
+                checksums = {name: file_checksum(folder / name) for name in ("tensors.safetensors", "values.json")}
                 write_json(
                     folder / "manifest.json", {"version": VERSION, "checksums": checksums, "made_by": self.made_by}
                 )
@@ -210,50 +210,19 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def fingerprint(path: Path) -> str:
-    """Tells a file's or a folder's contents from others'; of a big file, size and 64 MiB spread over it are read."""
-    digest = hashlib.blake2b(digest_size=12)
-    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}\n{size}\n".encode())
-        with file.open("rb") as opened:
-            for start in range(0, size, max(2**20, size * 2**20 // SAMPLE)):
-                opened.seek(start)
-                digest.update(opened.read(2**20))
-    return digest.hexdigest()
-
-
-def fingerprints(paths: Mapping[str, str | Path | None]) -> dict[str, str]:
-    """The fingerprint of each path that is here; a name of the hub's is not, and an unset one has none."""
-    return {what: fingerprint(Path(path)) for what, path in paths.items() if path and Path(path).exists()}
-
-
 def _read(path: Path) -> tuple[State, dict[str, Any]]:
     manifest = read_json(path / "manifest.json")
     if manifest["version"] != VERSION:
         raise ValueError(f"it is of version {manifest['version']}, not {VERSION}")
     for name in ("tensors.safetensors", "values.json"):
-        if _checksum(path / name) != manifest["checksums"][name]:
+        if file_checksum(path / name) != manifest["checksums"][name]:
             raise ValueError(f"the checksum of {name} is another")
     values = read_json(path / "values.json")
     return State(values["number"], load_file(path / "tensors.safetensors"), values["values"]), manifest["made_by"]
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Each value that differs, under its dotted name."""
-    one, other = _flat(before), _flat(now)
+    one, other = flatten(before), flatten(now)
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     return [f"{name} was {one.get(name)}, is {other.get(name)}" for name in names]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

@@ -22,10 +22,10 @@ def environment(root: Path) -> dict[str, str]:
 
 def git_commit(root: Path) -> str:
     """The commit of `root`, and whether files differ from it; says so where there is none."""
-    commit = _git(root, "rev-parse", "HEAD")
+    commit = git(root, "rev-parse", "HEAD")
     if not commit:
         return "not in a git repository"
-    return f"{commit[:12]}, with uncommitted changes" if _git(root, "status", "--porcelain") else commit[:12]
+    return f"{commit[:12]}, with uncommitted changes" if git(root, "status", "--porcelain") else commit[:12]
 
 
 def machine() -> str:
@@ -38,7 +38,8 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}"
 
 
-def _git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str) -> str:
+    """What a git command prints; empty where git, a repository or an answer within 30 s is missing."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False

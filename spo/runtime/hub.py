@@ -2,9 +2,13 @@
 
 import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from spo.errors import one_line
+from safetensors import SafetensorError
+
+from spo.errors import ModelError, one_line
 
 FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".jsonl", ".parquet")  # no names of repositories
 SECONDS = 5.0  # to wait for an answer
@@ -27,6 +31,22 @@ def connect() -> bool:
     if not constants.is_offline_mode() and not _answers():
         constants.HF_HUB_OFFLINE = True
     return not constants.is_offline_mode()
+
+
+@contextmanager
+def loading(what: str, source: str | Path, setting: str, remedy: str) -> Iterator[None]:
+    """Turn what libraries raise while they load `source` into a ModelError of one line.
+
+    what: names the source in the message; setting: where the user can name another; remedy: what a local one should be.
+    """
+    if is_name(source):
+        connect()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        if is_name(source):
+            raise ModelError(f"{what} {not_had(source, setting, error)}") from None
+        raise ModelError(f"{what} cannot be loaded: {one_line(error)}; {remedy}") from None
 
 
 def not_had(name: str | Path, setting: str, error: Exception) -> str:

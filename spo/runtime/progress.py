@@ -16,6 +16,8 @@ from typing import Generic, Self, TypeVar
 
 from tqdm import tqdm
 
+from spo.runtime.text import duration
+
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -97,19 +99,11 @@ class Progress(Generic[T]):
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start
         count = f"{self._count}" if self._total is None else f"{self._count}/{self._total}"
-        parts = [f"{self._label}: {count}" + (f" in {_duration(elapsed)}" if last else "")]
+        parts = [f"{self._label}: {count}" + (f" in {duration(elapsed)}" if last else "")]
         if self._count > self._done and elapsed > 0:
             rate = (self._count - self._done) / elapsed
             parts.append(f"{rate:.2f}/s" if rate >= 1 else f"{1 / rate:.2f} s each")
             if self._total is not None and not last:
-                parts.append(f"{_duration(max(self._total - self._count, 0) / rate)} left")
+                parts.append(f"{duration(max(self._total - self._count, 0) / rate)} left")
         parts += [self._shown] if self._shown else []
         print(", ".join(parts), file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -21,9 +21,10 @@ from spo.models.generate import generate, image_seed
 from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
 from spo.runtime import distributed
-from spo.runtime.checkpoint import StateStore, fingerprints
+from spo.runtime.checkpoint import StateStore
 from spo.runtime.device import best_device
 from spo.runtime.files import atomic_path, write_json
+from spo.runtime.hashing import fingerprints
 from spo.tracking import Tracker
 from spo.training.align import align
 from spo.training.history import Cost

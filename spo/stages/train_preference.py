@@ -12,9 +12,10 @@ from spo.config import Config
 from spo.models.load import build
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.runtime import distributed
-from spo.runtime.checkpoint import Saver, State, StateStore, fingerprints
+from spo.runtime.checkpoint import Saver, State, StateStore
 from spo.runtime.device import best_device
 from spo.runtime.files import atomic_path, write_json
+from spo.runtime.hashing import fingerprints
 from spo.runtime.memory import memory_advice
 from spo.runtime.progress import Progress, progress
 from spo.runtime.tables import write_csv

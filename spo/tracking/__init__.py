@@ -16,14 +16,13 @@ run; the stages of one pipeline run hang under one parent run, known by the tag 
 from spo.tracking.run import start
 from spo.tracking.sender import send_unsent
 from spo.tracking.store import PIPELINE_RUN, fetch_model, masked, pipeline_id, spoken, store
-from spo.tracking.tracker import NullTracker, Tracker, flatten
+from spo.tracking.tracker import NullTracker, Tracker
 
 __all__ = [
     "PIPELINE_RUN",
     "NullTracker",
     "Tracker",
     "fetch_model",
-    "flatten",
     "masked",
     "pipeline_id",
     "send_unsent",

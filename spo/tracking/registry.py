@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Config
-from spo.tracking.facts import content_digest, provenance
+from spo.runtime.hashing import content_digest
+from spo.tracking.facts import provenance
 from spo.tracking.run import experiment_name
 from spo.tracking.store import connect, find_latest, made, pipeline_id
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.tracking.journal import Event, Journal, unsent
-from spo.tracking.store import connect, find_run, made, one_line, refused
+from spo.tracking.store import connect, find_run, made, masked_line, refused
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,7 +46,7 @@ class Sender:
                 self.problem = error
                 self._say(
                     "away",
-                    f"the tracking store is away ({one_line(error)}); what is reported is kept in "
+                    f"the tracking store is away ({masked_line(error)}); what is reported is kept in "
                     f"{self.journal.folder} and sent when it is back",
                 )
             return self.problem is None
@@ -127,7 +127,7 @@ class Sender:
         except Exception as error:
             if not (_is_the_store_s(error) and refused(error)):
                 raise
-            self._say("refused", f"tracking lost something: {one_line(error)}")
+            self._say("refused", f"tracking lost something: {masked_line(error)}")
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._complained:
@@ -148,7 +148,7 @@ def send_unsent(root: Path = Path()) -> int:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             damaged += 1
             print(
-                f"warning: {journal.folder} cannot be sent: {one_line(error)}; remove it if it is not needed",
+                f"warning: {journal.folder} cannot be sent: {masked_line(error)}; remove it if it is not needed",
                 file=sys.stderr,
                 flush=True,
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 from filelock import FileLock
 
-from spo.errors import ConfigError, ModelError
+from spo.errors import ConfigError, ModelError, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,7 +96,7 @@ def fetch_model(uri: str, root: Path = Path()) -> Path:
         return Path(download_artifacts(artifact_uri=uri, tracking_uri=store(root), registry_uri=store(root)))
     except (MlflowException, OSError) as error:
         raise ModelError(
-            f"{uri} cannot be had from {masked(store(root))}: {one_line(error)}; it should be models:/NAME@ALIAS or "
+            f"{uri} cannot be had from {masked(store(root))}: {masked_line(error)}; it should be models:/NAME@ALIAS or "
             "models:/NAME/VERSION of a registered model (`make ui` shows them)"
         ) from None
 
@@ -120,7 +120,9 @@ def away(root: Path, error: Exception) -> bool:
 
 
 def unusable(root: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"cannot track at {masked(store(root))}: {one_line(error)}; mend or unset MLFLOW_TRACKING_URI")
+    return ConfigError(
+        f"cannot track at {masked(store(root))}: {masked_line(error)}; correct or unset MLFLOW_TRACKING_URI"
+    )
 
 
 @contextmanager
@@ -143,8 +145,9 @@ def pipeline_id() -> str:
     return f"{platform.node()}-{chosen.pid}-{chosen.create_time():.0f}"
 
 
-def one_line(error: Exception) -> str:
-    return masked(" ".join(str(error).split()))[:300]
+def masked_line(error: Exception) -> str:
+    """An error's message in one line, without passwords."""
+    return one_line(masked(str(error)) or type(error).__name__)
 
 
 def masked(text: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from spo.runtime.text import flatten
 from spo.tracking.journal import Journal
 
 if TYPE_CHECKING:
@@ -99,17 +100,6 @@ class JournalTracker:
             if not self._complained:
                 print(f"warning: tracking lost something: {error}", file=sys.stderr, flush=True)
             self._complained = True
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def clean(name: str) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from spo.errors import TrainingError
 from spo.runtime import checkpoint
-from spo.runtime.checkpoint import Saver, State, StateStore, fingerprint, pack_optimizer, unpack_optimizer
+from spo.runtime.checkpoint import Saver, State, StateStore, pack_optimizer, unpack_optimizer
+from spo.runtime.hashing import fingerprint
 from spo.runtime.stopping import Stopped, stoppable
 
 MADE_BY = {"align": {"beta": 10.0, "lora": {"rank": 8}}, "prompts": "abc"}
