@@ -1,4 +1,4 @@
-"""What Prefect's UI shows of a run: what became of its stages, the verdict, the figures, the report, the promotion."""
+"""What Prefect's UI shows of a run: outcomes of stages, verdict, figures, report and promotion."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from spo.runtime.text import flatten
 
 
 def publish_stages(rows: Sequence[tuple[str, str, str, float]]) -> None:
-    """rows: stage, what became of it, the same of each of its items, seconds."""
+    """rows: stage, its outcome, the outcomes of its items, seconds."""
     table = [
         {"stage": stage, "outcome": outcome, "items": items, "seconds": round(seconds, 1)}
         for stage, outcome, items, seconds in rows
     ]
-    create_table_artifact(key="stages", table=table, description="What ran, and what had not changed")
+    create_table_artifact(key="stages", table=table, description="What ran, and what has not changed")
 
 
 def publish_report(profile: str, report: Path) -> None:
-    """Show the report's verdict and headline figures with the run, and where its page lies."""
+    """Show the report's verdict and figures with the run, and where its page is."""
     summary = (report / "summary.txt").read_text(encoding="utf-8").strip()
     metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
     rows = "\n".join(f"| {name} | {_short(value)} |" for name, value in flatten(metrics).items())

@@ -1,8 +1,8 @@
-"""The pipeline as the flow `spo`: its stages in order, then what came of them as artifacts of the run.
+"""The pipeline as the flow `spo`: its stages in order, then their results as artifacts of the run.
 
     python -m flows.full [--profile P] [--stage S ...] [--set KEY=VALUE ...] [--force] [--promote]
 
-runs it from the project's folder without a server; `prefect.yaml` deploys it. The project is the current folder.
+runs it in the current folder, the project's, without a server; `prefect.yaml` deploys it.
 """
 
 import argparse
@@ -34,13 +34,13 @@ def full(
     force: bool = False,
     promote: bool = False,
 ) -> dict[str, str]:
-    """Run the pipeline's stages, all of them or those named, always in the pipeline's order.
+    """Run all stages of the pipeline, or those named, in the pipeline's order.
 
-    profile: one of configs/*.yaml, written to params.yaml; None runs the one that stands there.
+    profile: one of configs/*.yaml, written to params.yaml; None runs the one named there.
     overrides: settings to change first, such as {"align.spo.beta": 5}; they are written to the profile's file.
     force: run stages although nothing has changed.
-    promote: at the end, let the evaluated LoRA be champion if it has earned it.
-    Returns what became of each stage: Completed, Restored or UpToDate.
+    promote: at the end, make the evaluated LoRA champion if it beats the present one.
+    Returns the outcome of each stage: Completed, Restored or UpToDate.
     """
     for change in override(profile, overrides or {}):
         get_run_logger().info(change)
@@ -78,10 +78,10 @@ def command_line() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting to write down first",
+        help="a setting to change first",
     )
     parser.add_argument("--force", action="store_true", help="run stages although nothing has changed")
-    parser.add_argument("--promote", action="store_true", help="let the LoRA be champion if it has earned it")
+    parser.add_argument("--promote", action="store_true", help="make the LoRA champion if it beats the present one")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""A command whose lines are shown as they come, and whose whole process group ends with the task that runs it."""
+"""A command whose lines are logged as they come, and whose process group ends with its task."""
 
 import io
 import signal
@@ -17,7 +17,7 @@ TAIL_LINES = 20  # of a failed command's output, in its error
 
 
 def logged(command: Sequence[str], *, name: str) -> Generator[str, None, None]:
-    """Run it and yield its lines, each logged; RuntimeError with the last ones where it fails."""
+    """Run a command, log and yield its lines; RuntimeError with the last lines where it fails."""
     logger = get_run_logger()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     with closing(Process(command, environment())) as process:
@@ -31,13 +31,13 @@ def logged(command: Sequence[str], *, name: str) -> Generator[str, None, None]:
 
 
 def environment() -> Mapping[str, str]:
-    """That of a child: lines unbuffered, and the run that its tracking belongs to."""
+    """A child's environment: unbuffered lines, and the pipeline run for its tracking."""
     run = {"SPO_PIPELINE_RUN": str(flow_run.id), "SPO_FLOW_RUN": str(flow_run.id)} if flow_run.id else {}
     return child_environment(PYTHONUNBUFFERED="1", **run)
 
 
 class Process:
-    """A command in a process group of its own, whose output is read by lines and which `close` ends, children too."""
+    """A command in a process group of its own; its output is read by lines, and `close` ends the whole group."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
         self._popen = subprocess.Popen(
@@ -52,7 +52,7 @@ class Process:
         self._output = io.TextIOWrapper(self._popen.stdout, encoding="utf-8", errors="replace", newline="\n")
 
     def lines(self) -> Iterator[str]:
-        """Standard output and error as they come, without blank lines; of a progress bar its last state."""
+        """Lines of standard output and error, without blank lines; of a progress bar only its last state."""
         for line in self._output:
             if text := line.rstrip().rpartition("\r")[2]:
                 yield text
@@ -61,7 +61,7 @@ class Process:
         return self._popen.wait()
 
     def close(self) -> None:
-        """SIGTERM to the whole group, and SIGKILL to what is left of it after the grace."""
+        """Send SIGTERM to the whole group, and SIGKILL after GRACE_SECONDS to what is left of it."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not signal_group(self._popen, number) or await_group(self._popen, GRACE_SECONDS):
                 break

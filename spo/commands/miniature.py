@@ -1,8 +1,8 @@
-"""Find out in a minute what would else end a run after hours.
+"""Find in a minute what would end a run after hours.
 
-First what can be seen without a model: the settings, files, models and disk. Then all stages run in miniature, in a
-temporary folder, over the profile's own models and data: a few prompts and pairs, one rollout, one step or update, of
-as many pairs at a time as in training. What that takes tells what the whole will take.
+First the checks without a model: settings, files, models and disk. Then all stages run in miniature, in a temporary
+folder, with the profile's own models and data: a few prompts and pairs, one rollout, one step or update, with as many
+pairs at a time as in training. The time of the whole run is estimated from it.
 """
 
 import importlib
@@ -38,7 +38,7 @@ GIB = 2**30
 
 
 def check_all(config: Config, root: Path, say: Callable[[Finding], None], *, quick: bool = False) -> bool:
-    """Say what is found as it is found; whether all of it is good. `quick` leaves the miniature out."""
+    """Pass each finding to `say`; returns whether all are good. `quick` skips the miniature."""
     found = findings(config, root)
     for finding in found:
         say(finding)
@@ -75,7 +75,7 @@ def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Find
 
 
 def _prepare(small: Config, config: Config, folder: Path) -> None:
-    """Read a few pairs, or all where those leave a side without any, as in a file that is sorted by caption."""
+    """Read a few pairs, or all where a side would get none, as in a file sorted by caption."""
     try:
         prepare.run(small, root=folder, tracker=NullTracker())
     except DataError:
@@ -89,7 +89,7 @@ def _prepare(small: Config, config: Config, folder: Path) -> None:
 
 
 def miniature(config: Config, root: Path) -> Config:
-    """The profile with its own models, data and samplers, but next to nothing to do."""
+    """The profile with its models, data and samplers, but with little work."""
     values = config.model_dump()
     values["training_seeds"] = config.training_seeds[:1]
     values["prepare"]["prompts"] |= {"source": str((root / config.prepare.prompts.source).resolve())}
@@ -110,7 +110,7 @@ def miniature(config: Config, root: Path) -> Config:
 
 
 def _one_update(method: MethodConfig) -> dict[str, Any]:
-    """Settings under which a method collects once and updates on as many pairs as are in memory at a time."""
+    """Settings with which a method collects once and updates with as many pairs as training has in memory."""
     at_a_time = min(method.micro_batch_size or method.batch_size, PAIRS)
     small: dict[str, Any] = {"epochs": 1, "batch_size": at_a_time, "micro_batch_size": None, "checkpoints": 1}
     if isinstance(method, SampledConfig):
@@ -123,7 +123,7 @@ def _one_update(method: MethodConfig) -> dict[str, Any]:
 
 
 def _shorten(prepared: Prepared) -> None:
-    """Leave as many pairs as a batch has, decided ones first: there must be some."""
+    """Keep as many pairs as a batch has, decided ones first, since some must be decided."""
     for path in [path for side in ("train", "validation") if (path := prepared.pairs_file(side)).exists()]:
         pairs = sorted(read_pairs(path), key=lambda pair: pair.is_tie)[:PAIRS]
         shorter = path.with_suffix(".short")
@@ -140,7 +140,7 @@ def _time(config: Config, root: Path, folder: Path) -> str:
 
 
 def _taken(stage: Callable[[], object]) -> int:
-    """Run a stage; the most bytes that tensors took on the GPU, or the process so far where there is none."""
+    """Run a stage; returns the peak bytes of tensors on the GPU, or of the process so far where there is none."""
     if not torch.cuda.is_available():
         stage()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -150,7 +150,7 @@ def _taken(stage: Callable[[], object]) -> int:
 
 
 def _memory(taken: dict[str, int]) -> str:
-    stage = max(taken, key=taken.__getitem__)  # of equals the first
+    stage = max(taken, key=taken.__getitem__)
     if torch.cuda.is_available():
         there, whose = torch.cuda.get_device_properties(0).total_memory, "the GPU's"
     else:
@@ -160,7 +160,7 @@ def _memory(taken: dict[str, int]) -> str:
 
 
 def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
-    """Samples that the whole of each stage puts through the UNet; of `align` what the miniature did, scaled up."""
+    """UNet forwards (samples) of each whole stage; those of `align` are scaled up from the miniature."""
     prompts = config.prepare.prompts
     read, _ = read_prompts(root / prompts.source, field=prompts.field, max_prompts=prompts.max_prompts)
     num_prompts = len(read) * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
@@ -186,7 +186,7 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
 
 
 def _seconds_a_forward(config: Config, folder: Path) -> float:
-    """Of the slowest method; the work around the UNet counts with it."""
+    """Seconds for one forward of the slowest method, with the work around the UNet."""
     costs = [_cost(config, folder, name) for name in config.methods]
     return max(cost["seconds"] / max(1, cost["unet_forwards"]) for cost in costs)
 

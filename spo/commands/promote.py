@@ -56,11 +56,11 @@ def run(
     present = None if against_base else registry.champion(config, root)
     if present is not None and present.tags["spo.digest"] == version.tags["spo.digest"]:
         registry.crown(version, root)  # the same LoRA, perhaps evaluated anew
-        print(f"{version.name}: {version.words} is the champion already")
+        print(f"{version.name}: {version.description} is the champion already")
         return None
     name, rival = "the base", candidate.base
     if present is not None:
-        name, rival = f"the champion, {present.words}", _scores_of(present, candidate, config, root)
+        name, rival = f"the champion, {present.description}", _scores_of(present, candidate, config, root)
     decision = decide(
         candidate.scores,
         rival,
@@ -71,7 +71,7 @@ def run(
         samples=config.evaluate.bootstrap_samples,
     )
     _record(decision, version, present, candidate, config, root)
-    print(f"{version.name}: {version.words} {decision.words}")
+    print(f"{version.name}: {version.description} {decision.words}")
     for reason in decision.reasons:
         print(f"  {reason}")
     return decision
@@ -136,7 +136,9 @@ def _scores_of(champion: registry.Version, candidate: Candidate, config: Config,
         with (folder / "evaluation" / "scores.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return scored(rows, champion.tags["method"], champion.tags["released"].partition("/")[0].removeprefix("seed-"))
-    print(f"{champion.words}, the champion, was evaluated under other conditions; it is evaluated anew", flush=True)
+    print(
+        f"{champion.description}, the champion, was evaluated under other conditions; it is evaluated anew", flush=True
+    )
     images = list(candidate.scores)
     subject = ModelVariant("champion", checkpoint=lora_within(folder))
     studio = ImageScorer(config, root)
@@ -150,7 +152,7 @@ def _scores_of(champion: registry.Version, candidate: Candidate, config: Config,
                 found[image] = {name: values[k].item() for name, values in scores.items()}
     except ModelError as error:
         raise ModelError(
-            f"{champion.words}, the champion, does not fit the present base: {error}; "
+            f"{champion.description}, the champion, does not fit the present base: {error}; "
             "`python -m spo promote --against-base` leaves it out of account"
         ) from None
     return found

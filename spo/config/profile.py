@@ -1,4 +1,4 @@
-"""A profile as a whole, and how it is read."""
+"""A whole profile, and its loading."""
 
 from pathlib import Path
 from typing import Annotated
@@ -79,7 +79,7 @@ def load_config(root: Path = Path(), profile: str | None = None) -> Config:
     values = _read_yaml(path)
     twice = (set(shared) - {"profile"}) & set(values)
     if twice:
-        raise ConfigError(f"{sorted(twice)} stand in both params.yaml and {path}; keep one of each")
+        raise ConfigError(f"{sorted(twice)} are in both params.yaml and {path}; keep one of each")
     try:
         return Config.model_validate({**shared, **values, "profile": name})
     except ValidationError as error:

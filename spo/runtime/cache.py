@@ -1,4 +1,4 @@
-"""Tensors kept to spare work: what is read is to the bit what was written, or else it is not there."""
+"""Tensors cached in files with a checksum: a damaged file counts as missing."""
 
 import json
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ ORDER, CHECKSUM = "order", "checksum"  # in the file's metadata; the format sort
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors with a checksum; the file is whole or not there."""
+    """Write named tensors with a checksum."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(whole, temporary, metadata={ORDER: json.dumps(list(whole)), CHECKSUM: tensor_hash(whole)})
 
 
 def kept(path: Path) -> dict[str, Tensor] | None:
-    """What was kept, in its order; None where it is missing or damaged."""
+    """The tensors in the order in which they were written; None where the file is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()

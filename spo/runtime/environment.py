@@ -1,4 +1,4 @@
-"""What results are made with: versions, commit and machine."""
+"""Versions, commit and machine that results are made with."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy",
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Names and values worth knowing when a run is to be repeated."""
+    """Names and values needed to repeat a run."""
     facts = {"commit": git_commit(root), "machine": machine(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -21,7 +21,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def git_commit(root: Path) -> str:
-    """The commit of `root`, and whether files differ from it; says so where there is none."""
+    """The commit of `root`, and whether files differ from it; a text that says so where there is none."""
     commit = git(root, "rev-parse", "HEAD")
     if not commit:
         return "not in a git repository"

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which names are its, and what to say and do where it cannot be reached."""
+"""The Hugging Face hub: names of its repositories, and errors where one cannot be loaded."""
 
 import functools
 import re
@@ -10,21 +10,30 @@ from safetensors import SafetensorError
 
 from spo.errors import ModelError, one_line
 
-FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".jsonl", ".parquet")  # no names of repositories
+FILES = (
+    ".safetensors",
+    ".bin",
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".json",
+    ".jsonl",
+    ".parquet",
+)  # of files
 SECONDS = 5.0  # to wait for an answer
 _NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def is_name(source: str | Path) -> bool:
-    """Whether it reads OWNER/NAME; a folder of that name goes first."""
+    """Whether `source` has the form OWNER/NAME; False where a file or folder has that name."""
     path = Path(source)
     return _NAME.fullmatch(str(source)) is not None and path.suffix not in FILES and not path.exists()
 
 
 def connect() -> bool:
-    """Ask the hub once whether it is there; if not, its client looks into its cache alone from now on.
+    """Ask the hub once whether it answers; if not, its client uses only its cache from now on.
 
-    Left to itself the client tries each file six times over half a minute, with two lines a time.
+    Otherwise the client would try each file six times over half a minute, with two lines each time.
     """
     from huggingface_hub import constants
 
@@ -45,12 +54,12 @@ def loading(what: str, source: str | Path, setting: str, remedy: str) -> Iterato
         yield
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
         if is_name(source):
-            raise ModelError(f"{what} {not_had(source, setting, error)}") from None
+            raise ModelError(f"{what} {unavailable(source, setting, error)}") from None
         raise ModelError(f"{what} cannot be loaded: {one_line(error)}; {remedy}") from None
 
 
-def not_had(name: str | Path, setting: str, error: Exception) -> str:
-    """Why a repository that is no folder here cannot be had, and what to download and where to put it."""
+def unavailable(name: str | Path, setting: str, error: Exception) -> str:
+    """Why a repository cannot be loaded, and what to download and where to put it."""
     from huggingface_hub import constants
 
     why = "the hub cannot be reached" if constants.is_offline_mode() else f"the hub does not give it: {one_line(error)}"
@@ -66,6 +75,6 @@ def _answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # of whatever library the client rests on; if it matters, the client meets it again
+    except Exception:  # of any library below the client; the client raises it again if it matters
         return False
     return True

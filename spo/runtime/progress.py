@@ -1,11 +1,11 @@
-"""How far a loop has come: a bar on a terminal, and elsewhere a plain line now and then.
+"""Progress of a loop: a bar on a terminal, elsewhere a line every few seconds.
 
 for batch in progress(batches, label="generate"):
     ...
 
 with progress(total=steps, label="train") as bar:
     ...
-    bar.update(loss=loss)  # one step further, and what to show beside it
+    bar.update(loss=loss)  # counts one step and shows these values
 """
 
 import os
@@ -25,13 +25,13 @@ SECONDS_BETWEEN_LINES = 5.0
 def progress(iterable: Iterable[T] = (), *, total: int | None = None, done: int = 0, label: str) -> "Progress[T]":
     """Progress over `iterable`, or over `total` calls of `update`; an iterable with a length needs no total.
 
-    done: how many of the total an earlier process has done.
+    done: steps that an earlier process has done.
     """
     return Progress(iterable, total=total, done=done, label=label)
 
 
 class Progress(Generic[T]):
-    """Counts while it is iterated; one that is not iterated counts its updates. It writes to stderr."""
+    """Counts iterations, or calls of `update` where nothing is iterated; writes to stderr."""
 
     def __init__(self, iterable: Iterable[T] = (), *, total: int | None = None, done: int = 0, label: str):
         if total is None and isinstance(iterable, Sized) and len(iterable):
@@ -43,7 +43,7 @@ class Progress(Generic[T]):
         self._shown = ""
         self._done = self._count = done
         self._start = self._last_line = time.monotonic()
-        first = os.environ.get("RANK", "0") == "0"  # of a distributed run, the first process alone reports
+        first = os.environ.get("RANK", "0") == "0"  # only the first process of a distributed run reports
         self._closed = not first
         terminal = sys.stderr.isatty() and first
         self._bar = (
@@ -69,7 +69,7 @@ class Progress(Generic[T]):
         self.close()
 
     def update(self, **shown: object) -> None:
-        """Show these values from now on; where nothing is iterated, also count one step."""
+        """Show these values; where nothing is iterated, also count one step."""
         self._shown = ", ".join(
             f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()
         )
@@ -79,7 +79,7 @@ class Progress(Generic[T]):
             self._advance()
 
     def close(self) -> None:
-        """End the bar, or write the last line; once."""
+        """End the bar, or write the last line; a second call does nothing."""
         if self._closed:
             return
         self._closed = True

@@ -1,12 +1,12 @@
-"""SIGTERM, SIGHUP and Ctrl-C end a run at a place where what has been done can be saved.
+"""SIGTERM, SIGHUP and Ctrl-C end a run where its state can be saved.
 
 with stoppable():              # around a command: the signals raise Stopped
     for step in ...:
         with uninterrupted():  # around a step or a save: a signal waits for its end
             ...
 
-Python drops what is raised in a destructor or in a weak reference's callback, where a signal may find the program as
-anywhere else. So a signal is remembered, and where its Stopped was dropped, the next `uninterrupted` raises it again.
+Python drops an exception that is raised in a destructor or a weak reference's callback, and a signal may come there.
+So a signal is remembered, and the next `uninterrupted` raises its Stopped again where it was dropped.
 """
 
 import signal
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks this process to end; like Ctrl-C, it is no Exception that a library would swallow."""
+    """A signal asks this process to end. It is no Exception, which a library might swallow."""
 
     def __init__(self, number: int):
         self.number = number
@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 + the signal's number, as in shells: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
 
@@ -39,7 +39,7 @@ class _State:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it the signals raise Stopped; one that is ignored, as SIGHUP is under nohup, stays so.
+    """Signals raise Stopped in the block; a signal that was ignored, such as SIGHUP under nohup, stays ignored.
 
     Outside of the main thread, where Python allows no handlers, it does nothing.
     """
@@ -62,7 +62,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A signal that comes in the block raises Stopped at its end, unless the block itself raises.
+    """A signal during the block raises Stopped at the end of the block, unless the block itself raises.
 
     Outside of the main thread, where no signal arrives, it does nothing.
     """

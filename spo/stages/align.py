@@ -49,8 +49,8 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     method = build_method(config, name, policy, seed=seed, root=root)
     cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, root=root)
-    grows = store.folder / "output"  # there, since DVC removes the outputs of a stage that it runs again
-    with distributed.written_by_main(nullcontext(grows)) as made:
+    work_dir = store.folder / "output"  # there, since DVC removes the outputs of a stage that it runs again
+    with distributed.written_by_main(nullcontext(work_dir)) as made:
         metrics = align(
             method,
             policy,
@@ -68,7 +68,7 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
             write_json(folder / "metrics.json", metrics)
     if distributed.is_main():
         store.clear()
-        shutil.rmtree(grows)
+        shutil.rmtree(work_dir)
 
 
 def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:

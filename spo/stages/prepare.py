@@ -1,11 +1,11 @@
-"""Prepare: raw prompts and preference pairs -> validated files, split so that no prompt is on two sides.
+"""Check raw prompts and preference pairs and split them so that no prompt is on two sides.
 
-Reads what `config.prepare` names; writes runs/<profile>/prepare/ as a whole or not at all:
+Reads the sources in `config.prepare`; writes runs/<profile>/prepare/ in one step:
 prompts/{train,validation,test}.txt, preferences/{train,validation}.parquet, rejected.jsonl and metrics.json.
 
-Without pairs, because the preference model is trained already, preferences/ stays empty.
-A pair whose caption is a validation or test prompt goes to validation, one whose caption is a training prompt to
-training; other captions are split by the same hash of caption and seed.
+Without pairs, where the preference model is trained already, preferences/ stays empty.
+A pair with a validation or test prompt as its caption goes to validation, one with a training prompt to training;
+other captions are split by the same hash of caption and seed.
 """
 
 import json

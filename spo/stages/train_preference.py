@@ -1,4 +1,4 @@
-"""Train the step-aware preference model on the prepared pairs, or take over one that is named."""
+"""Train the step-aware preference model on the prepared pairs, or copy the named checkpoint."""
 
 import sys
 import time
@@ -71,16 +71,16 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
 
 @dataclass
 class Done:
-    """How far training has come, beside its weights."""
+    """A training's progress and measurements; its weights are elsewhere."""
 
-    accuracy: list[dict[str, Any]]  # of the model at the start, later also of the trained one
+    accuracy: list[dict[str, Any]]  # of the start model, later also of the trained one
     history: list[dict[str, float]] = field(default_factory=list)
     step: int = 0
-    seconds: float = 0.0  # that all processes of the stage had taken when the state was saved
+    seconds: float = 0.0  # spent by all processes of the stage when the state was saved
 
 
 def state_store(config: Config, root: Path) -> StateStore:
-    """Where the stage's states are, and what they depend on."""
+    """The store of the stage's states, with what they depend on."""
     settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "train_preference"})
     inputs: dict[str, str | Path | None] = {
         "model": config.model.path,
@@ -95,12 +95,12 @@ def state_store(config: Config, root: Path) -> StateStore:
 
 
 def _restored(training: StepAwareTraining, store: StateStore) -> Done | None:
-    """Put the training back to where the newest state has it; None where there is none."""
+    """Restore the training from its newest state; None where there is none."""
     state = store.load()
     if state is None:
         return None
     training.restore(state.tensors, state.values["training"])
-    print(f"train_preference: goes on from step {state.number}", file=sys.stderr, flush=True)
+    print(f"train_preference: continues from step {state.number}", file=sys.stderr, flush=True)
     return Done(**state.values["done"])
 
 
@@ -132,7 +132,7 @@ def _train(
         saver.saving_when_stopped(),
     ):
         for step in range(done.step, settings.steps):
-            with saver.whole():
+            with saver.uninterruptible():
                 row = training.step(pairs, step, seed=config.seed)
                 done.step += 1
                 done.history += [{"step": done.step, **row}] if row else []

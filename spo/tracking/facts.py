@@ -1,4 +1,4 @@
-"""What a run was made with: commit, versions, machine, the Prefect run around it, and its data with their hashes."""
+"""Facts about a run: commit, versions, machine, the Prefect run around it, and its data with their hashes."""
 
 import os
 import platform
@@ -12,11 +12,11 @@ from spo.runtime.hashing import content_digest, text_digest
 from spo.workspace import Workspace
 
 FLOW_RUN = "SPO_FLOW_RUN"  # environment variable: the Prefect flow run that started the stage
-CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # of a side, in MLflow's words
+CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # MLflow's names of the sides
 
 
 def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
-    """Of a stage's run."""
+    """The tags of a stage's run."""
     import diffusers
     import torch
 
@@ -33,7 +33,7 @@ def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
 
 
 def provenance(root: Path) -> dict[str, str]:
-    """The state of the project, and who ran it: of a stage's run, of its parent and of a registered model."""
+    """Tags of a stage's run, its parent and a registered model: the project's state, and the flow run."""
     commit = git(root, "rev-parse", "HEAD")
     lock = root / "dvc.lock"
     flow = os.environ.get(FLOW_RUN)
@@ -46,7 +46,7 @@ def provenance(root: Path) -> dict[str, str]:
 
 
 def inputs(config: Config, stage: str, root: Path) -> list[dict[str, Any]]:
-    """The data sets that a stage reads, each with the hash of what it holds; a hub's data set by its name."""
+    """The data sets that a stage reads, each with the hash of its contents; for a hub's data set, of its name."""
     prepared = Workspace(config).prepared
     found = [(f"{kind} {side}", str(prepared.file(kind, side)), CONTEXTS[side]) for kind, side in STAGES[stage].inputs]
     if stage == "prepare":

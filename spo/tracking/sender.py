@@ -1,4 +1,4 @@
-"""From a run's journal to MLflow: in order, each event once, and again later where the store is away."""
+"""Sends a run's journal to MLflow: in order, each event once, and later where the store is unreachable."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ class Sender:
         return self.state.get("run_id")
 
     def send(self) -> bool:
-        """Send what is new; whether all of it has arrived. What is wrong with the store is said once."""
+        """Send new events; returns whether all have arrived. A problem of the store is reported once."""
         with self._sending:
             try:
                 self._send()
@@ -52,7 +52,7 @@ class Sender:
             return self.problem is None
 
     def send_within(self, seconds: float | None) -> bool:
-        """Send, but leave a server that hangs alone after `seconds`; None: wait for it."""
+        """Send, but wait at most `seconds` for a server that hangs; None: wait for ever."""
         if seconds is None:
             return self.send()
         arrived: list[bool] = []
@@ -62,7 +62,7 @@ class Sender:
         return arrived == [True]
 
     def _send(self) -> None:
-        """Events one by one, but neighbouring metrics together; notes how far it has come after each."""
+        """Send events in order, neighbouring metrics together, and note the offset after each."""
         from mlflow.entities import Metric
 
         events = list(self.journal.after(self.state["offset"]))
@@ -100,7 +100,7 @@ class Sender:
                     )
 
     def _start(self, event: Event) -> None:
-        """Make the run under its parent, unless an earlier attempt made it and was not told."""
+        """Make the run under its parent, unless an earlier attempt made it before its answer was lost."""
         experiment, parent = made(self.client, self.root, event["experiment"], event["pipeline"], event["profile"])
         run_id = find_run(self.client, experiment, "spo.journal", self.journal.id)
         if run_id is None:
@@ -121,7 +121,7 @@ class Sender:
             self._accepted(lambda batch=batch: self.client.log_batch(self.state["run_id"], params=batch))
 
     def _accepted(self, call: Any) -> None:
-        """Do it; what the store refuses is lost, and said."""
+        """Call the store; an event that it refuses is dropped with a warning."""
         try:
             call()
         except Exception as error:
@@ -136,9 +136,9 @@ class Sender:
 
 
 def send_unsent(root: Path = Path()) -> int:
-    """Send the journals of processes that have ended, as far as the store takes them; how many are left.
+    """Send the journals of processes that have ended; returns how many remain.
 
-    A run whose process ended without a word is ended as KILLED. A journal that makes no sense is named and left.
+    A run whose process was killed ends as KILLED. A damaged journal is named and left.
     """
     client = connect(root)
     left = damaged = 0

@@ -87,7 +87,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(
     damage(store.folder / "00000002")
     loaded = store.load()
     assert loaded is not None and loaded.number == 1
-    assert "00000002 is damaged and left out" in capsys.readouterr().err
+    assert "00000002 is damaged and ignored" in capsys.readouterr().err
     assert names(store.folder) == ["00000001"]
 
 
@@ -178,7 +178,7 @@ def test_a_stop_saves_once_and_tells_where(store: StateStore, capsys: pytest.Cap
 
 def test_what_is_half_done_is_not_saved(store: StateStore) -> None:
     saver = Saver(store, 1e9, lambda: state(7))
-    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.whole():
+    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.uninterruptible():
         raise KeyboardInterrupt
     assert store.load() is None
 
@@ -186,7 +186,7 @@ def test_what_is_half_done_is_not_saved(store: StateStore) -> None:
 def test_while_things_are_held_a_stop_saves_how_they_stood_before(store: StateStore) -> None:
     now = [state(7)]
     saver = Saver(store, 1e9, lambda: now[0])
-    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.holding():
+    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.rollback_on_stop():
         now[0] = state(8)
         raise KeyboardInterrupt
     assert names(store.folder) == ["00000007"]
