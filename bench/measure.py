@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import diffusers
 import psutil
 import torch
-import transformers
 
-from spo.errors import SpoError
+from spo.runtime.exit_codes import exit_code
 from spo.runtime.files import write_json
 
 P = ParamSpec("P")
@@ -141,24 +139,13 @@ def at_least(
 
 
 def mistakes_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
-    """A command that tells a user's mistake in its one line, and ends with code 1."""
+    """A command that ends as those of `python -m spo` do."""
 
     @functools.wraps(main)
-    def told(*arguments: P.args, **options: P.kwargs) -> int:
-        try:
-            return main(*arguments, **options)
-        except SpoError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+    def command(*arguments: P.args, **options: P.kwargs) -> int:
+        return exit_code(lambda: main(*arguments, **options))
 
-    return told
-
-
-def quiet() -> None:
-    """No talk of the libraries', and no slow arithmetic on denormal numbers."""
-    torch.set_flush_denormal(True)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+    return command
 
 
 def _cpuinfo() -> list[str]:

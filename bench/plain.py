@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from bench.systems import System, attach_lora
 from spo.core.gaussian import log_prob, sample
-from spo.core.noise import KeyedNoise
+from spo.core.noise import KeyedNoise, epoch_seed
 from spo.core.types import Conditioning, Transition
 
 
@@ -28,7 +28,7 @@ class PlainPath:
         self.unet = system.policy.network.module
         self.device = system.policy.device
         self.clip = system.preference.model.to(self.device).eval()
-        order = torch.randperm(len(system.prompts), generator=Generator().manual_seed(seed * 1_000_003)).tolist()
+        order = torch.randperm(len(system.prompts), generator=Generator().manual_seed(epoch_seed(seed, 0))).tolist()
         self.prompts = [system.prompts[i] for i in order]
         self.noise = KeyedNoise(seed, 0, order, self.device)
         self.seed = seed

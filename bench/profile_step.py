@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from bench.flops import batch_flops
-from bench.measure import RESULTS, PeakMemory, Stopwatch, clock, machine, matmul_rate, quiet, save, table
+from bench.measure import RESULTS, PeakMemory, Stopwatch, clock, machine, matmul_rate, save, table
 from bench.ours import OurPath
 from bench.systems import FULL_SIZE, SHAPES, make_system
+from spo.runtime.libraries import set_up_libraries
 
 SECTIONS = (
     "rollout: UNet",
@@ -136,7 +137,7 @@ def main() -> int:
         "--out", type=Path, help="JSON file of all figures (default: bench/results/profile_step-SIZE.json)"
     )
     options = parser.parse_args()
-    quiet()
+    set_up_libraries()
     changes = {"prompts": options.prompts, "steps": options.steps, "micro_batch_size": options.micro_batch_size}
     result = profile(options.size, **changes)
     print(show(result))

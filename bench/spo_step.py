@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from bench.measure import RESULTS, PeakMemory, clock, machine, quiet, save, table
+from bench.measure import RESULTS, PeakMemory, clock, machine, save, table
 from bench.ours import OurPath
 from bench.plain import PlainPath
 from bench.systems import FULL_SIZE, SHAPES, make_system
 from spo.models.load import compile_blocks
+from spo.runtime.libraries import set_up_libraries
 
 PATHS = {"plain": PlainPath, "ours": OurPath}
 SEED = 0
@@ -52,7 +53,7 @@ def main() -> int:
 def run_one(options: argparse.Namespace) -> None:
     """Run one path once; its measurements as JSON on standard output, its pairs and losses in a file."""
     device = torch.device("cuda" if options.size in FULL_SIZE else "cpu")
-    quiet()
+    set_up_libraries()
     changes = {"prompts": options.prompts, "steps": options.steps, "micro_batch_size": options.micro_batch_size}
     system = make_system(options.size, device, **changes)
     path = PATHS[options.path](system, seed=SEED)

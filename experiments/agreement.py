@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from bench.measure import RESULTS, clock, machine, quiet, save, table
+from bench.measure import RESULTS, clock, machine, save, table
 from bench.systems import FULL_SIZE, SHAPES, System, attach_lora, make_system
 from spo.core.types import Pairs
 from spo.methods.spo import Spo
 from spo.models.load import load_tiny_vae
 from spo.preference.score import PreferenceScorer
+from spo.runtime.libraries import set_up_libraries
 
 
 def rollout_pairs(system: System, dtype: torch.dtype) -> Pairs:
@@ -75,7 +76,7 @@ def main() -> int:
     parser.add_argument("--tiny-vae", help="an AutoencoderTiny for these latents: hub name or folder")
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     options = parser.parse_args()
-    quiet()
+    set_up_libraries()
     result = agreement(options.size, prompts=options.prompts, tiny_vae=options.tiny_vae)
     print(show(result))
     save(options.out or RESULTS / f"agreement-{options.size}.json", result)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import at_least, mistakes_in_one_line, quiet, table
+from bench.measure import at_least, mistakes_in_one_line, table
 from spo.config import Config, SpoConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
@@ -33,7 +33,9 @@ from spo.models.load import build
 from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
 from spo.runtime.device import best_device
+from spo.runtime.libraries import set_up_libraries
 from spo.runtime.tables import write_csv
+from spo.workspace import Workspace
 
 Row = dict[str, Any]
 
@@ -127,19 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--candidates", type=at_least(2), help="(default: the method's own)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/judge_order.csv"))
     options = parser.parse_args(arguments)
-    quiet()
+    set_up_libraries()
     config = load_config()
     settings = config.align.get(options.method)
     if not isinstance(settings, SpoConfig):
         raise SpoError(f"profile {config.profile} has no SPO called {options.method}; it has {sorted(config.align)}")
     if options.candidates is not None:
         settings = SpoConfig.model_validate({**settings.model_dump(), "candidates": options.candidates})
-    file = Path(config.folder("prepare")) / "prompts" / "validation.txt"
-    if not file.is_file():
-        raise SpoError(f"{file} is missing; run `python -m spo prepare`")
-    prompts = file.read_text(encoding="utf-8").splitlines()[: options.prompts]
+    workspace = Workspace(config)
+    prompts = workspace.prepared.prompts("validation", options.prompts)
     everything: list[Row] = []
-    for folder in options.models or [Path(config.folder("train_preference")) / "model"]:
+    for folder in options.models or [workspace.preference_model]:
         scorer: Scorer = PreferenceScorer(load_preference_model(folder), device=best_device())
         told = 0 if config.train_preference.blind else settings.judged_at
         scorer = scorer if told is None else BlindScorer(scorer, told)

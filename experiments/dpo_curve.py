@@ -16,15 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.measure import mistakes_in_one_line, quiet
-from experiments.workbench import QUICK, Ruler, adopt, cells, checkpoints, means_of, place
+from bench.measure import mistakes_in_one_line
+from experiments.workbench import QUICK, Ruler, adopt, cells, means_of, place
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.report.compute_saving import Point, saving
 from spo.runtime.files import read_json
+from spo.runtime.libraries import set_up_libraries
 from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.tracking import NullTracker
+from spo.workspace import Workspace
 
 Row = dict[str, Any]
 METHOD = "diffusion_dpo"
@@ -37,27 +39,27 @@ def curve(config: Config, runs: Sequence[Config], *, seed: int, against: Sequenc
         own = run.model_copy(update={"align": {METHOD: run.align[METHOD]}})
         work = place("dpo_curve", own, {"seed": seed}, root=root)
         adopt("prepare", config, source=root, target=work)
-        folder = work / config.aligned(METHOD, seed)
-        if not folder.exists():
+        workspace = Workspace(config, work)
+        if not workspace.aligned(METHOD, seed).exists():
             align.run(run, METHOD, seed, root=work, tracker=NullTracker())
-        rows += _measured(run, METHOD, folder, work, seed=seed)
+        rows += _measured(run, METHOD, workspace.checkpoints(METHOD, seed), work, seed=seed)
     scored = work  # other methods' scores are kept beside the last run's
     for name in against:
-        folder = root / config.aligned(name, seed)
-        if not checkpoints(folder):
-            raise SpoError(f"{folder} has no checkpoints; run `python -m spo align {name} --seed {seed}`")
-        rows += _measured(config, name, folder, scored, seed=seed)
+        found = Workspace(config, root).checkpoints(name, seed)
+        if not found:
+            raise SpoError(f"{name} has no checkpoints; run `python -m spo align {name} --seed {seed}`")
+        rows += _measured(config, name, found, scored, seed=seed)
     return rows
 
 
-def _measured(config: Config, name: str, folder: Path, work: Path, *, seed: int) -> list[Row]:
+def _measured(config: Config, name: str, checkpoints: Sequence[Path], work: Path, *, seed: int) -> list[Row]:
     """A row for each checkpoint of a run."""
-    ruler = Ruler(config, work / config.folder("prepare"), work)
+    ruler = Ruler(config, work)
     base = ruler.scores("base", None, "validation")
     main = (config.evaluate.primary, *config.evaluate.guarded)
     settings = config.align[name]
     rows = []
-    for checkpoint in checkpoints(folder):
+    for checkpoint in checkpoints:
         cost = read_json(checkpoint / "cost.json")
         scores = ruler.scores(f"{name}-{checkpoint.name}", checkpoint, "validation")
         means = means_of(scores)
@@ -141,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/dpo_curve.csv"))
     parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")
     options = parser.parse_args(arguments)
-    quiet()
+    set_up_libraries()
     epochs, num_checkpoints = (1, 2) if options.quick else (options.epochs, options.checkpoints)
     size: dict[str, Any] = {"epochs": epochs, "num_checkpoints": num_checkpoints, "quick": options.quick}
     config = load_config()

@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import at_least, mistakes_in_one_line, quiet
+from bench.measure import at_least, mistakes_in_one_line
 from experiments.workbench import Ruler, adopt, cells, digest, means_of, place, quickened
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.evaluation.checkpoint_selection import choose_checkpoint
 from spo.metrics.metric import Scores
 from spo.runtime.files import read_json
+from spo.runtime.libraries import set_up_libraries
 from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.tracking import NullTracker
+from spo.workspace import Workspace
 
 Row = dict[str, Any]
 
@@ -51,7 +53,7 @@ class Comparison:
         self.names = (config.evaluate.primary, *config.evaluate.guarded)
         work = place("methods", config.model_copy(update={"align": {}}), {"seed": seed}, root=root)
         adopt("prepare", config, source=root, target=work)
-        self.ruler = Ruler(config, work / config.folder("prepare"), work)
+        self.ruler = Ruler(config, work)
         self.trials: list[Trial] = []
 
     def try_out(self, method: str, factor: float) -> None:
@@ -60,16 +62,17 @@ class Comparison:
         optimizer = settings.optimizer.model_copy(update={"learning_rate": factor * settings.optimizer.learning_rate})
         settings = settings.model_copy(update={"optimizer": optimizer, "watch": None})
         config = self.config.model_copy(update={"align": {method: settings}})
-        judge = digest(self.root / config.folder("train_preference") / "model")
+        judge = digest(Workspace(config, self.root).preference_model)
         more = {"seed": self.seed, **({"judge": judge} if settings.needs_preference_model else {})}
         work = place("methods", config, more, root=self.root)
-        folder = work / config.aligned(method, self.seed)
+        workspace = Workspace(config, work)
+        folder = workspace.aligned(method, self.seed)
         if not folder.exists():
             for stage in ("prepare", "train_preference"):
                 adopt(stage, config, source=self.root, target=work)
             align.run(config, method, self.seed, root=work, tracker=NullTracker())
         label = f"{method}-{work.name}"
-        checkpoint = self.ruler.choose(label, folder)
+        checkpoint = self.ruler.choose(label, workspace.checkpoints(method, self.seed))
         found = self.ruler.scores(f"{label}-{checkpoint.name}", checkpoint, "validation")
         base = self.ruler.scores("base", None, "validation")
         cost = read_json(folder / "metrics.json")
@@ -132,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the two tables")
     parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")
     options = parser.parse_args(arguments)
-    quiet()
+    set_up_libraries()
     config = load_config()
     methods = options.methods or list(config.align)
     if unknown := [name for name in methods if name not in config.align]:

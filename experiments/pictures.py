@@ -15,6 +15,7 @@ from spo.data.preferences import PreferencePairs
 from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
 from spo.runtime.files import atomic_path
+from spo.workspace import Prepared
 from spo.world.opinion import combine
 from spo.world.oracle import oracle_scores
 from spo.world.pretraining.pairs import sample_pool, to_jpeg
@@ -46,11 +47,11 @@ def judged(pixels: Tensor, prompts: Sequence[str], images: Sequence[bytes] = ())
     return Pictures(pixels, list(prompts), finish, seen["alignment"], seen["centred"], list(images))
 
 
-def prepared_pictures(prepared: Path) -> Pictures:
+def prepared_pictures(prepared: Prepared) -> Pictures:
     """The pictures of the prepared training and validation pairs; of one size, being the drawn world's."""
     known: dict[tuple[str, bytes], None] = {}
     for split in SPLITS:
-        stored = PreferencePairs(prepared / "preferences" / f"{split}.parquet")
+        stored = PreferencePairs(prepared.pairs_file(split))
         for i in range(len(stored)):
             pair = stored[i]
             known |= {(pair.caption, pair.image_0): None, (pair.caption, pair.image_1): None}

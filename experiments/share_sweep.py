@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Generator
 
-from bench.measure import at_least, mistakes_in_one_line, quiet
+from bench.measure import at_least, mistakes_in_one_line
 from experiments.pictures import lessons, like_pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from experiments.teacher import Effort, Teacher
@@ -34,10 +34,12 @@ from experiments.workbench import Ruler, adopt, place, quickened
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.runtime.files import atomic_path, read_json, write_json
+from spo.runtime.libraries import set_up_libraries
 from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.stages import train_preference as preference_stage
 from spo.tracking import NullTracker
+from spo.workspace import Prepared, Workspace
 from spo.world.pretraining.preference import Opinion
 from spo.world.pretraining.recipe import RECIPE
 
@@ -80,10 +82,10 @@ class Sweep:
         self.effort = effort
         self.work = place("share_sweep", config, {"effort": asdict(effort)}, root=root)
         adopt("prepare", config, source=root, target=self.work)
-        self.prepared = self.work / config.folder("prepare")
-        self.prompts = (self.prepared / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
+        self.prepared = Workspace(config, self.work).prepared
+        self.prompts = self.prepared.prompts("train")
         self.pictures = prepared_pictures(self.prepared)
-        self.ruler = Ruler(config, self.prepared, self.work)
+        self.ruler = Ruler(config, self.work)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -94,7 +96,7 @@ class Sweep:
     def comparisons(self, pairs: str, seed: int) -> dict[str, Comparisons]:
         """Those to train on, and to validate by."""
         found = {
-            split: prepared_comparisons(self.prepared / "preferences" / f"{split}.parquet", self.pictures)
+            split: prepared_comparisons(self.prepared.pairs_file(split), self.pictures)
             for split in ("train", "validation")
         }
         if pairs == "base":
@@ -114,10 +116,11 @@ class Sweep:
     def _train(self, cell: Cell, folder: Path) -> Config:
         """Labels, start, preference model and methods; the cell's configuration."""
         if not (folder / "labels.json").exists():
-            target = folder / self.config.folder("prepare") / "preferences"
+            target = Workspace(self.config, folder).prepared
             splits = self.comparisons(cell.pairs, cell.seed)
-            adopt_prompts(self.prepared, folder / self.config.folder("prepare"))
-            write_json(folder / "labels.json", write_pairs(splits, target, cell.opinion, seed=cell.seed))
+            adopt_prompts(self.prepared, target)
+            pairs = target.pairs_file("train").parent
+            write_json(folder / "labels.json", write_pairs(splits, pairs, cell.opinion, seed=cell.seed))
         config = self.config.model_copy(update={"seed": cell.seed})
         if any(settings.needs_preference_model for settings in config.align.values()):
             judge = self.work / "judges" / cell.taste
@@ -125,10 +128,10 @@ class Sweep:
                 self.teacher.teach(cell.opinion, judge, seed=cell.seed)
             preference = config.train_preference.model_copy(update={"start_from": str(judge), "checkpoint": None})
             config = config.model_copy(update={"train_preference": preference})
-            if not (folder / config.folder("train_preference")).exists():
+            if not Workspace(config, folder).train_preference.exists():
                 preference_stage.run(config, root=folder, tracker=NullTracker())
         for name in self.methods:
-            if not (folder / config.aligned(name, cell.seed)).exists():
+            if not Workspace(config, folder).aligned(name, cell.seed).exists():
                 align.run(config, name, cell.seed, root=folder, tracker=NullTracker())
         return config
 
@@ -138,7 +141,7 @@ class Sweep:
         scores, chosen = {}, {}
         for name in self.methods:
             label = f"{cell.name}-{name}"
-            chosen[name] = self.ruler.choose(label, folder / config.aligned(name, cell.seed))
+            chosen[name] = self.ruler.choose(label, Workspace(config, folder).checkpoints(name, cell.seed))
             scores[name] = self.ruler.scores(label, chosen[name], "test")
         first, *others = self.methods
         compared = [(name, "base", scores[name], base) for name in self.methods]
@@ -165,11 +168,11 @@ class Sweep:
         return rows
 
 
-def adopt_prompts(prepared: Path, target: Path) -> None:
+def adopt_prompts(prepared: Prepared, target: Prepared) -> None:
     """The same prompts for every cell."""
     for split in ("train", "validation", "test"):
-        with atomic_path(target / "prompts" / f"{split}.txt") as temporary:
-            temporary.write_bytes((prepared / "prompts" / f"{split}.txt").read_bytes())
+        with atomic_path(target.prompts_file(split)) as temporary:
+            temporary.write_bytes(prepared.prompts_file(split).read_bytes())
 
 
 @mistakes_in_one_line
@@ -193,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/share_sweep.csv"))
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, four prompts: does it run?")
     options = parser.parse_args(arguments)
-    quiet()
+    set_up_libraries()
     effort = Effort(preference_steps=options.preference_steps)
     config = load_config()
     if options.step_aware_steps is not None:

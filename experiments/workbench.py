@@ -20,6 +20,7 @@ from spo.evaluation.model_variants import ModelVariant, tasks
 from spo.evaluation.statistics import Difference, paired_difference
 from spo.metrics.metric import Scores
 from spo.runtime.files import atomic_path
+from spo.workspace import Workspace
 
 SPLITS = ("validation", "test")
 QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
@@ -28,7 +29,7 @@ QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200
 def place(name: str, config: Config, more: Mapping[str, Any], *, root: Path) -> Path:
     """The experiment's folder: another one wherever the settings, the base or the prepared data are others."""
     settings = {**config.model_dump(mode="json", exclude={"methods", "training_seeds"}), **more}
-    inputs = [Path(config.model.path), root / config.folder("prepare")]
+    inputs = [Path(config.model.path), Workspace(config, root).prepared.folder]
     text = json.dumps([settings, [digest(path) for path in inputs]], sort_keys=True)
     return root / ".cache" / "bench" / name / f"{config.profile}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -44,17 +45,12 @@ def digest(path: Path) -> str:
 
 def adopt(stage: str, config: Config, *, source: Path, target: Path) -> None:
     """Copy a stage's outputs to the experiment, once; DataError where the stage has not run."""
-    folder = config.folder(stage)
-    if not (source / folder).is_dir():
-        raise DataError(f"{source / folder} is missing; run `python -m spo repro` first")
-    if not (target / folder).exists():
-        with atomic_path(target / folder) as temporary:
-            shutil.copytree(source / folder, temporary)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Of an `align` run, in the order of training."""
-    return sorted((folder / "checkpoints").glob("step-*"))
+    have, wanted = Workspace(config, source).output(stage), Workspace(config, target).output(stage)
+    if not have.is_dir():
+        raise DataError(f"{have} is missing; run `python -m spo repro` first")
+    if not wanted.exists():
+        with atomic_path(wanted) as temporary:
+            shutil.copytree(have, temporary)
 
 
 class Ruler:
@@ -63,11 +59,11 @@ class Ruler:
     What is finished is kept in `root`, under `.cache`.
     """
 
-    def __init__(self, config: Config, prepared: Path, root: Path):
+    def __init__(self, config: Config, root: Path):
         self.config = config.evaluate
         counts = (self.config.num_validation_prompts, self.config.num_prompts)
         self.tasks = {
-            split: tasks(prepared / "prompts" / f"{split}.txt", count, 1, self.config.seed)
+            split: tasks(Workspace(config, root).prepared, split, count, 1, self.config.seed)
             for split, count in zip(SPLITS, counts, strict=True)
         }
         self.studio = ImageScorer(config, root)
@@ -85,9 +81,8 @@ class Ruler:
             for key, values in scores.items()
         }
 
-    def choose(self, name: str, run: Path) -> Path:
-        """The checkpoint of an `align` run that the pipeline's rule takes on the validation prompts."""
-        candidates = checkpoints(run)
+    def choose(self, name: str, candidates: Sequence[Path]) -> Path:
+        """Of a training's checkpoints the one that the pipeline's rule takes on the validation prompts."""
         means = [means_of(self.scores(f"{name}-{each.name}", each, "validation")) for each in candidates]
         best = choose_checkpoint(
             means,

@@ -1,28 +1,29 @@
-"""What Prefect's UI shows of a run: what became of its stages, the verdict, the figures, the report, the promotion."""
+"""What Prefect's UI shows of a run: outcomes of stages, verdict, figures, report and promotion."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from spo.runtime.text import flatten
+
 
 def publish_stages(rows: Sequence[tuple[str, str, str, float]]) -> None:
-    """rows: stage, what became of it, the same of each of its items, seconds."""
+    """rows: stage, its outcome, the outcomes of its items, seconds."""
     table = [
         {"stage": stage, "outcome": outcome, "items": items, "seconds": round(seconds, 1)}
         for stage, outcome, items, seconds in rows
     ]
-    create_table_artifact(key="stages", table=table, description="What ran, and what had not changed")
+    create_table_artifact(key="stages", table=table, description="What ran, and what has not changed")
 
 
-def publish_report(profile: str, folder: Path) -> None:
-    """Show the report's verdict and headline figures with the run, and where its page lies."""
-    report = folder / "report"
+def publish_report(profile: str, report: Path) -> None:
+    """Show the report's verdict and figures with the run, and where its page is."""
     summary = (report / "summary.txt").read_text(encoding="utf-8").strip()
     metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _flat(metrics))
+    rows = "\n".join(f"| {name} | {_short(value)} |" for name, value in flatten(metrics).items())
     create_markdown_artifact(
         key="report",
         markdown=f"# Profile {profile}\n\n```\n{summary}\n```\n\n| metric | value |\n|---|---|\n{rows}\n",
@@ -37,10 +38,5 @@ def publish_promotion(decision: str) -> None:
     create_markdown_artifact(key="promotion", markdown=f"```\n{decision}\n```", description=decision.partition("\n")[0])
 
 
-def _flat(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested metrics as (dotted name, value) rows; numbers to four significant figures."""
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,15 +1,14 @@
-"""The pipeline as the flow `spo`: its stages in order, then what came of them as artifacts of the run.
+"""The pipeline as the flow `spo`: its stages in order, then their results as artifacts of the run.
 
     python -m flows.full [--profile P] [--stage S ...] [--set KEY=VALUE ...] [--force] [--promote]
 
-runs it from the project's folder without a server; `prefect.yaml` deploys it. The project is the current folder.
+runs it in the current folder, the project's, without a server; `prefect.yaml` deploys it.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -20,8 +19,11 @@ from prefect.runtime import flow_run
 from flows.artifacts import publish_promotion, publish_report, publish_stages
 from flows.overrides import override, parse
 from flows.profile import use_profile
-from flows.stages import STAGES, Stage, promote_released, run_stage
+from flows.stages import Stage, promote_released, run_stage
+from spo.config import load_config
 from spo.errors import SpoError
+from spo.pipeline import PIPELINE
+from spo.workspace import Workspace
 
 
 @flow(name="spo", retries=0)
@@ -32,27 +34,27 @@ def full(
     force: bool = False,
     promote: bool = False,
 ) -> dict[str, str]:
-    """Run the pipeline's stages, all of them or those named, always in the pipeline's order.
+    """Run all stages of the pipeline, or those named, in the pipeline's order.
 
-    profile: one of configs/*.yaml, written to params.yaml; None runs the one that stands there.
+    profile: one of configs/*.yaml, written to params.yaml; None runs the one named there.
     overrides: settings to change first, such as {"align.spo.beta": 5}; they are written to the profile's file.
     force: run stages although nothing has changed.
-    promote: at the end, let the evaluated LoRA be champion if it has earned it.
-    Returns what became of each stage: Completed, Restored or UpToDate.
+    promote: at the end, make the evaluated LoRA champion if it beats the present one.
+    Returns the outcome of each stage: Completed, Restored or UpToDate.
     """
     for change in override(profile, overrides or {}):
         get_run_logger().info(change)
     name = use_profile(profile)
     tag_run(f"profile:{name}")
     rows, outcomes = [], {}
-    for stage in (stage for stage in STAGES if stages is None or stage in stages):
+    for stage in (stage for stage in PIPELINE if stages is None or stage in stages):
         start = time.monotonic()
         state = run_stage(stage, force=force)
         outcomes[str(stage)] = str(state.name)
         rows.append((stage, str(state.name), state.message or "", time.monotonic() - start))
     publish_stages(rows)
     if "report" in outcomes:
-        publish_report(name, Path("runs") / name)
+        publish_report(name, Workspace(load_config()).report)
     if promote:
         publish_promotion(decision := promote_released())
         tag_run("kept" if "not promoted" in decision else "promoted")
@@ -69,17 +71,17 @@ def tag_run(*tags: str) -> None:
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flows.full", description="Run the pipeline as a Prefect flow.")
     parser.add_argument("--profile", help="one of configs/*.yaml, written to params.yaml (default: the one there)")
-    parser.add_argument("--stage", dest="stages", nargs="+", action="extend", choices=STAGES, help="(default: all)")
+    parser.add_argument("--stage", dest="stages", nargs="+", action="extend", choices=PIPELINE, help="(default: all)")
     parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting to write down first",
+        help="a setting to change first",
     )
     parser.add_argument("--force", action="store_true", help="run stages although nothing has changed")
-    parser.add_argument("--promote", action="store_true", help="let the LoRA be champion if it has earned it")
+    parser.add_argument("--promote", action="store_true", help="make the LoRA champion if it beats the present one")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Settings of a run that differ from those written down: they are written down first, where DVC reads them.
+"""Overrides of settings: they are written to the files that DVC reads.
 
-`dvc repro` takes no settings, and `dvc exp run --set-param` makes an experiment of each stage, which wants a commit and
-no other changes. So an override is an edit: of the profile's file or of params.yaml, comments kept, all of them
-validated before the first is written. It stays: what the checkout says is what has been run, and `git diff` shows it.
+`dvc repro` takes no settings, and `dvc exp run --set-param` makes an experiment of each stage, which needs a commit and
+no other changes. So an override edits the profile's file or params.yaml and keeps their comments. All overrides are
+checked before the first is written. They stay, so `git diff` shows what was run.
 """
 
 import io
@@ -20,10 +20,10 @@ from spo.runtime.files import write_text
 
 
 def override(profile: str | None, overrides: Mapping[str, Any], root: Path = Path()) -> list[str]:
-    """Write `overrides` into the files that they name, and give back what has changed, a line each.
+    """Write `overrides` into the files that they name; returns a line for each change.
 
-    A key is FILE:SECTION.KEY, such as configs/tiny.yaml:align.spo.beta or params.yaml:methods; without FILE: it is one
-    of the profile's file. ConfigError, with nothing written, where the settings would not be valid.
+    A key is FILE:SECTION.KEY, such as configs/tiny.yaml:align.spo.beta or params.yaml:methods; without FILE: it belongs
+    to the profile's file. ConfigError, with nothing written, where the settings would be invalid.
     """
     if not overrides:
         return []
@@ -52,7 +52,7 @@ def _read(place: Path, root: Path) -> Any:
 
 
 def _put(document: Any, path: list[str], value: Any, key: str) -> Any:
-    """Set a nested value; what stood there."""
+    """Set a nested value; returns the old one."""
     *sections, last = path
     for section in sections:
         document = document.setdefault(section, {}) if isinstance(document, MutableMapping) else None
@@ -64,7 +64,7 @@ def _put(document: Any, path: list[str], value: Any, key: str) -> Any:
 
 
 def _validate(profile: str, texts: Mapping[Path, str], root: Path) -> None:
-    """Load the configuration as it would be, in a folder of its own."""
+    """Load the changed configuration from a temporary folder; ConfigError where it is invalid."""
     with tempfile.TemporaryDirectory() as temporary:
         for path in (root / "params.yaml", *(root / "configs").glob("*.yaml")):
             place = path.relative_to(root)
@@ -78,7 +78,7 @@ def _validate(profile: str, texts: Mapping[Path, str], root: Path) -> None:
 
 
 def parse(texts: list[str]) -> dict[str, Any]:
-    """KEY=VALUE as written on a command line; the value is YAML."""
+    """Parse KEY=VALUE from a command line; the value is YAML."""
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")

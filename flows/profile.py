@@ -1,4 +1,4 @@
-"""The profile that the pipeline runs with: it stands in params.yaml, where DVC and the stages read it."""
+"""The profile of the pipeline: params.yaml names it, where DVC and the stages read it."""
 
 import re
 from pathlib import Path
@@ -12,9 +12,9 @@ _LINE = re.compile(r"^profile:.*$", flags=re.MULTILINE)
 
 
 def use_profile(profile: str | None, root: Path = Path()) -> str:
-    """Write `profile` into params.yaml, and nothing else there, and give it back; None leaves the one it names.
+    """Write `profile` into params.yaml, change nothing else there, and return it; None keeps the profile.
 
-    It stays written: what the checkout says is what has been run. ConfigError where there is no such profile.
+    It stays written, so the checkout shows what was run. ConfigError where there is no such profile.
     """
     path = root / "params.yaml"
     if not path.is_file():

@@ -1,13 +1,13 @@
-"""What can go wrong by the user's hand; each ends a command with its one line and no traceback.
+"""Errors that the user can correct; each ends a command with one line and no traceback.
 
     SpoError
     |-- ConfigError   a configuration value or key
     |-- DataError     a prompt file, preference file or image
     |-- ModelError    a model, checkpoint or LoRA that is missing or does not fit
-    |-- TrainingError a training run that cannot go on
+    |-- TrainingError a training run that cannot continue
     `-- LockedError   a stage that another process is running
 
-A message says what, got, allowed, and how to mend it.
+A message names the setting or file, its value, what is allowed, and the remedy.
 """
 
 import errno
@@ -30,7 +30,7 @@ class ModelError(SpoError):
 
 
 class TrainingError(SpoError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class LockedError(SpoError):
@@ -38,19 +38,19 @@ class LockedError(SpoError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU or the machine had no more memory, in any library's words."""
+    """Whether memory ran out, on a GPU or the machine, as any library reports it."""
     signs = ("out of memory", "DefaultCPUAllocator", f"Error code {errno.ENOMEM}")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether the disk, a quota or a size limit left no room for a file, in any library's words."""
+    """Whether the disk, a quota or a size limit left no room for a file, as any library reports it."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    words = ("No space left", "Disk quota exceeded", "File too large")
-    return getattr(error, "errno", None) in numbers or any(word in str(error) for word in words)
+    messages = ("No space left", "Disk quota exceeded", "File too large")
+    return getattr(error, "errno", None) in numbers or any(message in str(error) for message in messages)
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """An error's message, or what somebody else has named, without line breaks, cut at `limit` characters."""
+    """An error's message, or any text from outside, without line breaks and cut at `limit` characters."""
     message = " ".join(str(error).split()) or type(error).__name__
     return message if len(message) <= limit else message[: limit - 3] + "..."

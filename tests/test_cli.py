@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 from safetensors import SafetensorError
 
 from spo import tracking
-from spo.__main__ import STAGES, main, only_one, settings
+from spo.__main__ import COMMANDS, main
+from spo.commands.stage import only_one, settings
 from spo.config import load_config
 from spo.errors import DataError
+from spo.pipeline import STAGES
 from spo.tracking import NullTracker
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +58,8 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         yield recorder
 
     monkeypatch.setattr(tracking, "start", start)
-    monkeypatch.setattr("spo.__main__._settle", lambda: None)
-    monkeypatch.setattr("spo.__main__.require", lambda *_: None)
+    monkeypatch.setattr("spo.commands.stage.set_up_libraries", lambda: None)
+    monkeypatch.setattr("spo.commands.stage.require", lambda *_: None)
     return recorder
 
 
@@ -131,8 +134,8 @@ def test_restart_forgets_what_a_stopped_run_had_saved(project: Path) -> None:
 
 
 def test_a_name_with_a_hyphen_is_the_same_stage(project: Path, stage: list[Any]) -> None:
-    assert main(["train-preference"]) == 0
-    assert stage == [("spo.stages.train_preference", ("tiny",))]
+    assert main(["train-preference"]) == main(["train_preference"]) == 0
+    assert stage == [("spo.stages.train_preference", ("tiny",))] * 2
 
 
 def test_the_option_profile_overrides_params_yaml(project: Path, stage: list[Any]) -> None:
@@ -162,22 +165,22 @@ def test_a_users_mistake_is_one_line_and_code_1(
 
 @pytest.mark.usefixtures("tracker")
 @pytest.mark.parametrize(
-    ("error", "mend"),
+    ("error", "remedy"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "make room"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "smaller batch"),
         (MemoryError(), "smaller batch"),
-        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), "'runs/a'; see to it that this path can be"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), "'runs/a'; make this path readable"),
     ],
 )
-def test_what_the_machine_lacks_is_one_line_with_the_mend(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, mend: str
+def test_what_the_machine_lacks_is_one_line_with_the_remedy(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, remedy: str
 ) -> None:
     run_fails_with(monkeypatch, error)
     assert main(["prepare"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and mend in said and said.count("\n") == 1
+    assert said.startswith("error: ") and remedy in said and said.count("\n") == 1
 
 
 @pytest.mark.usefixtures("tracker")
@@ -223,20 +226,41 @@ def test_what_is_not_there_is_told_with_what_is(
 
 @pytest.mark.parametrize("arguments", [[], ["nosuch"], ["align"], ["prepare", "--nosuch"], ["import-preference-model"]])
 def test_wrong_arguments_are_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("Usage: python -m spo")
 
 
-COMMANDS = [*STAGES, "repro", "generate", "compare", "export", "mlflow-ui", "import-preference-model"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*STAGES, *(command.__name__.replace("_", "-") for command in COMMANDS)])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
-    assert caught.value.code == 0
-    assert command in capsys.readouterr().out
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: python -m spo {command} ")
+    assert main(["--help"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == [command]]
+    assert not line.endswith("...")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prepar"], "Did you mean 'prepare'"),
+        (["train-preferences"], "Did you mean 'train_preference'"),
+        (["prepare", "--profil", "tiny"], "--profile"),
+    ],
+)
+def test_a_mistyped_name_is_told_with_the_likely_one(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"spo {version('spo')}\n"
+
+
+def test_exports_method_and_checkpoint_exclude_each_other() -> None:
+    assert main(["export", "--format", "merged", "--out", "new", "--method", "spo", "--checkpoint", "a"]) == 2
 
 
 def test_a_stages_settings_are_its_own_sections() -> None:
@@ -253,7 +277,7 @@ def repro_with(code: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         calls.append({"command": command, "env": environment})
         return code
 
-    monkeypatch.setattr("spo.__main__.run_group", run_group)
+    monkeypatch.setattr("spo.commands.repro.run_group", run_group)
     return calls
 
 

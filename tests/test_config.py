@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from spo.config import Config, load_config
 from spo.errors import ConfigError
+from spo.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 PROFILES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -33,7 +34,7 @@ def test_each_shipped_profile_is_valid(profile: str) -> None:
     config = load_config(ROOT, profile)
     assert config.profile == profile
     assert set(config.methods) <= set(config.align)
-    assert config.folder("align") == Path("runs") / profile / "align"
+    assert Workspace(config).aligned("spo", 3) == Path("runs") / profile / "align" / "spo" / "seed-3"
 
 
 def test_params_yaml_names_a_shipped_profile() -> None:

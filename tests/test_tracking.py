@@ -26,6 +26,7 @@ from spo.tracking.journal import Journal, unsent
 from spo.tracking.sender import Sender
 from spo.tracking.store import connect
 from spo.tracking.tracker import JournalTracker
+from spo.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,7 +93,7 @@ def test_a_run_says_what_it_was_made_with(root: Path, config: Config, monkeypatc
 
 
 def test_a_run_names_its_data_with_the_hash_of_what_it_holds(root: Path, config: Config) -> None:
-    prepared = root / config.folder("prepare") / "prompts"
+    prepared = Workspace(config, root).prepared.folder / "prompts"
     prepared.mkdir(parents=True)
     (prepared / "test.txt").write_text("a small red cross\n")
     (prepared / "validation.txt").write_text("a large blue square\n")

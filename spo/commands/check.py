@@ -1,184 +1,33 @@
-"""Find out in a minute what would else end a run after hours.
+"""`python -m spo check`."""
 
-First what can be seen without a model: the settings, files, models and disk. Then all stages run in miniature, in a
-temporary folder, over the profile's own models and data: a few prompts and pairs, one rollout, one step or update, of
-as many pairs at a time as in training. What that takes tells what the whole will take.
-"""
-
-import resource
-import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import psutil
-import torch
+import typer
 
-from spo.commands.disk_estimate import num_pairs
-from spo.commands.preflight import Finding, findings
-from spo.config import Config
-from spo.data.preferences import PairWriter, read_pairs
-from spo.data.prompts import read_prompts
-from spo.errors import DataError, SpoError
-from spo.runtime.files import read_json
-from spo.stages import align, evaluate, prepare, report, train_preference
-from spo.tracking import NullTracker
-
-PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
-GIB = 2**30
+from spo.commands.options import Profile
+from spo.commands.preflight import Finding
+from spo.config import load_config
+from spo.runtime.libraries import set_up_libraries
 
 
-def check(config: Config, root: Path, say: Callable[[Finding], None], *, quick: bool = False) -> bool:
-    """Say what is found as it is found; whether all of it is good. `quick` leaves the miniature out."""
-    found = findings(config, root)
-    for finding in found:
-        say(finding)
-    if quick or not all(finding.good for finding in found):
-        return all(finding.good for finding in found)
-    with tempfile.TemporaryDirectory(prefix="spo-check-") as folder:
-        return _run_miniature(config, root, Path(folder), say)
+def check(
+    profile: Profile = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Look only at settings, files and disk; run nothing.")] = False,
+) -> int:
+    """Find what would end a run after hours.
+
+    Looks at settings, files and disk, then runs all stages in miniature.
+    """
+    config = load_config(Path(), profile)
+    _show(Finding("configuration", True, f"configs/{config.profile}.yaml and params.yaml", ()))
+    set_up_libraries()
+    from spo.commands.miniature import check_all
+
+    good = check_all(config, Path(), _show, quick=quick)
+    print(f"profile {config.profile} {'can run' if good else 'cannot run yet: repair the lines marked FAIL'}")
+    return 0 if good else 1
 
 
-def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Finding], None]) -> bool:
-    small = miniature(config, root)
-    tracker = NullTracker()
-    seed = config.training_seeds[0]
-    stages: list[tuple[str, Callable[[], object]]] = [
-        ("prepare", lambda: _prepare(small, config, folder)),
-        ("train_preference", lambda: train_preference.run(small, root=folder, tracker=tracker)),
-        *[
-            (f"align {name}", lambda name=name: align.run(small, name, seed, root=folder, tracker=tracker))
-            for name in config.methods
-        ],
-        ("evaluate", lambda: evaluate.run(small, root=folder, tracker=tracker)),
-        ("report", lambda: report.run(small, root=folder, tracker=tracker)),
-    ]
-    taken = {}
-    for stage, run in stages:
-        start = time.perf_counter()
-        try:
-            taken[stage] = _taken(run)
-            if stage == "prepare":
-                _shorten(folder / small.folder("prepare") / "preferences")
-        except SpoError as error:
-            say(Finding(f"{stage} in miniature", False, str(error), ()))
-            return False
-        say(Finding(f"{stage} in miniature", True, f"{time.perf_counter() - start:.1f} s", ()))
-    say(Finding("time", True, _time(config, root, folder), ()))
-    say(Finding("memory", True, _memory(taken), ()))
-    return True
-
-
-def _prepare(small: Config, config: Config, folder: Path) -> None:
-    """Read a few pairs, or all where those leave a side without any, as in a file that is sorted by caption."""
-    try:
-        prepare.run(small, root=folder, tracker=NullTracker())
-    except DataError:
-        few, wanted = small.prepare.preferences, config.prepare.preferences
-        if few is None or wanted is None:
-            raise
-        section = small.prepare.model_copy(
-            update={"preferences": few.model_copy(update={"max_pairs": wanted.max_pairs})}
-        )
-        prepare.run(small.model_copy(update={"prepare": section}), root=folder, tracker=NullTracker())
-
-
-def miniature(config: Config, root: Path) -> Config:
-    """The profile with its own models, data and samplers, but next to nothing to do."""
-    values = config.model_dump()
-    values["training_seeds"] = config.training_seeds[:1]
-    values["prepare"]["prompts"] |= {"source": str((root / config.prepare.prompts.source).resolve())}
-    values["prepare"]["prompts"] |= {"max_prompts": PROMPTS}
-    values["prepare"] |= {"validation_fraction": 0.3, "test_fraction": 0.2}
-    if preferences := config.prepare.preferences:
-        source = preferences.source
-        if not source.startswith("hub:"):
-            source = str((root / source).resolve())
-        values["prepare"]["preferences"] |= {"source": source, "max_pairs": PAIRS_READ}
-    values["train_preference"] |= {"steps": 1, "evaluate_pairs": 2}
-    values["train_preference"] |= {"batch_size": min(config.train_preference.batch_size, PAIRS)}
-    values["train_preference"]["evaluate_timesteps"] = config.train_preference.evaluate_timesteps[:1]
-    values["align"] = {
-        name: method.model_dump() | method.miniature(examples=PAIRS, prompts=SAMPLED)
-        for name, method in config.align.items()
-    }
-    values["evaluate"] |= {"num_prompts": 2, "num_validation_prompts": 2, "images_per_prompt": 1}
-    values["evaluate"] |= {"batch_size": 1, "bootstrap_samples": 100}
-    return Config.model_validate(values)
-
-
-def _shorten(folder: Path) -> None:
-    """Leave as many pairs as a batch has, decided ones first: there must be some."""
-    for path in folder.glob("*.parquet"):
-        pairs = sorted(read_pairs(path), key=lambda pair: pair.is_tie)[:PAIRS]
-        shorter = path.with_suffix(".short")
-        with PairWriter(shorter) as writer:
-            for pair in pairs:
-                writer.write(pair)
-        shutil.move(shorter, path)
-
-
-def _time(config: Config, root: Path, folder: Path) -> str:
-    parts = {stage: count for stage, count in forwards(config, root, folder).items() if count}
-    rate = _seconds_a_forward(config, folder)
-    return "at most about: " + ", ".join(f"{stage} {_duration(count * rate)}" for stage, count in parts.items())
-
-
-def _taken(stage: Callable[[], object]) -> int:
-    """Run a stage; the most bytes that tensors took on the GPU, or the process so far where there is none."""
-    if not torch.cuda.is_available():
-        stage()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    torch.cuda.reset_peak_memory_stats()
-    stage()
-    return torch.cuda.max_memory_allocated()
-
-
-def _memory(taken: dict[str, int]) -> str:
-    stage = max(taken, key=taken.__getitem__)  # of equals the first
-    if torch.cuda.is_available():
-        there, whose = torch.cuda.get_device_properties(0).total_memory, "the GPU's"
-    else:
-        there, whose = psutil.virtual_memory().total, "this machine's"
-    how = f"with as many pairs at a time as in training (at most {PAIRS}), but rollouts of {SAMPLED} prompts"
-    return f"{stage} took {taken[stage] / GIB:.1f} of {whose} {there / GIB:.1f} GiB, {how}"
-
-
-def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
-    """Samples that the whole of each stage puts through the UNet; of `align` what the miniature did, scaled up."""
-    prompts = config.prepare.prompts
-    read, _ = read_prompts(root / prompts.source, field=prompts.field, max_prompts=prompts.max_prompts)
-    num_prompts = len(read) * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
-    training, seeds = config.train_preference, len(config.training_seeds)
-    counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
-    for name in config.methods:
-        method = config.align[name]
-        per_prompt = _cost(config, folder, name)["unet_forwards"] / SAMPLED
-        counts[f"align {name}"] = seeds * method.forwards(
-            num_prompts=num_prompts, num_pairs=num_pairs(config, root) or 0, per_prompt=per_prompt
-        )
-    evaluate = config.evaluate
-    columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
-    checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)
-    images = evaluate.num_prompts * evaluate.images_per_prompt * len(evaluate.etas) * columns
-    images += evaluate.num_validation_prompts * (1 + checkpoints)
-    return {**counts, "evaluate": 2.0 * evaluate.steps * images}
-
-
-def _seconds_a_forward(config: Config, folder: Path) -> float:
-    """Of the slowest method; the work around the UNet counts with it."""
-    costs = [_cost(config, folder, name) for name in config.methods]
-    return max(cost["seconds"] / max(1, cost["unet_forwards"]) for cost in costs)
-
-
-def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:
-    return read_json(folder / config.aligned(name, config.training_seeds[0]) / "metrics.json")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-    return f"{seconds / 3600:.1f} h"
+def _show(finding: Finding) -> None:
+    print(f"{'ok  ' if finding.good else 'FAIL'}  {finding.what:<34} {finding.detail}", flush=True)

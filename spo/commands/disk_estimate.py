@@ -1,4 +1,4 @@
-"""How much of the disk the stages of a profile will want, and how much of that they have taken already."""
+"""The disk space that the stages of a profile need, and what they use already."""
 
 import math
 import os
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo.config import Config
+from spo.workspace import Workspace
 
-CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, where the hub's are not here to be measured
-UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # where it is not here
+CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, where it is on the hub
+UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # where it is on the hub
 LATENT_BYTES = 4 * 4 / 8**2  # of a pixel of an encoded picture: four channels of four bytes, an eighth of the sides
 PICTURE_BYTES = 2 + 3  # of a pixel: as a PNG, and raw until `evaluate` has ended
-STATES = 9  # times the weights: three states of weights and two moments each, the last while it is being written
+STATES = 9  # times the weights: three states, each of weights and two moments; the third is being written
 
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes that a stage will want: of what it leaves, of what it needs besides while it runs, and of both so far."""
+    """Bytes of a stage: its outputs (kept), its temporary files (passing), and what is there of both."""
 
     kept: float
     passing: float
@@ -25,9 +26,9 @@ class DiskEstimate:
 
 
 def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
-    """By stage, in the order in which they run. A LoRA's states and checkpoints are small, and left out.
+    """Estimates by stage, in running order. A LoRA's states and checkpoints are small and not counted.
 
-    What DVC has in its cache counts twice, for it copies where the file system cannot share.
+    Files in DVC's cache count twice, since it copies them where the file system cannot share.
     """
     preferences, training, evaluate = config.prepare.preferences, config.train_preference, config.evaluate
     seeds, resolution = len(config.training_seeds), config.model.resolution
@@ -46,16 +47,17 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
         "align": (2 * unet * sum(method.checkpoints for method in whole) * seeds, (STATES + most) * unet),
         "evaluate": (pictures * PICTURE_BYTES, 0),
     }
-    caches = {"train_preference": [config.latents_folder], "evaluate": [Path(".cache/evaluate", config.profile)]}
+    workspace = Workspace(config, root)
+    caches = {"train_preference": [workspace.latents_cache], "evaluate": [workspace.evaluation_cache]}
     rooms = {}
     for stage, (kept, passing) in jobs.items():
-        places = [config.folder(stage), config.state_folder(stage), *caches.get(stage, [])]
-        rooms[stage] = DiskEstimate(kept, passing, sum(size_of(root / place) for place in places))
+        places = [workspace.output(stage), workspace.state(stage), *caches.get(stage, [])]
+        rooms[stage] = DiskEstimate(kept, passing, sum(size_of(place) for place in places))
     return rooms
 
 
 def num_pairs(config: Config, root: Path) -> float | None:
-    """About how many pairs will be trained on; None where they are yet to be fetched, or a file is broken."""
+    """The approximate number of training pairs; None where they are not downloaded or a file is broken."""
     from pyarrow import ArrowException  # slow to import, and every command would
 
     preferences = config.prepare.preferences
@@ -74,7 +76,7 @@ def num_pairs(config: Config, root: Path) -> float | None:
 
 
 def size_of(place: Path) -> int:
-    """Bytes of a file, or of all files below a folder; none of what is not there, or goes while it is looked at."""
+    """Bytes of a file, or of all files below a folder; a missing or vanishing file counts 0."""
     if place.is_file():
         return place.stat().st_size
     found = 0
@@ -86,7 +88,7 @@ def size_of(place: Path) -> int:
 
 
 def _unet(config: Config) -> int:
-    """Of the UNet in float32, in which it is trained."""
+    """Bytes of the UNet in float32, in which it is trained."""
     folder = Path(config.model.path) / "unet"
     if not folder.is_dir():
         return UNET_BYTES[config.model.family]

@@ -13,10 +13,10 @@ from pathlib import Path
 from spo.commands.disk_estimate import room, size_of
 from spo.config import ClipMetricConfig, Config
 from spo.errors import ConfigError
+from spo.pipeline import DISTRIBUTED
 from spo.runtime.hub import is_name
 
 PROMPTS, PAIRS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"), (".jsonl", ".parquet")
-WITH_MODEL = ("train_preference", "align", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def _file(path: Path, suffixes: tuple[str, ...]) -> tuple[bool, str]:
 
 def _models(config: Config) -> Iterator[Finding]:
     model, preference, evaluate = config.model, config.train_preference, config.evaluate
-    yield _repository("model.path", model.path, "model_index.json", WITH_MODEL)
+    yield _repository("model.path", model.path, "model_index.json", DISTRIBUTED)
     if model.vae:
-        yield _repository("model.vae", model.vae, "config.json", WITH_MODEL)
+        yield _repository("model.vae", model.vae, "config.json", DISTRIBUTED)
     if preference.checkpoint:
         yield _repository("train_preference.checkpoint", preference.checkpoint, "config.json", ("train_preference",))
     else:
@@ -106,7 +106,7 @@ def _models(config: Config) -> Iterator[Finding]:
     if config.launch.accelerate_config:
         path = Path(config.launch.accelerate_config)
         good, detail = _file(path, (".yaml", ".yml", ".json"))
-        yield Finding("launch.accelerate_config", good, f"{path} {detail}", ("train_preference", "align", "evaluate"))
+        yield Finding("launch.accelerate_config", good, f"{path} {detail}", DISTRIBUTED)
 
 
 def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...]) -> Finding:

@@ -23,6 +23,7 @@ from spo.models.generate import image_seed
 from spo.models.lora import WEIGHTS
 from spo.runtime.files import read_json
 from spo.tracking import registry
+from spo.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,11 @@ def run(
     present = None if against_base else registry.champion(config, root)
     if present is not None and present.tags["spo.digest"] == version.tags["spo.digest"]:
         registry.crown(version, root)  # the same LoRA, perhaps evaluated anew
-        print(f"{version.name}: {version.words} is the champion already")
+        print(f"{version.name}: {version.description} is the champion already")
         return None
     name, rival = "the base", candidate.base
     if present is not None:
-        name, rival = f"the champion, {present.words}", _scores_of(present, candidate, config, root)
+        name, rival = f"the champion, {present.description}", _scores_of(present, candidate, config, root)
     decision = decide(
         candidate.scores,
         rival,
@@ -70,7 +71,7 @@ def run(
         samples=config.evaluate.bootstrap_samples,
     )
     _record(decision, version, present, candidate, config, root)
-    print(f"{version.name}: {version.words} {decision.words}")
+    print(f"{version.name}: {version.description} {decision.words}")
     for reason in decision.reasons:
         print(f"  {reason}")
     return decision
@@ -79,12 +80,13 @@ def run(
 def find_candidate(config: Config, root: Path = Path(), method: str | None = None) -> Candidate:
     """What `evaluate` released for the method (default: promote.method, or else the profile's first)."""
     name = method or config.promote.method or config.methods[0]
-    folder = root / config.folder("evaluate")
+    workspace = Workspace(config, root)
+    folder = workspace.evaluate
     if name not in config.methods:
         raise ConfigError(f"promote: {name!r} is not among the evaluated methods; use one of {list(config.methods)}")
     if not (folder / "metrics.json").is_file():
         raise DataError(f"{folder} holds no evaluation; run `python -m spo evaluate`")
-    lora = folder / "lora" / name
+    lora = workspace.loras / name
     if not (lora / WEIGHTS).is_file():
         raise ModelError(f"{lora} holds no {WEIGHTS}: a LoRA can be registered, a fully fine-tuned model cannot")
     with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
@@ -94,7 +96,7 @@ def find_candidate(config: Config, root: Path = Path(), method: str | None = Non
 
 def register(config: Config, candidate: Candidate, root: Path = Path()) -> registry.Version:
     """Its version of the registered model, described by its evaluation."""
-    evaluated, reported = root / config.folder("evaluate"), root / config.folder("report")
+    evaluated, reported = Workspace(config, root).evaluate, Workspace(config, root).report
     files = [evaluated / name for name in ("scores.csv", "metrics.json", "means.csv", "comparisons.csv", "samples.png")]
     files += [reported / name for name in ("report.html", "summary.txt")]
     tags = {
@@ -134,7 +136,9 @@ def _scores_of(champion: registry.Version, candidate: Candidate, config: Config,
         with (folder / "evaluation" / "scores.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return scored(rows, champion.tags["method"], champion.tags["released"].partition("/")[0].removeprefix("seed-"))
-    print(f"{champion.words}, the champion, was evaluated under other conditions; it is evaluated anew", flush=True)
+    print(
+        f"{champion.description}, the champion, was evaluated under other conditions; it is evaluated anew", flush=True
+    )
     images = list(candidate.scores)
     subject = ModelVariant("champion", checkpoint=lora_within(folder))
     studio = ImageScorer(config, root)
@@ -148,7 +152,7 @@ def _scores_of(champion: registry.Version, candidate: Candidate, config: Config,
                 found[image] = {name: values[k].item() for name, values in scores.items()}
     except ModelError as error:
         raise ModelError(
-            f"{champion.words}, the champion, does not fit the present base: {error}; "
+            f"{champion.description}, the champion, does not fit the present base: {error}; "
             "`python -m spo promote --against-base` leaves it out of account"
         ) from None
     return found
@@ -189,6 +193,6 @@ def _headline(candidate: Candidate, config: Config) -> dict[str, str]:
 
 
 def _description(candidate: Candidate, config: Config, root: Path) -> str:
-    summary = root / config.folder("report") / "summary.txt"
+    summary = Workspace(config, root).report / "summary.txt"
     told = summary.read_text(encoding="utf-8").strip() if summary.is_file() else "There is no report of it yet."
     return f"{candidate.method}, {candidate.released}, profile {config.profile}\n\n```\n{told}\n```"

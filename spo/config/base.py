@@ -1,4 +1,4 @@
-"""What all sections are, and the kinds of values that they hold."""
+"""The base class of all sections, and types of their values."""
 
 from typing import Annotated
 

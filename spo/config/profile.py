@@ -1,4 +1,4 @@
-"""A profile as a whole, and how it is read."""
+"""A whole profile, and its loading."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from spo.config.model import ModelConfig, SamplingConfig
 from spo.config.preference import LabelsConfig, TrainPreferenceConfig
 from spo.config.prepare import PrepareConfig
 from spo.config.run import LaunchConfig, SafetyConfig
-from spo.errors import ConfigError
+from spo.errors import ConfigError, one_line
 
 
 class Config(Section):
@@ -56,23 +56,6 @@ class Config(Section):
                 raise ValueError(f"{key}={list(values)} names one of them twice; name each once")
         return self
 
-    def folder(self, stage: str) -> Path:
-        """Where a stage writes, relative to the project: runs/<profile>/<stage>."""
-        return Path("runs") / self.profile / stage
-
-    def aligned(self, method: str, seed: int) -> Path:
-        """Where `align` writes what a method comes to from a training seed, relative to the project."""
-        return self.folder("align") / method / f"seed-{seed}"
-
-    def state_folder(self, *job: str) -> Path:
-        """Where a job (stage, method, seed) keeps what it goes on from when stopped; nothing that DVC looks at."""
-        return Path(".cache") / "state" / Path(self.profile, *job)
-
-    @property
-    def latents_folder(self) -> Path:
-        """Where the prepared pairs' latents and labels are kept; nothing that DVC looks at."""
-        return Path(".cache") / "latents" / self.profile
-
 
 def load_config(root: Path = Path(), profile: str | None = None) -> Config:
     """Read params.yaml and the profile it names (or `profile`); ConfigError in one line if anything is wrong."""
@@ -86,7 +69,7 @@ def load_config(root: Path = Path(), profile: str | None = None) -> Config:
     values = _read_yaml(path)
     twice = (set(shared) - {"profile"}) & set(values)
     if twice:
-        raise ConfigError(f"{sorted(twice)} stand in both params.yaml and {path}; keep one of each")
+        raise ConfigError(f"{sorted(twice)} are in both params.yaml and {path}; keep one of each")
     try:
         return Config.model_validate({**shared, **values, "profile": name})
     except ValidationError as error:
@@ -103,7 +86,7 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is no valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; it should hold named sections")
     return values

@@ -42,12 +42,20 @@ class KeyedNoise:
 
     def _generators(self, step: int, purpose: int) -> list[Generator]:
         return [
-            Generator().manual_seed(_stable_hash(self.seed, self.epoch, prompt_id, step, purpose))
+            Generator().manual_seed(_key(self.seed, self.epoch, prompt_id, step, purpose))
             for prompt_id in self.prompt_ids
         ]
 
 
-def _stable_hash(*key: int) -> int:
-    """63 bits of BLAKE2b, the same in every process and Python version (unlike `hash`)."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def seed_of(data: bytes) -> int:
+    """A seed of 63 bits from BLAKE2b, the same in every process and Python version (unlike `hash`)."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of an epoch or step, counted from 0, of the run with this seed."""
+    return seed * 1_000_003 + epoch
+
+
+def _key(*numbers: int) -> int:
+    return seed_of(struct.pack(f"<{len(numbers)}q", *numbers))

@@ -1,4 +1,4 @@
-"""Pictures from bytes that nobody vouches for."""
+"""Pictures from untrusted bytes."""
 
 import io
 import threading
@@ -10,22 +10,22 @@ from PIL import Image, ImageOps
 
 from spo.data.rows import RowError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: some of Pillow's readers start programs
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # only these: some of Pillow's readers start programs
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
-LARGE_PIXELS = 16_000_000  # of which one is decoded at a time, whatever the number of threads
+LARGE_PIXELS = 16_000_000  # from this size on, one picture is decoded at a time, in all threads together
 
-# Pillow only warns of a picture that unpacks to more memory than is sane; here that is always an error.
+# Pillow only warns of a picture that unpacks to far too much memory; here it is an error.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _ONE_LARGE = threading.Lock()
 
 
 def decode_image(data: object) -> Image.Image:
-    """The whole picture, decoded, as RGB and upright.
+    """The decoded picture, upright and as RGB.
 
-    Of an animation it is the first frame; alpha is laid over white; 16-bit grey keeps its upper 8 bits.
-    RowError (a DataError) if `data` is no bytes, or no whole picture of FORMATS within MAX_PIXELS.
+    An animation gives its first frame, transparent pixels become white, and 16-bit grey keeps its upper 8 bits.
+    RowError (a DataError) unless `data` is the bytes of an undamaged picture of FORMATS within MAX_PIXELS.
     """
     if not isinstance(data, bytes):
         raise RowError("image missing", data)

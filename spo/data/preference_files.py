@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from spo.data.images import MAX_BYTES
 from spo.data.rows import RowError, json_lines
-from spo.errors import DataError
+from spo.errors import DataError, one_line
 from spo.runtime import hub
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def raw_rows(source: str, *, root: Path = Path(), split: str = "train") -> Itera
             try:
                 yield from _parquet_rows(path, str(path), FILE_BUFFER)
             except OSError as error:
-                yield RawRow(str(path), None, RowError("file broken", _one_line(error)))
+                yield RawRow(str(path), None, RowError("file broken", one_line(error)))
 
 
 def _files(path: Path) -> list[Path]:
@@ -120,7 +120,7 @@ def _parquet_rows(file: Path | BinaryIO, source: str, buffer_size: int) -> Itera
     except RowError as error:
         yield RawRow(source, None, error)
     except (UnicodeDecodeError, pa.ArrowException) as error:
-        yield RawRow(source, None, RowError("file broken", f"after row {number}: {_one_line(error)}"))
+        yield RawRow(source, None, RowError("file broken", f"after row {number}: {one_line(error)}"))
 
 
 def _unwrap(value: Any) -> object:
@@ -146,7 +146,7 @@ def _hub_rows(name: str, split: str) -> Iterator[RawRow]:
             with system.open(path, "rb") as file:
                 yield from _parquet_rows(file, f"{HUB}{path}", HUB_BUFFER)
         except Exception as error:  # the hub's client passes on the errors of several libraries
-            raise DataError(f"{HUB}{path} could not be read to its end: {_one_line(error)}; run again") from None
+            raise DataError(f"{HUB}{path} could not be read to its end: {one_line(error)}; run again") from None
 
 
 def _hub_files(system: "HfFileSystem", name: str, split: str) -> list[str]:
@@ -167,12 +167,8 @@ def _hub_files(system: "HfFileSystem", name: str, split: str) -> list[str]:
             seen += files
     except Exception as error:
         raise DataError(
-            f"data set {HUB}{name} cannot be reached: {_one_line(error)}; check its name, your access and the "
+            f"data set {HUB}{name} cannot be reached: {one_line(error)}; check its name, your access and the "
             "network, or give a local folder"
         ) from None
     files_seen = ", ".join(seen[:3]) or "none"
     raise DataError(f"data set {HUB}{name} has no parquet file of split {split!r}; it has {files_seen}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

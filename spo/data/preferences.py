@@ -1,4 +1,4 @@
-"""Preference pairs: two pictures of one caption, and which of them people prefer.
+"""Preference pairs: two pictures of one caption, and which one people prefer.
 
 `read_preferences` checks a user's pairs one at a time; `PairWriter` writes them in Pick-a-Pic's parquet layout
 (caption, jpg_0, jpg_1, label_0, label_1); `read_pairs` and `PreferencePairs` read such a file back, in order or by
@@ -22,7 +22,7 @@ from spo.data.preference_files import RawRow, raw_rows
 from spo.data.prefetch import ahead
 from spo.data.prompts import check_prompt
 from spo.data.rows import Rejected, RowError, nothing_usable
-from spo.errors import DataError
+from spo.errors import DataError, one_line
 
 SUM_TOLERANCE = 1e-3  # of label_0 + label_1 = 1
 SCHEMA = pa.schema(
@@ -34,8 +34,8 @@ SCHEMA = pa.schema(
         "label_1": pa.float64(),
     }
 )
-ROWS_AHEAD = 8  # that are checked before they are asked for, each of two pictures in full
-GROUP_ROWS, GROUP_BYTES = 64, 4 * 2**20  # a row group ends at either: what one access by index reads
+ROWS_AHEAD = 8  # checked ahead, each with two decoded pictures
+GROUP_ROWS, GROUP_BYTES = 64, 4 * 2**20  # a row group, which one access by index reads, ends at either
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_preferences(source: str, *, root: Path = Path(), split: str = "train") 
 
 
 def check_pair(row: RawRow) -> PreferencePair | Rejected:
-    """The pair that a raw row holds, or why it holds none."""
+    """The pair of a raw row, or the reason for its rejection."""
     try:
         if isinstance(row.fields, RowError):
             raise row.fields
@@ -141,7 +141,7 @@ class PairWriter:
 
 
 def read_pairs(path: Path) -> Iterator[PreferencePair]:
-    """Pairs of a prepared file in order, a row group at a time; DataError if it is none."""
+    """Pairs of a prepared file in order, a row group at a time; DataError if it is no such file."""
     pairs = PreferencePairs(path)
     return (pairs[index] for index in range(len(pairs)))
 
@@ -157,7 +157,7 @@ class PreferencePairs:
         try:
             self._file = pq.ParquetFile(self.path, memory_map=True, pre_buffer=False)
         except (OSError, pa.ArrowException) as error:
-            why = "is missing" if isinstance(error, FileNotFoundError) else f"is broken: {' '.join(str(error).split())}"
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"is broken: {one_line(error)}"
             raise DataError(f"preference file {self.path} {why}; run `python -m spo prepare`") from None
         if self._file.schema_arrow.names != SCHEMA.names:
             raise DataError(

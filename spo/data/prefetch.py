@@ -1,4 +1,4 @@
-"""What threads work out ahead of the loop that asks for it, such as pictures: Pillow decodes outside Python's lock."""
+"""Threads that compute ahead of a loop, e.g. decode pictures, which Pillow does outside Python's lock."""
 
 import os
 from collections import deque
@@ -12,9 +12,9 @@ WORKERS = min(8, max(2, os.cpu_count() or 1))
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], *, depth: int) -> Iterator[R]:
-    """function(item) of each item, in order; at most `depth` results are made or being made beside the one in use.
+    """function(item) for each item, in order; at most `depth` results are computed ahead of the one in use.
 
-    Items are taken one at a time by the thread that iterates. What function raises is raised in its place.
+    The iterating thread takes the items one at a time. An exception of `function` is raised in the result's place.
     """
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(max_workers=min(WORKERS, depth)) as pool:

@@ -1,4 +1,4 @@
-"""Prompts: read from a user's file, validated, and split by hash so that no prompt is on two sides.
+"""Prompts: read from a user's file, checked, and split by hash so that no prompt is on two sides.
 
 Files: .txt (one a line), .json (a list of strings or of objects), .jsonl (a string or an object a line),
 .csv and .tsv (with a header line) and .parquet.
@@ -10,7 +10,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TextIO
 
@@ -18,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spo.data.rows import Rejected, RowError, count_reasons, json_lines, nothing_usable, open_text
-from spo.errors import DataError
+from spo.errors import DataError, one_line
+from spo.runtime.hashing import short_hash
 
 MAX_CHARACTERS = 2000
-FIELDS = ("prompt", "caption", "text", "Prompt")  # looked for where no field is named
+FIELDS = ("prompt", "caption", "text", "Prompt")  # tried where no field is named
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
@@ -30,7 +30,7 @@ Row = tuple[int, object]  # the row's number from 1, and what should be its prom
 
 @dataclass(frozen=True)
 class Split:
-    """Prompts of the three sides, each in the order of their hashes: any first n are a random sample."""
+    """Prompts of the three sides, each in the order of its hashes, so the first n are a random sample."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
@@ -38,7 +38,7 @@ class Split:
 
 
 def check_prompt(value: object) -> str:
-    """The prompt in NFC with single spaces; RowError if it is empty, too long, no text or holds control characters."""
+    """The prompt in NFC with single spaces; RowError if it is empty, too long, no text or has control characters."""
     if isinstance(value, RowError):
         raise value
     if not isinstance(value, str):
@@ -83,16 +83,14 @@ def read_prompts(
 
 
 def prompt_hash(prompt: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the normalised prompt and the seed alone."""
-    digest = blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest) >> 11) / 2**53
+    """A number in [0, 1) that depends only on the normalised prompt and the seed."""
+    return (int(short_hash(f"{seed}\n{prompt}", 8), 16) >> 11) / 2**53
 
 
 def split_prompts(prompts: Sequence[str], *, seed: int, validation_fraction: float, test_fraction: float) -> Split:
     """Rank distinct prompts by hash and cut: round(fraction * n) for validation, then test, the rest for training.
 
-    Each side gets two at least, since what is compared on one prompt has no interval; DataError where that leaves none
-    to train on.
+    Each side gets at least two, since one prompt gives no interval; DataError where none is left to train on.
     """
     ranked = sorted(prompts, key=lambda prompt: (prompt_hash(prompt, seed), prompt))
     num_validation, num_test = (max(2, round(share * len(ranked))) for share in (validation_fraction, test_fraction))
@@ -140,7 +138,7 @@ def _json_list(path: Path) -> Iterator[Row]:
 
 
 def _values(rows: Iterable[Row], field: str | None, path: Path) -> Iterator[Row]:
-    """The prompts of JSON values; the first object decides which field they stand in."""
+    """The prompts of JSON values; the first object decides their field."""
     for number, value in rows:
         if isinstance(value, dict):
             if field is None:
@@ -176,7 +174,7 @@ def _comma_separated(file: TextIO, path: Path) -> Iterator[list[str]]:
 
 
 def _tab_separated(file: TextIO) -> Iterator[list[str]]:
-    """Fields without line breaks; a quotation mark is one unless it encloses the whole field, as spreadsheets do."""
+    """Fields without line breaks; quotation marks are text unless they enclose the whole field, as in spreadsheets."""
     for line in file:
         fields = line.rstrip("\r\n").split("\t")
         yield [item[1:-1].replace('""', '"') if _QUOTED.fullmatch(item) else item for item in fields]
@@ -192,7 +190,7 @@ def _column(path: Path, field: str | None) -> Iterator[Row]:
             batches = file.iter_batches(batch_size=1024, columns=[chosen])
             yield from enumerate((value for batch in batches for value in batch.column(0).to_pylist()), start=1)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path} cannot be read as parquet: {one_line(error)}") from None
 
 
 def _choose_field(names: Sequence[str], strings: Sequence[str], path: Path) -> str:

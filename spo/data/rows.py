@@ -1,4 +1,4 @@
-"""Rows of a user's files: each one is used, or rejected with its number and a reason."""
+"""Rows of a user's files: each is used, or rejected with its number and a reason."""
 
 import json
 from collections import Counter
@@ -14,16 +14,16 @@ EXCERPT = 80  # characters
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that is not used, or (row None) what a whole file lacks."""
+    """A rejected row, or (row None) a rejected file."""
 
     source: str
     row: int | None  # from 1: the line of a text or JSON Lines file, else the record
-    reason: str  # its kind, under which it is counted
+    reason: str  # counted by reason
     excerpt: str
 
 
 class RowError(DataError):
-    """A row cannot be used; `reason` is its kind, `excerpt` what was found."""
+    """A row cannot be used; `reason` is the kind of error, `excerpt` what was found."""
 
     def __init__(self, reason: str, found: object = ""):
         text = found if isinstance(found, str) else repr(found)
@@ -36,12 +36,12 @@ class RowError(DataError):
 
 
 def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
-    """How many rows each reason took, the commonest first."""
+    """The number of rows for each reason, the commonest first."""
     return dict(Counter(item.reason for item in rejected).most_common())
 
 
 def nothing_usable(what: str, source: str | Path, reasons: dict[str, int], first: Rejected | None) -> DataError:
-    """The error for a source all of whose rows were rejected; it names the reasons and the first row."""
+    """The error for a source without a usable row; it names the reasons and the first row."""
     if first is None:
         return DataError(f"{source} holds no {what}; it is empty")
     counts = ", ".join(f"{reason} ({n})" for reason, n in reasons.items())

@@ -22,6 +22,7 @@ from spo.models.policy import load_policy
 from spo.runtime import distributed
 from spo.runtime.device import best_device
 from spo.runtime.progress import progress
+from spo.workspace import Workspace
 
 FACTORS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # of contrast
 IMAGES = "images"  # an entry's images; its other tensors are scores
@@ -42,7 +43,7 @@ class ImageScorer:
         self.config = config
         self.settings = config.evaluate
         self.device = best_device()
-        self.shelf = ResultCache(root / ".cache" / "evaluate" / config.profile)
+        self.shelf = ResultCache(Workspace(config, root).evaluation_cache)
         needed = (self.settings.primary, *self.settings.guarded)
         self.judges: list[Metric] = build_metrics(self.settings.metrics, self.device, needed=needed)
         self._context = {

@@ -7,6 +7,7 @@ from spo.config import Config, LoraSource
 from spo.errors import DataError, ModelError
 from spo.models.generate import image_seed
 from spo.runtime.files import read_json
+from spo.workspace import Prepared, Workspace
 
 BASE, CONTROL = "base", "contrast"
 
@@ -48,13 +49,11 @@ class ModelVariant:
         return {"seconds": cost["seconds"], "unet_forwards": cost["unet_forwards"]}
 
 
-def tasks(path: Path, num_prompts: int, images_per_prompt: int, seed: int) -> list[Task]:
-    """The first `num_prompts` prompts of a prepared file, `images_per_prompt` seeds each."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `python -m spo prepare`")
-    prompts = path.read_text(encoding="utf-8").splitlines()[:num_prompts]
+def tasks(prepared: Prepared, side: str, num_prompts: int, images_per_prompt: int, seed: int) -> list[Task]:
+    """The first `num_prompts` prepared prompts of a side, `images_per_prompt` seeds each."""
+    prompts = prepared.prompts(side, num_prompts)
     if len(prompts) < 2:
-        raise DataError(f"{path} holds {len(prompts)} prompts; evaluation needs at least 2")
+        raise DataError(f"{prepared.prompts_file(side)} holds {len(prompts)} prompts; evaluation needs at least 2")
     return [
         Task(i, j, prompt, image_seed(seed, prompt, j))
         for i, prompt in enumerate(prompts)
@@ -64,8 +63,9 @@ def tasks(path: Path, num_prompts: int, images_per_prompt: int, seed: int) -> li
 
 def checkpoints(config: Config, method: str, training_seed: int, root: Path) -> list[ModelVariant]:
     """What a method saved along the way from one training seed, in the order of training; ModelError if nothing."""
-    folder = root / config.aligned(method, training_seed)
-    found = sorted((folder / "checkpoints").glob("step-*"))
+    workspace = Workspace(config, root)
+    found = workspace.checkpoints(method, training_seed)
     if not found:
+        folder = workspace.aligned(method, training_seed)
         raise ModelError(f"{folder} holds no checkpoints; run `python -m spo align {method} --seed {training_seed}`")
     return [ModelVariant(method, training_seed, path) for path in found]

@@ -9,11 +9,11 @@ Candidate and rival are scored on the same prompts and seeds under the same samp
 Intervals are the paired bootstrap's over prompts (see statistics.py).
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spo.evaluation.statistics import Difference, paired_difference
+from spo.runtime.hashing import text_digest
 
 Image = tuple[float, int, int, str]  # eta, prompt_index, image_index, prompt
 Scored = Mapping[Image, Mapping[str, float]]
@@ -117,4 +117,4 @@ def fingerprint(base: Scored) -> str:
     model or code do.
     """
     lines = [repr((image, sorted(scores.items()))) for image, scores in sorted(base.items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+    return text_digest("\n".join(lines))

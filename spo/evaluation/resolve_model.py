@@ -10,6 +10,7 @@ from spo.errors import ModelError
 from spo.models.lora import WEIGHTS
 from spo.models.policy import UNET
 from spo.runtime import hub
+from spo.workspace import Workspace
 
 BASE = "base"
 
@@ -28,7 +29,7 @@ def resolve_model(wanted: str | None, config: Config, root: Path = Path()) -> So
 
     ModelError, saying what there is, where it names nothing.
     """
-    evaluated = root / config.folder("evaluate") / "lora"
+    evaluated = Workspace(config, root).loras
     if wanted == BASE:
         return Source(BASE, None, f"the base, {config.model.path}")
     if wanted is None:

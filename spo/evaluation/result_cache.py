@@ -4,8 +4,6 @@ An entry is a batch: its images and scores, under a key that is a hash of all th
 stale, only unused; those that the last whole run did not use are removed at its end.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 import spo
 from spo.runtime.cache import keep, kept
+from spo.runtime.hashing import json_hash, short_hash
 
 CODE = ("core", "models", "preference", "evaluation", "metrics", "world")  # what makes images and scores
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
@@ -50,8 +49,7 @@ class ResultCache:
 
 def key_of(**parts: Any) -> str:
     """A hash of values that JSON can hold."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json_hash(parts, 16)
 
 
 def digest_of_weights(folder: Path) -> str:
@@ -75,10 +73,9 @@ def digest_of_code() -> str:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    lines = []
     for path in files:
         status = path.stat()
-        whole = status.st_size <= HASHED_WHOLE
-        content = hashlib.blake2b(path.read_bytes()).digest() if whole else f"{status.st_mtime_ns}".encode()
-        digest.update(f"{path.name} {status.st_size} ".encode() + content)
-    return digest.hexdigest()
+        content = short_hash(path.read_bytes()) if status.st_size <= HASHED_WHOLE else status.st_mtime_ns
+        lines.append(f"{path.name} {status.st_size} {content}")
+    return short_hash("\n".join(lines), 16)

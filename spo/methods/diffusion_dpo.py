@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from spo.config import DiffusionDpoConfig
 from spo.core.losses import dpo_loss, log_ratio
-from spo.core.noise import KeyedNoise
+from spo.core.noise import KeyedNoise, epoch_seed
 from spo.core.types import Conditioning, Denoiser, Loss
 from spo.methods.method import Inputs, Round, Tally
 
@@ -93,7 +93,7 @@ class DiffusionDpo:
 
     def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[NoisedPairs]]:
         """Each update's pairs; an epoch sees every decided pair once, in an order of its own."""
-        generator = Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.randperm(len(self.decided), generator=generator)
         for index in order.split(self.config.batch_size)[skip : self.rounds_per_epoch]:
             pairs = self._noised(epoch, index)

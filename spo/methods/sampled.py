@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from spo.config import PairConfig, SampledConfig
 from spo.core.gaussian import log_prob
 from spo.core.losses import dpo_loss, log_ratio
-from spo.core.noise import KeyedNoise
+from spo.core.noise import KeyedNoise, epoch_seed
 from spo.core.rollout import Segment
 from spo.core.selection import pairs_of, select_pairs
 from spo.core.types import Conditioning, Denoiser, Loss, Pairs, Scorer
@@ -54,7 +54,7 @@ class SampledMethod(ABC, Generic[C, E]):
 
         Of several processes each samples its share of the batch; all get all examples.
         """
-        generator = Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.randperm(len(self.prompts), generator=generator).tolist()
         size, device = self.config.prompts_per_rollout, self.policy.timesteps.device
         for number in range(skip, self.rounds_per_epoch):

@@ -1,19 +1,18 @@
 """Images of a plain diffusers pipeline, each from a seed of its own."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
+from spo.core.noise import seed_of
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.runtime.progress import progress
 
 
 def image_seed(seed: int, prompt: str, image_index: int) -> int:
     """The seed of a prompt's image: known by what it is for, whatever is generated beside it."""
-    digest = hashlib.blake2b(f"{seed}/{image_index}/{prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return seed_of(f"{seed}/{image_index}/{prompt}".encode())
 
 
 @torch.no_grad()

@@ -22,11 +22,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from spo.config import ModelConfig, SamplingConfig
-from spo.errors import ConfigError, ModelError, one_line
+from spo.errors import ConfigError, ModelError
 from spo.models.autoencoder import Autoencoder
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.network import Pipeline
@@ -145,18 +144,9 @@ def _check_family(config: ModelConfig) -> None:
 @contextmanager
 def _explained(key: str, path: str) -> Iterator[None]:
     """Turn what the libraries raise while loading `path` into a ModelError of one line."""
-    if not Path(path).is_dir():
-        if not hub.is_name(path):
-            raise ModelError(f"{key}={path!r} is no folder here; put a diffusers model there, or name one of the hub")
-        hub.connect()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own, on every hub name
-            yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if hub.is_name(path):
-            raise ModelError(f"{key}={path!r} {hub.not_had(path, key, error)}") from None
-        raise ModelError(
-            f"{key}={path!r} cannot be loaded: {one_line(error)}; "
-            "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
-        ) from None
+    if not Path(path).is_dir() and not hub.is_name(path):
+        raise ModelError(f"{key}={path!r} is no folder here; put a diffusers model there, or name one of the hub")
+    remedy = "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
+    with hub.loading(f"{key}={path!r}", path, key, remedy), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own, on every hub name
+        yield

@@ -14,7 +14,6 @@ from diffusers.utils import (
 )
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from spo.runtime import hub
 from spo.runtime.files import atomic_path
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
+EXPECTED = f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
 
 
 def add_lora(module: Any, config: LoraConfig, *, seed: int) -> None:
@@ -68,7 +68,7 @@ def load_lora(network: Network, source: str | Path, *, weight_name: str | None =
     text encoder too (which the reference could not undo) or was made for another UNet.
     """
     unet = network.module
-    with _explained(source):
+    with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
         state, alphas, metadata = _read(network, source, weight_name, revision=None)
         others = sorted({name.split(".")[0] for name in state if not name.startswith("unet.")})
         if others or not state:
@@ -94,7 +94,7 @@ def published_lora(
     pipeline = network.pipeline
     pipeline.unload_lora_weights()
     try:
-        with _explained(source):
+        with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
             state, alphas, metadata = _read(network, source, weight_name, revision)
             if not state:
                 raise ModelError(f"LoRA {source} holds no weight; give one of the same base model")
@@ -132,19 +132,3 @@ def _read(
         unet_config=network.module.config,
         return_lora_metadata=True,
     )
-
-
-@contextmanager
-def _explained(source: str | Path) -> Iterator[None]:
-    """Turn what the libraries raise while loading a LoRA into a ModelError of one line."""
-    if hub.is_name(source):
-        hub.connect()
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
-        if hub.is_name(source):
-            raise ModelError(f"LoRA {source} {hub.not_had(source, 'its place', error)}") from None
-        raise ModelError(
-            f"LoRA {source} cannot be loaded: {one_line(error)}; "
-            f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
-        ) from None

@@ -34,11 +34,8 @@ def fetch(repository: str | Path, patterns: list[str], *, revision: str | None =
         return folder
     if not hub.is_name(name):
         raise ModelError(f"CLIP model {name!r} is no folder here; put one there, or name one of the hub as OWNER/NAME")
-    hub.connect()
-    try:
+    with hub.loading(f"CLIP model {name!r}", name, "its place", ""):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"CLIP model {name!r} {hub.not_had(name, 'its place', error)}") from None
 
 
 def read_clip(repository: str | Path, *, revision: str | None = None) -> CLIPModel:

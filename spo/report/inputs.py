@@ -9,6 +9,7 @@ from typing import Any
 
 from spo.config import Config
 from spo.errors import DataError
+from spo.workspace import Workspace
 
 Row = dict[str, Any]
 OfSeeds = dict[int, list[Row]]  # by training seed
@@ -35,13 +36,13 @@ class Inputs:
 
 def read_inputs(config: Config, root: Path) -> Inputs:
     """Read what the stages left; DataError naming the stage to run where something is missing or broken."""
-    evaluate = root / config.folder("evaluate")
-    preference = root / config.folder("train_preference")
-    prepare = read_json(root / config.folder("prepare") / "metrics.json", "prepare")
+    workspace = Workspace(config, root)
+    evaluate, preference = workspace.evaluate, workspace.train_preference
+    prepare = read_json(workspace.prepared.folder / "metrics.json", "prepare")
     judge = read_json(preference / "metrics.json", "train_preference")
     training = {
         name: [
-            read_json(root / config.aligned(name, seed) / "metrics.json", f"align {name} --seed {seed}")
+            read_json(workspace.aligned(name, seed) / "metrics.json", f"align {name} --seed {seed}")
             for seed in config.training_seeds
         ]
         for name in config.methods
@@ -105,7 +106,7 @@ def _of_methods(
     found: dict[str, OfSeeds] = {}
     for method in config.methods:
         for seed in config.training_seeds:
-            path = root / config.aligned(method, seed) / name
+            path = Workspace(config, root).aligned(method, seed) / name
             if path.exists() or not optional:
                 rows = read_csv(path, f"align {method} --seed {seed}", columns)
                 found.setdefault(method, {})[seed] = rows

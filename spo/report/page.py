@@ -15,7 +15,9 @@ from spo.report.cost import Duel, leading
 from spo.report.gallery import Card
 from spo.report.inputs import Inputs
 from spo.report.results import Results, direction, level
-from spo.report.verdict import basis, duration, verdicts
+from spo.report.verdict import basis, verdicts
+from spo.runtime.text import duration
+from spo.workspace import Workspace
 
 
 def page(
@@ -51,7 +53,7 @@ def page(
         training=_training(config, inputs),
         seconds=inputs.seconds,
         facts=facts,
-        folder=config.folder("evaluate").as_posix(),
+        folder=Workspace(config).evaluate.as_posix(),
         settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from spo.report.results import CONTRAST, Figures, Results, direction
+from spo.runtime.text import duration
 
 INTERVAL = "95% interval"
 
@@ -46,13 +47,6 @@ def summary(results: Results, savings: Sequence[str], seconds: Mapping[str, floa
     said = [first[0], *duels[:1], *savings[:1], *rest[:1], *(sentences[0] for sentences in others), *rest[1:]]
     room = max(1, lines - len(table) - len(took))
     return "\n".join([*said[:room], *table, *took][:lines]) + "\n"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _gain_sentence(name: str, results: Results) -> str:

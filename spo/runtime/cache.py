@@ -1,42 +1,32 @@
-"""Tensors kept to spare work: what is read is to the bit what was written, or else it is not there."""
+"""Tensors cached in files with a checksum: a damaged file counts as missing."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from spo.runtime.files import atomic_path
+from spo.runtime.hashing import tensor_hash
 
 ORDER, CHECKSUM = "order", "checksum"  # in the file's metadata; the format sorts the names
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors with a checksum; the file is whole or not there."""
+    """Write named tensors with a checksum."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata={ORDER: json.dumps(list(whole)), CHECKSUM: checksum(whole)})
+        save_file(whole, temporary, metadata={ORDER: json.dumps(list(whole)), CHECKSUM: tensor_hash(whole)})
 
 
 def kept(path: Path) -> dict[str, Tensor] | None:
-    """What was kept, in its order; None where it is missing or damaged."""
+    """The tensors in the order in which they were written; None where the file is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in json.loads(metadata[ORDER])}
-            return tensors if checksum(tensors) == metadata[CHECKSUM] else None
+            return tensors if tensor_hash(tensors) == metadata[CHECKSUM] else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and every bit."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The state of a training run on disk, so that a run that is killed goes on as if it had not been.
+"""The state of a training run on disk, from which a killed run continues with the same result.
 
     store = StateStore(folder, made_by={"align": ..., "prompts": fingerprint(path)})
     if state := store.load():
@@ -9,12 +9,11 @@
             ...
             saver.save_if_due()
 
-A state is a folder of its own, named by how far the run had come: tensors.safetensors, values.json and manifest.json,
-which has the checksums of both. It is written beside its name and renamed, so it is whole or not there; the last two
-are kept. It is no output of a stage: DVC removes those before a stage runs.
+A state is a folder, named by the run's step or rollout, with tensors.safetensors, values.json and manifest.json, which
+has the checksums of both. It is written under a temporary name and renamed, so a half-written state is never read. The
+last two states are kept. They are no output of a stage, since DVC removes outputs before a stage runs.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -32,17 +31,18 @@ from torch import Tensor
 
 from spo.errors import TrainingError, one_line
 from spo.runtime.files import atomic_path, read_json, write_json
+from spo.runtime.hashing import file_checksum
 from spo.runtime.stopping import uninterrupted
+from spo.runtime.text import flatten
 
 VERSION = 1
 KEPT = 2
 SHARE_OF_TIME = 0.05  # that saving may take, at most
-SAMPLE = 64 * 2**20  # bytes that a fingerprint reads of a file, at most
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a run had come (steps or rollouts), its tensors by name, and what of it JSON can hold."""
+    """A run after `number` steps or rollouts: its tensors by name, and all other values as JSON can hold them."""
 
     number: int
     tensors: Mapping[str, Tensor]
@@ -50,9 +50,9 @@ class State:
 
 
 class StateStore:
-    """The states of one run.
+    """The states of one run in `folder`, which holds nothing else.
 
-    folder: theirs alone; made_by: the settings and the fingerprints of the inputs that the run's result depends on.
+    made_by: the settings and the fingerprints of the inputs that the run's result depends on.
     """
 
     def __init__(self, folder: Path, made_by: Mapping[str, Any]):
@@ -60,16 +60,16 @@ class StateStore:
         self.made_by = json.loads(json.dumps(dict(made_by)))  # as it comes back from a file
 
     def load(self) -> State | None:
-        """The newest state that is whole, or None; one that is not is named on stderr and removed.
+        """The newest undamaged state, or None; a damaged state is named on stderr and removed.
 
-        TrainingError if it was made by other settings or inputs.
+        TrainingError if other settings or inputs made it.
         """
         self._sweep()
         for path in reversed(self._paths()):
             try:
                 state, made_by = _read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                print(f"warning: the state {path} is damaged and left out: {one_line(error)}", file=sys.stderr)
+                print(f"warning: the state {path} is damaged and ignored: {one_line(error)}", file=sys.stderr)
                 shutil.rmtree(path, ignore_errors=True)  # another process of the run may have done so
                 continue
             if differences := _differences(made_by, self.made_by):
@@ -81,7 +81,7 @@ class StateStore:
         return None
 
     def save(self, state: State) -> None:
-        """Write a state and remove all but the last two; TrainingError if it cannot be written."""
+        """Write a state and keep the last two; TrainingError if it cannot be written."""
         target = self.folder / f"{state.number:08d}"
         try:
             with uninterrupted(), atomic_path(target) as folder:
@@ -89,7 +89,7 @@ class StateStore:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
                 save_file(tensors, folder / "tensors.safetensors")
                 write_json(folder / "values.json", {"number": state.number, "values": state.values})
-                checksums = {name: _checksum(folder / name) for name in ("tensors.safetensors", "values.json")}
+                checksums = {name: file_checksum(folder / name) for name in ("tensors.safetensors", "values.json")}
                 write_json(
                     folder / "manifest.json", {"version": VERSION, "checksums": checksums, "made_by": self.made_by}
                 )
@@ -105,7 +105,7 @@ class StateStore:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what a process left that was killed while it saved; the stage's lock keeps others away."""
+        """Remove half-written states of a killed process; the stage's lock excludes running ones."""
         for path in self.folder.glob(".[0-9]*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -117,7 +117,7 @@ class StateStore:
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         free = shutil.disk_usage(self.folder).free
         whole = [path.name.lstrip("0") or "0" for path in self._paths()]
-        kept = f"the state of {whole[-1]} is whole" if whole else "there was none before it"
+        kept = f"the state of {whole[-1]} is intact" if whole else "there was none before it"
         return (
             f"the state of {state.number} cannot be saved in {self.folder}: {one_line(error)}; it takes "
             f"{size / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; {kept}: make room and run the same command again"
@@ -125,10 +125,10 @@ class StateStore:
 
 
 class Saver:
-    """Saves a run now and then, and once more when it is stopped.
+    """Saves a run at intervals, and once more when it is stopped.
 
-    snapshot gives the state that the run would go on from; saving takes at most a twentieth of the time. Without a
-    store nothing is saved.
+    snapshot returns the state to continue from. Saving takes at most a twentieth of the run's time. Without a store
+    nothing is saved.
     """
 
     def __init__(self, store: StateStore | None, every_seconds: float, snapshot: Callable[[], State]):
@@ -142,12 +142,12 @@ class Saver:
         self._took = 0.0
 
     def save_if_due(self) -> None:
-        """Save where the last save lies long enough behind."""
+        """Save if the last save is long enough ago."""
         if self._store and time.monotonic() - self._last >= max(self._every, self._took / SHARE_OF_TIME):
             self.save()
 
     def save(self) -> None:
-        """Save now, unless this very state was saved last, or things are half-done."""
+        """Save now, unless this state was saved last or an uninterruptible block has failed."""
         if self._store is None or self._half_done:
             return
         start = time.monotonic()
@@ -159,15 +159,15 @@ class Saver:
         self._took = self._last - start
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Within it things are half-done: if it is stopped, the state that stood before it is saved."""
+    def rollback_on_stop(self) -> Iterator[None]:
+        """If the block is stopped, save the state from before the block."""
         self._held = self._snapshot() if self._store else None
         yield
         self._held = None
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Within it things are half-done, and a signal waits for its end; if an error ends it, nothing is saved."""
+    def uninterruptible(self) -> Iterator[None]:
+        """Delay signals until the block ends; if an error ends it, save nothing."""
         with uninterrupted():
             self._half_done = True
             yield
@@ -183,12 +183,12 @@ class Saver:
                 self.save()
                 if self._store is not None and self._saved is not None:
                     where = f"at {self._saved}, saved in {self._store.folder}"
-                    print(f"stopped {where}; the same command goes on from there", file=sys.stderr, flush=True)
+                    print(f"stopped {where}; the same command continues from there", file=sys.stderr, flush=True)
             raise
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What an optimiser has gathered, as named tensors and as the numbers that are no tensors."""
+    """An optimizer's state as named tensors, and as numbers for all that is no tensor."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
@@ -201,7 +201,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Put back what pack_optimizer took; its settings stay those it was made with."""
+    """Restore what `pack_optimizer` returned; the optimizer keeps its own settings."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers.items()]:
         if key.startswith("optimizer."):
@@ -210,50 +210,19 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def fingerprint(path: Path) -> str:
-    """Tells a file's or a folder's contents from others'; of a big file, size and 64 MiB spread over it are read."""
-    digest = hashlib.blake2b(digest_size=12)
-    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}\n{size}\n".encode())
-        with file.open("rb") as opened:
-            for start in range(0, size, max(2**20, size * 2**20 // SAMPLE)):
-                opened.seek(start)
-                digest.update(opened.read(2**20))
-    return digest.hexdigest()
-
-
-def fingerprints(paths: Mapping[str, str | Path | None]) -> dict[str, str]:
-    """The fingerprint of each path that is here; a name of the hub's is not, and an unset one has none."""
-    return {what: fingerprint(Path(path)) for what, path in paths.items() if path and Path(path).exists()}
-
-
 def _read(path: Path) -> tuple[State, dict[str, Any]]:
     manifest = read_json(path / "manifest.json")
     if manifest["version"] != VERSION:
         raise ValueError(f"it is of version {manifest['version']}, not {VERSION}")
     for name in ("tensors.safetensors", "values.json"):
-        if _checksum(path / name) != manifest["checksums"][name]:
-            raise ValueError(f"the checksum of {name} is another")
+        if file_checksum(path / name) != manifest["checksums"][name]:
+            raise ValueError(f"the checksum of {name} differs")
     values = read_json(path / "values.json")
     return State(values["number"], load_file(path / "tensors.safetensors"), values["values"]), manifest["made_by"]
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each value that differs, under its dotted name."""
-    one, other = _flat(before), _flat(now)
+    """One text for each value that differs, with its dotted name."""
+    one, other = flatten(before), flatten(now)
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     return [f"{name} was {one.get(name)}, is {other.get(name)}" for name in names]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

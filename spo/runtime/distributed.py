@@ -1,9 +1,9 @@
-"""Several processes as one run, one a GPU; the only place where they talk.
+"""One run in several processes, one for each GPU; only this module communicates between them.
 
-Every process holds the same weights and goes through the same steps; prompts and pairs are shared out. What each made
-of its share is gathered in the order in which one process alone would have made it, gradients are summed, and all go
-on alike, so that a result does not depend on their number (up to the rounding of sums). `accelerate launch` starts
-them and says who is who; one process alone has nothing to do here.
+Every process holds the same weights and takes the same steps, on its own shard of the prompts and pairs. Results are
+gathered in the order in which a single process would make them, and gradients are summed, so a result does not depend
+on the number of processes (up to the rounding of sums). `accelerate launch` starts the processes and assigns ranks. In
+a single process every function here does nothing.
 """
 
 import os
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-BLOCK = 4096  # rows of a process that are gathered at a time
-PATIENCE = timedelta(hours=2)  # that a process waits for the others, e.g. while the first one writes
+BLOCK = 4096  # rows of each process, gathered at a time
+PATIENCE = timedelta(hours=2)  # of a process that waits for the others, e.g. while the first one writes
 
 
 def join() -> None:
-    """Meet the other processes that `accelerate launch` started; nothing where there is but one."""
+    """Connect to the other processes that `accelerate launch` started."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
@@ -32,18 +32,18 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from the others."""
+    """Disconnect from the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -62,12 +62,12 @@ def share(n: int) -> slice:
 def gather(rows: Tensor) -> Tensor:
     """The rows (n, ...) of all processes in the order of ranks; n may differ and be 0, the rest of the shape not.
 
-    They go `BLOCK` rows of a process at a time, so that a data set on the CPU need not fit on a GPU.
+    `BLOCK` rows of each process are gathered at a time, so a data set on the CPU need not fit on a GPU.
     """
     if count() == 1:
         return rows
     home = away = rows.device
-    if dist.get_backend() == "nccl":  # which knows no CPU
+    if dist.get_backend() == "nccl":  # cannot gather CPU tensors
         away = torch.device("cuda", torch.cuda.current_device())
     sizes = gather_objects(len(rows))
     parts: list[list[Tensor]] = [[rows[:0]] for _ in sizes]
@@ -83,7 +83,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """What each process has to say, in the order of ranks; small things, for they are pickled."""
+    """The value of each process, in the order of ranks; for small values, since they are pickled."""
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
@@ -101,7 +101,7 @@ def add_up(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make each gradient the sum of all processes'; one that has none adds 0, and where none has, there stays none."""
+    """Replace each gradient by the sum over processes; a missing one adds 0, but stays missing if all are."""
     if count() == 1:
         return
     parameters = list(parameters)
@@ -120,13 +120,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def wait() -> None:
-    """Go on when all have come this far."""
+    """Wait until all processes have called this."""
     gather_objects(None)
 
 
 @contextmanager
 def written_by_main(output: AbstractContextManager[Path]) -> Iterator[Path]:
-    """Where to write what all processes have alike: the main one to `output`, the others to what is thrown away."""
+    """The path to write a shared result to: `output` in the main process, a temporary folder in the others."""
     if is_main():
         with output as path:
             yield path

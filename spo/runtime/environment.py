@@ -1,4 +1,4 @@
-"""What results are made with: versions, commit and machine."""
+"""Versions, commit and machine that results are made with."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy",
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Names and values worth knowing when a run is to be repeated."""
+    """Names and values needed to repeat a run."""
     facts = {"commit": git_commit(root), "machine": machine(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -21,11 +21,11 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def git_commit(root: Path) -> str:
-    """The commit of `root`, and whether files differ from it; says so where there is none."""
-    commit = _git(root, "rev-parse", "HEAD")
+    """The commit of `root`, and whether files differ from it; a text that says so where there is none."""
+    commit = git(root, "rev-parse", "HEAD")
     if not commit:
         return "not in a git repository"
-    return f"{commit[:12]}, with uncommitted changes" if _git(root, "status", "--porcelain") else commit[:12]
+    return f"{commit[:12]}, with uncommitted changes" if git(root, "status", "--porcelain") else commit[:12]
 
 
 def machine() -> str:
@@ -38,7 +38,8 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}"
 
 
-def _git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str) -> str:
+    """What a git command prints; empty where git, a repository or an answer within 30 s is missing."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False

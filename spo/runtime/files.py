@@ -1,4 +1,4 @@
-"""Files that are whole or not there: everything is written to a temporary name beside its target, then renamed."""
+"""Atomic writes: a file or folder is written under a temporary name beside its target, then renamed."""
 
 import glob
 import json
@@ -17,12 +17,11 @@ from spo.runtime.stopping import uninterrupted
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, to be made a file or a folder; it takes the name `path` when the block succeeds.
+    """A temporary path beside `path`, where the block makes a file or folder; renamed when the block succeeds.
 
-    What stood at `path` is replaced as a whole; if the block raises, it stays and the temporary is removed. The
-    temporary keeps the suffix, so writers that go by it work. Missing parent folders are made, and what a killed
-    process of this machine left of the same path is removed.
-    FileNotFoundError where the block leaves nothing behind.
+    The rename replaces what was at `path`. If the block raises, `path` stays and the temporary is removed. It has the
+    suffix of `path`. Missing parent folders are made, and what killed processes of this machine left is removed.
+    FileNotFoundError where the block writes nothing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,23 +39,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text; it ends in exactly the newlines that `text` has."""
+    """Write UTF-8 text as it is; no newline is added."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON in the order given; ValueError for nan and infinity, which JSON has not."""
+    """Write indented JSON in the order given; ValueError for nan and infinity, which JSON cannot hold."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """What `write_json` wrote."""
+    """Read a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _beside(path: Path, kind: str, suffix: str) -> Path:
-    """A hidden name that is this process's alone."""
+    """A hidden name that no other process uses."""
     return path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}.{kind}{suffix}")
 
 

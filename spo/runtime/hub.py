@@ -1,26 +1,39 @@
-"""The Hugging Face hub: which names are its, and what to say and do where it cannot be reached."""
+"""The Hugging Face hub: names of its repositories, and errors where one cannot be loaded."""
 
 import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from spo.errors import one_line
+from safetensors import SafetensorError
 
-FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".jsonl", ".parquet")  # no names of repositories
+from spo.errors import ModelError, one_line
+
+FILES = (
+    ".safetensors",
+    ".bin",
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".json",
+    ".jsonl",
+    ".parquet",
+)  # of files
 SECONDS = 5.0  # to wait for an answer
 _NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def is_name(source: str | Path) -> bool:
-    """Whether it reads OWNER/NAME; a folder of that name goes first."""
+    """Whether `source` has the form OWNER/NAME; False where a file or folder has that name."""
     path = Path(source)
     return _NAME.fullmatch(str(source)) is not None and path.suffix not in FILES and not path.exists()
 
 
 def connect() -> bool:
-    """Ask the hub once whether it is there; if not, its client looks into its cache alone from now on.
+    """Ask the hub once whether it answers; if not, its client uses only its cache from now on.
 
-    Left to itself the client tries each file six times over half a minute, with two lines a time.
+    Otherwise the client would try each file six times over half a minute, with two lines each time.
     """
     from huggingface_hub import constants
 
@@ -29,8 +42,24 @@ def connect() -> bool:
     return not constants.is_offline_mode()
 
 
-def not_had(name: str | Path, setting: str, error: Exception) -> str:
-    """Why a repository that is no folder here cannot be had, and what to download and where to put it."""
+@contextmanager
+def loading(what: str, source: str | Path, setting: str, remedy: str) -> Iterator[None]:
+    """Turn what libraries raise while they load `source` into a ModelError of one line.
+
+    what: names the source in the message; setting: where the user can name another; remedy: what a local one should be.
+    """
+    if is_name(source):
+        connect()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        if is_name(source):
+            raise ModelError(f"{what} {unavailable(source, setting, error)}") from None
+        raise ModelError(f"{what} cannot be loaded: {one_line(error)}; {remedy}") from None
+
+
+def unavailable(name: str | Path, setting: str, error: Exception) -> str:
+    """Why a repository cannot be loaded, and what to download and where to put it."""
     from huggingface_hub import constants
 
     why = "the hub cannot be reached" if constants.is_offline_mode() else f"the hub does not give it: {one_line(error)}"
@@ -46,6 +75,6 @@ def _answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # of whatever library the client rests on; if it matters, the client meets it again
+    except Exception:  # of any library below the client; the client raises it again if it matters
         return False
     return True

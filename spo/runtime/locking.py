@@ -1,4 +1,4 @@
-"""One run of a stage at a time: the second is refused, and told who has the first."""
+"""One run of a stage at a time: a second one is refused, with the process that runs the first."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from spo.errors import LockedError
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` for the block; LockedError where another process does. It is freed when we die."""
+    """Lock the file `path` for the block; LockedError where another process has it. A killed process frees its lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_name(f"{path.name}.json")
     lock = FileLock(path)
@@ -38,5 +38,5 @@ def _read(holder: Path) -> str:
     try:
         values = json.loads(holder.read_text(encoding="utf-8"))
         return f"process {values['pid']} on {values['host']} since {values['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is about to write who it is, or to end
-        return "a process that has not said who it is"
+    except (OSError, ValueError, KeyError, TypeError):  # it is about to write this file, or to end
+        return "an unknown process"

@@ -8,7 +8,7 @@ from spo.errors import TrainingError, is_out_of_memory, one_line
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Turn running out of memory, on a GPU or not, into a TrainingError that gives the setting to change."""
+    """Turn an out-of-memory error of a GPU or CPU into a TrainingError that names the setting to change."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that say how they were made, and labelled sheets of them."""
+"""PNG files that record how they were made, and sheets of pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ INK, PAPER = "#17191c", "#ffffff"
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] as a picture."""
+    """A picture of an image (3, H, W) in [0, 1]."""
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def save_png(picture: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
-    """Write a PNG with `facts` as its text fields, whole or not at all."""
+    """Write a PNG with `facts` as its text fields."""
     info = PngInfo()
     for name, value in facts.items():
         info.add_itxt(name, str(value))
@@ -28,7 +28,7 @@ def save_png(picture: Image.Image, path: Path, facts: Mapping[str, object]) -> N
 
 
 def enlarged(picture: Image.Image, least: int) -> Image.Image:
-    """A small picture at a whole multiple of its size, `least` pixels wide or more; its pixels stay sharp."""
+    """A picture enlarged by a whole factor to at least `least` pixels of width; its pixels stay sharp."""
     scale = max(1, -(-least // picture.width))
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
@@ -47,7 +47,7 @@ def plain_sheet(rows: Sequence[Sequence[Image.Image]], *, least: int = 96, gap: 
 def labelled_sheet(
     title: str, columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], *, least: int = 256
 ) -> Image.Image:
-    """A column of pictures under each name, a row under each of `rows`' words, below a title that is wrapped."""
+    """A sheet with a wrapped title, a column of pictures for each name and a row for each label in `rows`."""
     font, small = ImageFont.load_default(18), ImageFont.load_default(14)
     tiles = {name: [enlarged(picture, least) for picture in pictures] for name, pictures in columns.items()}
     tile = next(iter(tiles.values()))[0]
@@ -63,13 +63,13 @@ def labelled_sheet(
         draw.text((left, top - 26), _fitting(name, font, tile.width), INK, font)
         for y, picture in enumerate(pictures):
             sheet.paste(picture, (left, top + y * (tile.height + 30)))
-    for y, words in enumerate(rows):
-        draw.text((MARGIN, top + y * (tile.height + 30) + tile.height + 4), words, INK, small)
+    for y, label in enumerate(rows):
+        draw.text((MARGIN, top + y * (tile.height + 30) + tile.height + 4), label, INK, small)
     return sheet
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is longer has a line of its own, cut."""
+    """Lines of at most `width` pixels; a longer word gets its own line and is cut."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -1,11 +1,11 @@
-"""How far a loop has come: a bar on a terminal, and elsewhere a plain line now and then.
+"""Progress of a loop: a bar on a terminal, elsewhere a line every few seconds.
 
 for batch in progress(batches, label="generate"):
     ...
 
 with progress(total=steps, label="train") as bar:
     ...
-    bar.update(loss=loss)  # one step further, and what to show beside it
+    bar.update(loss=loss)  # counts one step and shows these values
 """
 
 import os
@@ -16,6 +16,8 @@ from typing import Generic, Self, TypeVar
 
 from tqdm import tqdm
 
+from spo.runtime.text import duration
+
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -23,13 +25,13 @@ SECONDS_BETWEEN_LINES = 5.0
 def progress(iterable: Iterable[T] = (), *, total: int | None = None, done: int = 0, label: str) -> "Progress[T]":
     """Progress over `iterable`, or over `total` calls of `update`; an iterable with a length needs no total.
 
-    done: how many of the total an earlier process has done.
+    done: steps that an earlier process has done.
     """
     return Progress(iterable, total=total, done=done, label=label)
 
 
 class Progress(Generic[T]):
-    """Counts while it is iterated; one that is not iterated counts its updates. It writes to stderr."""
+    """Counts iterations, or calls of `update` where nothing is iterated; writes to stderr."""
 
     def __init__(self, iterable: Iterable[T] = (), *, total: int | None = None, done: int = 0, label: str):
         if total is None and isinstance(iterable, Sized) and len(iterable):
@@ -41,7 +43,7 @@ class Progress(Generic[T]):
         self._shown = ""
         self._done = self._count = done
         self._start = self._last_line = time.monotonic()
-        first = os.environ.get("RANK", "0") == "0"  # of a distributed run, the first process alone reports
+        first = os.environ.get("RANK", "0") == "0"  # only the first process of a distributed run reports
         self._closed = not first
         terminal = sys.stderr.isatty() and first
         self._bar = (
@@ -67,7 +69,7 @@ class Progress(Generic[T]):
         self.close()
 
     def update(self, **shown: object) -> None:
-        """Show these values from now on; where nothing is iterated, also count one step."""
+        """Show these values; where nothing is iterated, also count one step."""
         self._shown = ", ".join(
             f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()
         )
@@ -77,7 +79,7 @@ class Progress(Generic[T]):
             self._advance()
 
     def close(self) -> None:
-        """End the bar, or write the last line; once."""
+        """End the bar, or write the last line; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -97,19 +99,11 @@ class Progress(Generic[T]):
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start
         count = f"{self._count}" if self._total is None else f"{self._count}/{self._total}"
-        parts = [f"{self._label}: {count}" + (f" in {_duration(elapsed)}" if last else "")]
+        parts = [f"{self._label}: {count}" + (f" in {duration(elapsed)}" if last else "")]
         if self._count > self._done and elapsed > 0:
             rate = (self._count - self._done) / elapsed
             parts.append(f"{rate:.2f}/s" if rate >= 1 else f"{1 / rate:.2f} s each")
             if self._total is not None and not last:
-                parts.append(f"{_duration(max(self._total - self._count, 0) / rate)} left")
+                parts.append(f"{duration(max(self._total - self._count, 0) / rate)} left")
         parts += [self._shown] if self._shown else []
         print(", ".join(parts), file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

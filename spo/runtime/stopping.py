@@ -1,21 +1,18 @@
-"""SIGTERM, SIGHUP and Ctrl-C end a run at a place where what has been done can be saved.
+"""SIGTERM, SIGHUP and Ctrl-C end a run where its state can be saved.
 
 with stoppable():              # around a command: the signals raise Stopped
     for step in ...:
         with uninterrupted():  # around a step or a save: a signal waits for its end
             ...
 
-Python drops what is raised in a destructor or in a weak reference's callback, where a signal may find the program as
-anywhere else. So a signal is remembered, and where its Stopped was dropped, the next `uninterrupted` raises it again.
+Python drops an exception that is raised in a destructor or a weak reference's callback, and a signal may come there.
+So a signal is remembered, and the next `uninterrupted` raises its Stopped again where it was dropped.
 """
 
-import os
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks this process to end; like Ctrl-C, it is no Exception that a library would swallow."""
+    """A signal asks this process to end. It is no Exception, which a library might swallow."""
 
     def __init__(self, number: int):
         self.number = number
@@ -31,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 + the signal's number, as in shells: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
 
@@ -42,7 +39,7 @@ class _State:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it the signals raise Stopped; one that is ignored, as SIGHUP is under nohup, stays so.
+    """Signals raise Stopped in the block; a signal that was ignored, such as SIGHUP under nohup, stays ignored.
 
     Outside of the main thread, where Python allows no handlers, it does nothing.
     """
@@ -65,7 +62,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A signal that comes in the block raises Stopped at its end, unless the block itself raises.
+    """A signal during the block raises Stopped at the end of the block, unless the block itself raises.
 
     Outside of the main thread, where no signal arrives, it does nothing.
     """
@@ -79,32 +76,6 @@ def uninterrupted() -> Iterator[None]:
         _State.depth -= 1
     if _State.depth == 0 and _State.asked is not None and not isinstance(sys.exception(), Stopped):
         raise Stopped(_State.asked)
-
-
-def run_group(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command in a process group of its own; its exit code.
-
-    A signal that ends us is passed on as SIGTERM to the whole group, and then waited for: DVC itself would leave its
-    stage running, and a stage saves what it has done.
-    """
-    with subprocess.Popen(command, env=environment, process_group=0) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            with uninterrupted():
-                os.killpg(process.pid, signal.SIGTERM)
-                while _group_lives(process):
-                    time.sleep(0.1)
-            raise
-
-
-def _group_lives(leader: subprocess.Popen[bytes]) -> bool:
-    leader.poll()  # one that has ended but was not waited for counts as living
-    try:
-        os.killpg(leader.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _handle(number: int, _: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from spo.runtime.files import atomic_path
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows under the first one's names, whole or not at all; numbers keep 6 significant digits."""
+    """Write rows with the first row's names as the header; floats keep 6 significant digits."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()

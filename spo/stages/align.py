@@ -10,7 +10,6 @@ from torch import Tensor
 
 from spo.config import Config, ScoringConfig
 from spo.core.types import LabelledPairs, Scorer
-from spo.errors import DataError
 from spo.methods.method import Inputs, build_method
 from spo.metrics.metric import build_metrics, score
 from spo.models.generate import generate, image_seed
@@ -18,15 +17,17 @@ from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
 from spo.runtime import distributed
-from spo.runtime.checkpoint import StateStore, fingerprints
+from spo.runtime.checkpoint import StateStore
 from spo.runtime.device import best_device
 from spo.runtime.files import atomic_path, write_json
+from spo.runtime.hashing import fingerprints
 from spo.tracking import Tracker
 from spo.training.align import align
 from spo.training.history import Cost
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference_scorer import load_scorer
 from spo.training.watch import Watch
+from spo.workspace import Workspace
 
 BATCH = 32  # pictures painted at a time, or as many as `evaluate` takes where that is less
 
@@ -44,8 +45,8 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     method = build_method(settings, build_inputs(config, policy, root=root), seed=seed)
     cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, root=root)
-    grows = store.folder / "output"  # there, since DVC removes the outputs of a stage that it runs again
-    with distributed.written_by_main(nullcontext(grows)) as made:
+    work_dir = store.folder / "output"  # there, since DVC removes the outputs of a stage that it runs again
+    with distributed.written_by_main(nullcontext(work_dir)) as made:
         metrics = align(
             method,
             policy,
@@ -58,12 +59,12 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
             safety=config.safety,
             store=store,
         )
-        with distributed.written_by_main(atomic_path(root / config.aligned(name, seed))) as folder:
+        with distributed.written_by_main(atomic_path(Workspace(config, root).aligned(name, seed))) as folder:
             shutil.copytree(made, folder)
             write_json(folder / "metrics.json", metrics)
     if distributed.is_main():
         store.clear()
-        shutil.rmtree(grows)
+        shutil.rmtree(work_dir)
 
 
 def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
@@ -71,17 +72,17 @@ def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
     method = config.align[name]
     settings = config.model_dump(mode="json", include={"model", "sampling"})
     settings |= {"align": {name: method.model_dump(mode="json")}, "training_seed": seed}
-    prepared = root / config.folder("prepare")
+    workspace = Workspace(config, root)
     inputs: dict[str, str | Path | None] = {"model": config.model.path, "vae": config.model.vae}
     if method.needs_pairs:
-        settings |= {"pairs": fingerprint_of_pairs(prepared / "preferences" / "train.parquet")}
+        settings |= {"pairs": fingerprint_of_pairs(workspace.prepared.pairs_file("train"))}
         settings |= {"labels": config.labels.model_dump(mode="json")}
         inputs |= {"labels": config.labels.model}
     if method.needs_preference_model:
-        model = root / config.folder("train_preference") / "model"
-        inputs |= {"prompts": prepared / "prompts" / "train.txt", "preference_model": model}
+        prompts, model = workspace.prepared.prompts_file("train"), workspace.preference_model
+        inputs |= {"prompts": prompts, "preference_model": model}
     settings |= {"inputs": fingerprints(inputs)}
-    return StateStore(root / config.state_folder("align", name, f"seed-{seed}"), settings)
+    return StateStore(workspace.state("align", name, f"seed-{seed}"), settings)
 
 
 def build_policy(config: Config, name: str) -> LatentDiffusion:
@@ -91,7 +92,7 @@ def build_policy(config: Config, name: str) -> LatentDiffusion:
 
 def build_inputs(config: Config, policy: LatentDiffusion, *, root: Path) -> Inputs:
     """What a method may learn from."""
-    prepared = root / config.folder("prepare")
+    workspace = Workspace(config, root)
 
     def scorer(scoring: ScoringConfig) -> Scorer:
         if scoring.tiny_vae is not None:
@@ -99,17 +100,9 @@ def build_inputs(config: Config, policy: LatentDiffusion, *, root: Path) -> Inpu
         return load_scorer(config, root, policy.device, scoring)
 
     def pairs() -> LabelledPairs:
-        file, cache = prepared / "preferences" / "train.parquet", root / config.latents_folder
-        return load_pairs(file, policy, config, cache=cache)
+        return load_pairs(workspace.prepared.pairs_file("train"), policy, config, cache=workspace.latents_cache)
 
-    return Inputs(policy, training_prompts(prepared / "prompts" / "train.txt"), scorer, pairs)
-
-
-def training_prompts(path: Path) -> list[str]:
-    """The prepared prompts, one a line; DataError where they are missing."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `python -m spo prepare`")
-    return path.read_text(encoding="utf-8").splitlines()
+    return Inputs(policy, workspace.prepared.prompts("train"), scorer, pairs)
 
 
 def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Watch | None:
@@ -120,10 +113,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     settings = config.align[name].watch
     if settings is None:
         return None
-    path = root / config.folder("prepare") / "prompts" / "validation.txt"
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `python -m spo prepare`")
-    prompts = path.read_text(encoding="utf-8").splitlines()[: settings.num_prompts]
+    prompts = Workspace(config, root).prepared.prompts("validation", settings.num_prompts)
     needed = (settings.score,) if settings.stop_after_worse else ()
     metrics = build_metrics([settings.metric], policy.device, needed=needed)
     if not metrics:

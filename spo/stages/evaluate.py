@@ -28,6 +28,7 @@ from spo.runtime.memory import memory_advice
 from spo.runtime.pictures import plain_sheet, to_picture
 from spo.runtime.tables import write_csv
 from spo.tracking import Tracker
+from spo.workspace import Workspace
 
 SAMPLE_COLUMNS = 10
 TABLES = ("means.csv", "comparisons.csv", "validation.csv", "validation_scores.csv", "scores.csv")
@@ -41,7 +42,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     start = time.perf_counter()
     evaluation = Evaluation(config, root)
     advice = f"lower evaluate.batch_size, now {config.evaluate.batch_size}"
-    output = distributed.written_by_main(atomic_path(root / config.folder("evaluate")))
+    target = Workspace(config, root).evaluate
+    output = distributed.written_by_main(atomic_path(target))
     with memory_advice(advice), output as folder:
         folder.mkdir()
         validation, chosen = evaluation.choose()
@@ -58,7 +60,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         samples.save(folder / "samples.png")
     if distributed.is_main():
         evaluation.studio.shelf.tidy()
-        _report(tracker, root / config.folder("evaluate"), metrics, samples, validation)
+        _report(tracker, target, metrics, samples, validation)
 
 
 class Evaluation:
@@ -66,9 +68,9 @@ class Evaluation:
 
     def __init__(self, config: Config, root: Path):
         self.settings = config.evaluate
-        prompts, seed = root / config.folder("prepare") / "prompts", self.settings.seed
-        self.validation = tasks(prompts / "validation.txt", self.settings.num_validation_prompts, 1, seed)
-        self.test = tasks(prompts / "test.txt", self.settings.num_prompts, self.settings.images_per_prompt, seed)
+        prepared, settings, seed = Workspace(config, root).prepared, config.evaluate, config.evaluate.seed
+        self.validation = tasks(prepared, "validation", settings.num_validation_prompts, 1, seed)
+        self.test = tasks(prepared, "test", settings.num_prompts, settings.images_per_prompt, seed)
         self.trainings = {
             (name, training_seed): checkpoints(config, name, training_seed, root)
             for name in config.methods

@@ -1,11 +1,11 @@
-"""Prepare: raw prompts and preference pairs -> validated files, split so that no prompt is on two sides.
+"""Check raw prompts and preference pairs and split them so that no prompt is on two sides.
 
-Reads what `config.prepare` names; writes runs/<profile>/prepare/ as a whole or not at all:
+Reads the sources in `config.prepare`; writes runs/<profile>/prepare/ in one step:
 prompts/{train,validation,test}.txt, preferences/{train,validation}.parquet, rejected.jsonl and metrics.json.
 
-Without pairs, because the preference model is trained already, preferences/ stays empty.
-A pair whose caption is a validation or test prompt goes to validation, one whose caption is a training prompt to
-training; other captions are split by the same hash of caption and seed.
+Without pairs, where the preference model is trained already, preferences/ stays empty.
+A pair with a validation or test prompt as its caption goes to validation, one with a training prompt to training;
+other captions are split by the same hash of caption and seed.
 """
 
 import json
@@ -23,12 +23,13 @@ from spo.errors import DataError
 from spo.runtime.files import atomic_path, write_json, write_text
 from spo.runtime.progress import progress
 from spo.tracking import Tracker
+from spo.workspace import Prepared, Workspace
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> dict[str, Any]:
     """Run the stage below `root`; its metrics. DataError if a source cannot be read or yields nothing for a side."""
     start = time.perf_counter()
-    with atomic_path(root / config.folder("prepare")) as folder:
+    with atomic_path(Workspace(config, root).prepared.folder) as folder:
         folder.mkdir(parents=True)
         with (folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as log:
             split, prompt_counts = _prepare_prompts(config, root, folder, log)
@@ -51,7 +52,7 @@ def _prepare_prompts(config: Config, root: Path, folder: Path, log: TextIO) -> t
     )
     sides = asdict(split)
     for side, of_side in sides.items():
-        write_text(folder / "prompts" / f"{side}.txt", "".join(f"{prompt}\n" for prompt in of_side))
+        write_text(Prepared(folder).prompts_file(side), "".join(f"{prompt}\n" for prompt in of_side))
     for item in rejected:
         _write_line(log, item)
     counts = {
@@ -74,8 +75,8 @@ def _prepare_preferences(config: Config, root: Path, folder: Path, log: TextIO, 
     captions: set[str] = set()
     read = kept = ties = 0
     with (
-        PairWriter(folder / "preferences/train.parquet") as to_train,
-        PairWriter(folder / "preferences/validation.parquet") as to_validation,
+        PairWriter(Prepared(folder).pairs_file("train")) as to_train,
+        PairWriter(Prepared(folder).pairs_file("validation")) as to_validation,
     ):
         for item in progress(read_preferences(source.source, root=root, split=source.split), label="preference pairs"):
             if isinstance(item, Rejected):

@@ -1,8 +1,8 @@
-"""Make the embedded default anew: its base model, its preference model to start from, its prompts and pairs.
+"""Make the data of the profile `tiny` anew: base model, preference model to start from, prompts and pairs.
 
-What this makes is in git, and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it all the same, in
-about two hours on two CPU cores. Each part is kept in .cache/pretrain, so that a killed run goes on with the next
-part. The recipe is fixed; the last digits of the weights depend on the machine.
+The results are in git, and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it, in about two hours on
+two CPU cores. Finished parts are kept in .cache/pretrain, so a killed run continues with the next part. The recipe is
+fixed; the last digits of the weights depend on the machine.
 """
 
 import shutil
@@ -52,7 +52,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A finished part is not made again."""
+    """Make a part, unless it is finished."""
     if not folder.exists():
         with atomic_path(folder) as temporary:
             temporary.mkdir()

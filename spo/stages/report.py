@@ -17,6 +17,7 @@ from spo.report.verdict import summary
 from spo.runtime.environment import environment
 from spo.runtime.files import write_json, write_text
 from spo.tracking import Tracker
+from spo.workspace import Workspace
 
 
 def run(config: Config, *, root: Path, tracker: Tracker) -> None:
@@ -35,7 +36,7 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
         judged=[name for name in config.methods if config.align[name].needs_preference_model],
     )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
-    folder = root / config.folder("report")
+    folder = Workspace(config, root).report
     html = page(config, inputs, results, charts, cards, costs, facts=environment(root))
     write_text(folder / "report.html", html)
     write_text(folder / "summary.txt", summary(results, sentences(costs), inputs.seconds))

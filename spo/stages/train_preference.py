@@ -1,4 +1,4 @@
-"""Train the step-aware preference model on the prepared pairs, or take over one that is named."""
+"""Train the step-aware preference model on the prepared pairs, or copy the named checkpoint."""
 
 import sys
 import time
@@ -13,28 +13,30 @@ from spo.core.types import LabelledPairs
 from spo.models.load import build
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.runtime import distributed
-from spo.runtime.checkpoint import Saver, State, StateStore, fingerprints
+from spo.runtime.checkpoint import Saver, State, StateStore
 from spo.runtime.device import best_device
 from spo.runtime.files import atomic_path, write_json
+from spo.runtime.hashing import fingerprints
 from spo.runtime.memory import memory_advice
 from spo.runtime.progress import Progress, progress
 from spo.runtime.tables import write_csv
 from spo.tracking import Tracker
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference import StepAwareTraining
+from spo.workspace import Workspace
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     """Write model/, accuracy.csv, history.csv and metrics.json to runs/<profile>/train_preference."""
     start = time.perf_counter()
     settings = config.train_preference
-    prepared = root / config.folder("prepare") / "preferences"
-    cache, device = root / config.latents_folder, best_device()
+    workspace, device = Workspace(config, root), best_device()
+    prepared, cache = workspace.prepared, workspace.latents_cache
     base = build(config.model, config.sampling, device)
     validation = None
     if config.prepare.preferences is not None:
         validation = load_pairs(
-            prepared / "validation.parquet", base, config, cache=cache, limit=settings.evaluate_pairs
+            prepared.pairs_file("validation"), base, config, cache=cache, limit=settings.evaluate_pairs
         )
     if settings.checkpoint is not None:
         preference = load_preference_model(settings.checkpoint)
@@ -51,16 +53,17 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     else:
         store = state_store(config, root)
         done = _restored(training, store) or Done(accuracy=_accuracies(training, validation, "start", config))
-        pairs = load_pairs(prepared / "train.parquet", base, config, cache=cache)
-        _train(training, pairs, config, store, done, tracker)
+        pairs = load_pairs(prepared.pairs_file("train"), base, config, cache=cache)
+        start -= done.seconds  # as if one process had done it all
+        _train(training, pairs, config, store, done, tracker, start=start)
         done.accuracy += _accuracies(training, validation, "trained", config)
-    with distributed.written_by_main(atomic_path(root / config.folder("train_preference"))) as folder:
+    with distributed.written_by_main(atomic_path(workspace.train_preference)) as folder:
         save_preference_model(preference.model.cpu(), preference.tokenizer, preference.preprocess, folder / "model")
         write_csv(folder / "accuracy.csv", done.accuracy)
         write_csv(folder / "history.csv", done.history)
         metrics = {**_metrics(done.accuracy, done.history), "skipped": training.guard.skipped}
         metrics["unet_forwards"] = done.step * settings.batch_size * 2 * (1 + (config.sampling.guidance_scale > 1))
-        write_json(folder / "metrics.json", {**metrics, "seconds": round(done.seconds_since(start), 1)})
+        write_json(folder / "metrics.json", {**metrics, "seconds": round(time.perf_counter() - start, 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
     if settings.checkpoint is None and distributed.is_main():
@@ -69,19 +72,16 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
 
 @dataclass
 class Done:
-    """How far training has come, beside its weights."""
+    """A training's progress and measurements; its weights are elsewhere."""
 
-    accuracy: list[dict[str, Any]]  # of the model at the start, later also of the trained one
+    accuracy: list[dict[str, Any]]  # of the start model, later also of the trained one
     history: list[dict[str, float]] = field(default_factory=list)
     step: int = 0
-    seconds: float = 0.0  # of the processes before this one
-
-    def seconds_since(self, start: float) -> float:
-        return self.seconds + time.perf_counter() - start
+    seconds: float = 0.0  # spent by all processes of the stage when the state was saved
 
 
 def state_store(config: Config, root: Path) -> StateStore:
-    """Where the stage's states are, and what they depend on."""
+    """The store of the stage's states, with what they depend on."""
     settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "labels", "train_preference"})
     inputs: dict[str, str | Path | None] = {
         "model": config.model.path,
@@ -89,18 +89,19 @@ def state_store(config: Config, root: Path) -> StateStore:
         "start_from": config.train_preference.start_from,
         "labels": config.labels.model,
     }
-    pairs = root / config.folder("prepare") / "preferences" / "train.parquet"
-    settings |= {"inputs": {"pairs": fingerprint_of_pairs(pairs), **fingerprints(inputs)}}
-    return StateStore(root / config.state_folder("train_preference"), settings)
+    workspace = Workspace(config, root)
+    pairs = fingerprint_of_pairs(workspace.prepared.pairs_file("train"))
+    settings |= {"inputs": {"pairs": pairs, **fingerprints(inputs)}}
+    return StateStore(workspace.state("train_preference"), settings)
 
 
 def _restored(training: StepAwareTraining, store: StateStore) -> Done | None:
-    """Put the training back to where the newest state has it; None where there is none."""
+    """Restore the training from its newest state; None where there is none."""
     state = store.load()
     if state is None:
         return None
     training.restore(state.tensors, state.values["training"])
-    print(f"train_preference: goes on from step {state.number}", file=sys.stderr, flush=True)
+    print(f"train_preference: continues from step {state.number}", file=sys.stderr, flush=True)
     return Done(**state.values["done"])
 
 
@@ -111,13 +112,14 @@ def _train(
     store: StateStore,
     done: Done,
     tracker: Tracker,
+    *,
+    start: float,
 ) -> None:
-    """Train to the end; `done` grows with it."""
-    start, before = time.perf_counter(), done.seconds
+    """Train to the end and update `done`; `start` is when the stage started, on `time.perf_counter`'s clock."""
 
     def snapshot() -> State:
         tensors, values = training.state()
-        done.seconds = before + time.perf_counter() - start
+        done.seconds = time.perf_counter() - start
         return State(done.step, tensors, {"training": values, "done": asdict(done)})
 
     settings = config.train_preference
@@ -131,7 +133,7 @@ def _train(
         saver.saving_when_stopped(),
     ):
         for step in range(done.step, settings.steps):
-            with saver.whole():
+            with saver.uninterruptible():
                 row = training.step(pairs, step, seed=config.seed)
                 done.step += 1
                 done.history += [{"step": done.step, **row}] if row else []

@@ -1,4 +1,4 @@
-"""Every ten seconds, beside the stage: the machine's figures into the journal, and the journal to the store."""
+"""Every ten seconds during a stage: measure the machine, and send the journal to the store."""
 
 import threading
 from contextlib import suppress
@@ -11,7 +11,7 @@ SECONDS = 10.0
 
 
 class Heartbeat(threading.Thread):
-    """A thread, so that a slow server or one that is away never holds up training."""
+    """A thread, so that a slow or unreachable server never delays training."""
 
     def __init__(self, tracker: Tracker, sender: Sender):
         super().__init__(name="tracking", daemon=True)
@@ -27,9 +27,9 @@ class Heartbeat(threading.Thread):
             self._sender.send()
 
     def stop(self, seconds: float | None = None) -> None:
-        """End it, after one more measurement; what is not sent yet is left to the caller.
+        """End the thread after one more measurement; the caller sends the rest.
 
-        A server that hangs is waited for, but for `seconds` at most where they are given.
+        It waits for a server that hangs, at most `seconds` where they are given.
         """
         self._over.set()
         self.join(seconds)
@@ -46,7 +46,7 @@ class Heartbeat(threading.Thread):
 
 
 def _monitors() -> list[Any]:
-    """MLflow's own: processor and memory, disk, network, and the GPUs where there are any."""
+    """MLflow's monitors of processor and memory, disk, network, and GPUs where there are any."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -55,6 +55,6 @@ def _monitors() -> list[Any]:
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     with suppress(ImportError, RuntimeError):  # nvidia-ml-py or a GPU is missing
         monitors.append(GPUMonitor())
-    monitors[0].collect_metrics()  # the first figure of the processor's load is none
+    monitors[0].collect_metrics()  # the first processor load is always 0
     monitors[0].clear_metrics()
     return monitors

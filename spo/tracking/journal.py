@@ -1,8 +1,8 @@
-"""A run's journal: what it reports, on the disk before it is sent anywhere.
+"""A run's journal: its events on the disk, before they are sent.
 
-A folder mlflow/unsent/<id> with events.jsonl (one event a line), files/ (copies of pictures and artifacts) and
-state.json (how far it has been sent). Its writer holds the lock; a journal whose lock is free was left behind by a
-process that has ended. A crash or a full disk may tear off a line, which is left out; those after it are read.
+The folder mlflow/unsent/<id> has events.jsonl (one event a line), files/ (copies of pictures and artifacts) and
+state.json (how much has been sent). The writer holds a lock; if it is free, the writer has ended. A crash or a full
+disk may cut a line off; this line is skipped, and the lines after it are read.
 """
 
 import json
@@ -36,7 +36,7 @@ class Journal:
 
     @classmethod
     def create(cls, unsent: Path) -> Self:
-        """A new one, named so that names sort by time."""
+        """A new journal; names sort by time."""
         folder = unsent / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
         (folder / "files").mkdir(parents=True)
         journal = cls(folder)
@@ -45,26 +45,26 @@ class Journal:
 
     @classmethod
     def left_behind(cls, unsent: Path) -> Iterator[Self]:
-        """Those of processes that have ended, oldest first, each held while it is looked at."""
+        """The journals of processes that have ended, oldest first; each is locked while it is used."""
         for folder in sorted(unsent.glob("*-*-*")):
             journal = cls(folder)
             try:
                 with journal._lock.acquire(timeout=0):
                     if journal._events.is_file():
                         yield journal
-            except (Timeout, OSError):  # its writer lives, or another process has just sent it
+            except (Timeout, OSError):  # its writer is running, or another process has just sent it
                 continue
 
     def append(self, do: str, **what: Any) -> None:
-        """Write an event; it is with the system when this returns."""
+        """Write an event; the operating system has it when this returns."""
         line = json.dumps({"do": do, **what}).encode() + b"\n"
         with self._writing, self._events.open("ab+") as file:
             if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = b"\n" + line  # behind one that was torn
+                line = b"\n" + line  # after a line that was cut off
             file.write(line)
 
     def keep(self, source: Path, name: str) -> str:
-        """Copy a file or folder into the journal, called `name`; where, relative to the journal."""
+        """Copy a file or folder into the journal as `name`; returns its path relative to the journal."""
         target = self._room() / name
         shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
         return str(target.relative_to(self.folder))
@@ -82,7 +82,7 @@ class Journal:
         return folder
 
     def after(self, offset: int) -> Iterator[tuple[Event, int]]:
-        """The events from a byte offset on, each with the offset behind it; a torn line is left out."""
+        """The events from a byte offset on, each with the offset of its end; a broken line is skipped."""
         if not self._events.is_file():
             return
         with self._events.open("rb") as file:
@@ -98,7 +98,7 @@ class Journal:
                 yield event, offset
 
     def state(self) -> Event:
-        """What the sender has noted: offset, run_id and parent."""
+        """The sender's notes: offset, run_id and parent."""
         return json.loads(self._state.read_text(encoding="utf-8")) if self._state.is_file() else {"offset": 0}
 
     def note(self, state: Mapping[str, Any]) -> None:
@@ -108,11 +108,11 @@ class Journal:
         self._lock.release()
 
     def remove(self) -> None:
-        """Everything has arrived."""
+        """Remove the journal, since the store has all of it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
 
 def unsent(root: Path) -> Path:
-    """Where a project's journals are; ignored by git like all of mlflow/."""
+    """The folder of a project's journals; git ignores all of mlflow/."""
     return Path(os.path.abspath(root)) / "mlflow" / "unsent"

@@ -1,7 +1,7 @@
 """Aligned LoRAs as versions of a registered model, `spo-<profile>-lora`; the alias `champion` is on one of them.
 
 A version is an MLflow model of the diffusers flavour, which `mlflow.diffusers.load_model` and `mlflow.pyfunc` load; its
-folder also holds evaluation/, with the tables and the report that speak for it.
+folder also has evaluation/, with the tables and the report of its evaluation.
 """
 
 import shutil
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Config
-from spo.tracking.facts import content_digest, provenance
+from spo.runtime.hashing import content_digest
+from spo.tracking.facts import provenance
 from spo.tracking.run import experiment_name
 from spo.tracking.store import connect, find_latest, made, pipeline_id
 
@@ -39,7 +40,7 @@ class Version:
         return f"models:/{self.name}/{self.number}"
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         return f"version {self.number} ({self.tags.get('method', '?')})"
 
 
@@ -48,7 +49,7 @@ def model_name(config: Config) -> str:
 
 
 def champion(config: Config, root: Path = Path()) -> Version | None:
-    """The version that has the alias, if there is one."""
+    """The version that has the alias `champion`; None where there is none."""
     from mlflow.exceptions import MlflowException
 
     client = connect(root)
@@ -61,12 +62,12 @@ def champion(config: Config, root: Path = Path()) -> Version | None:
 
 
 def crown(version: Version, root: Path = Path()) -> None:
-    """Give it the alias, which leaves the version that has it."""
+    """Move the alias `champion` to this version."""
     connect(root).set_registered_model_alias(version.name, CHAMPION, str(version.number))
 
 
 def describe(version: Version, root: Path = Path(), *, tags: Mapping[str, str], description: str) -> None:
-    """Write tags and the description of a version, over those that it has."""
+    """Replace tags and the description of a version."""
     client = connect(root)
     for key, value in tags.items():
         client.set_model_version_tag(version.name, str(version.number), key, value)
@@ -76,10 +77,10 @@ def describe(version: Version, root: Path = Path(), *, tags: Mapping[str, str], 
 def register(
     config: Config, lora: Path, evaluation: Sequence[Path], root: Path = Path(), *, tags: Mapping[str, str]
 ) -> Version:
-    """The version of this LoRA under this evaluation; made if there is none.
+    """The version of this LoRA with this evaluation; made where there is none.
 
     lora: a folder with diffusers' pytorch_lora_weights.safetensors.
-    evaluation: files that are kept with it.
+    evaluation: files that are stored with it.
     """
     client = connect(root)
     name = model_name(config)
@@ -108,7 +109,7 @@ def register(
 
 
 def _save(config: Config, lora: Path, folder: Path, root: Path) -> None:
-    """As MLflow's diffusers flavour; a base in the project is named relative to it, so that both can move."""
+    """Save in MLflow's diffusers flavour; a base in the project gets a relative path, so that both can move."""
     base = config.model.path
     if (root / base).is_dir() and not Path(base).is_absolute():
         base = f"./{base.removeprefix('./')}"

@@ -15,19 +15,19 @@ from spo.tracking.sender import Sender, send_unsent
 from spo.tracking.store import away, connect, pipeline_id, run_url, unusable
 from spo.tracking.tracker import JournalTracker, NullTracker, Tracker
 
-STOPPED_SECONDS = 5.0  # that a stage which is told to end waits for a server that hangs, twice
+STOPPED_SECONDS = 5.0  # a stopped stage waits this long for a server that hangs, twice
 
 
 @contextmanager
 def start(
     config: Config, stage: str, root: Path = Path(), *, method: str | None = None, seed: int | None = None
 ) -> Iterator[Tracker]:
-    """A tracker for one stage's run, which ends FAILED where the block raises, or is killed by the keyboard.
+    """A tracker for one stage's run; the run ends FAILED where the block raises or is interrupted.
 
-    A server that is away does not stop a stage: its journal is sent by a later one. ConfigError where the store
-    cannot be used at all.
+    An unreachable server does not stop a stage: a later stage sends its journal. ConfigError where the store cannot be
+    used at all.
     """
-    if int(os.environ.get("RANK", "0")):  # of a distributed run, the first process alone reports
+    if int(os.environ.get("RANK", "0")):  # only the first process of a distributed run reports
         yield NullTracker()
         return
     client = connect(root)

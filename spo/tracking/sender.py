@@ -1,4 +1,4 @@
-"""From a run's journal to MLflow: in order, each event once, and again later where the store is away."""
+"""Sends a run's journal to MLflow: in order, each event once, and later where the store is unreachable."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.tracking.journal import Event, Journal, unsent
-from spo.tracking.store import connect, find_run, made, one_line, refused
+from spo.tracking.store import connect, find_run, made, masked_line, refused
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,7 +35,7 @@ class Sender:
         return self.state.get("run_id")
 
     def send(self) -> bool:
-        """Send what is new; whether all of it has arrived. What is wrong with the store is said once."""
+        """Send new events; returns whether all have arrived. A problem of the store is reported once."""
         with self._sending:
             try:
                 self._send()
@@ -46,13 +46,13 @@ class Sender:
                 self.problem = error
                 self._say(
                     "away",
-                    f"the tracking store is away ({one_line(error)}); what is reported is kept in "
+                    f"the tracking store is away ({masked_line(error)}); what is reported is kept in "
                     f"{self.journal.folder} and sent when it is back",
                 )
             return self.problem is None
 
     def send_within(self, seconds: float | None) -> bool:
-        """Send, but leave a server that hangs alone after `seconds`; None: wait for it."""
+        """Send, but wait at most `seconds` for a server that hangs; None: wait for ever."""
         if seconds is None:
             return self.send()
         arrived: list[bool] = []
@@ -62,7 +62,7 @@ class Sender:
         return arrived == [True]
 
     def _send(self) -> None:
-        """Events one by one, but neighbouring metrics together; notes how far it has come after each."""
+        """Send events in order, neighbouring metrics together, and note the offset after each."""
         from mlflow.entities import Metric
 
         events = list(self.journal.after(self.state["offset"]))
@@ -100,7 +100,7 @@ class Sender:
                     )
 
     def _start(self, event: Event) -> None:
-        """Make the run under its parent, unless an earlier attempt made it and was not told."""
+        """Make the run under its parent, unless an earlier attempt made it before its answer was lost."""
         experiment, parent = made(self.client, self.root, event["experiment"], event["pipeline"], event["profile"])
         run_id = find_run(self.client, experiment, "spo.journal", self.journal.id)
         if run_id is None:
@@ -121,13 +121,13 @@ class Sender:
             self._accepted(lambda batch=batch: self.client.log_batch(self.state["run_id"], params=batch))
 
     def _accepted(self, call: Any) -> None:
-        """Do it; what the store refuses is lost, and said."""
+        """Call the store; an event that it refuses is dropped with a warning."""
         try:
             call()
         except Exception as error:
             if not (_is_the_store_s(error) and refused(error)):
                 raise
-            self._say("refused", f"tracking lost something: {one_line(error)}")
+            self._say("refused", f"tracking lost something: {masked_line(error)}")
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._complained:
@@ -136,9 +136,9 @@ class Sender:
 
 
 def send_unsent(root: Path = Path()) -> int:
-    """Send the journals of processes that have ended, as far as the store takes them; how many are left.
+    """Send the journals of processes that have ended; returns how many remain.
 
-    A run whose process ended without a word is ended as KILLED. A journal that makes no sense is named and left.
+    A run whose process was killed ends as KILLED. A damaged journal is named and left.
     """
     client = connect(root)
     left = damaged = 0
@@ -148,7 +148,7 @@ def send_unsent(root: Path = Path()) -> int:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             damaged += 1
             print(
-                f"warning: {journal.folder} cannot be sent: {one_line(error)}; remove it if it is not needed",
+                f"warning: {journal.folder} cannot be sent: {masked_line(error)}; remove it if it is not needed",
                 file=sys.stderr,
                 flush=True,
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 from filelock import FileLock
 
-from spo.errors import ConfigError, ModelError
+from spo.errors import ConfigError, ModelError, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,11 +36,11 @@ def store(root: Path = Path()) -> str:
 
 
 def connect(root: Path) -> "MlflowClient":
-    """A client of the store; ConfigError where a URI is of no known kind or a local store cannot be opened."""
+    """A client of the store; ConfigError where the URI is unknown or a local store cannot be opened."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the journal keeps what a server that is away does not take
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the journal keeps what an unreachable server does not take
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
@@ -62,7 +62,7 @@ def connect(root: Path) -> "MlflowClient":
 
 
 def made(client: "MlflowClient", root: Path, experiment: str, pipeline: str, profile: str) -> tuple[str, str]:
-    """Ids of the experiment and of the pipeline's parent run, made where missing, by one process at a time."""
+    """Ids of the experiment and of the pipeline's parent run, made where missing; one process at a time."""
     with _alone(root):
         number = _experiment(client, experiment, root.resolve() / "mlflow" / "artifacts")
         parent = find_run(client, number, "spo.pipeline", pipeline)
@@ -74,13 +74,13 @@ def made(client: "MlflowClient", root: Path, experiment: str, pipeline: str, pro
 
 
 def find_run(client: "MlflowClient", experiment: str, tag: str, value: str) -> str | None:
-    """Id of the run that has the tag."""
+    """Id of the run that has the tag; None where there is none."""
     found = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
     return found[0].info.run_id if found else None
 
 
 def find_latest(client: "MlflowClient", experiment: str, stage: str) -> str | None:
-    """Id of the stage's latest run that went well."""
+    """Id of the stage's latest finished run; None where there is none."""
     wanted = f"tags.stage = '{stage}' AND attributes.status = 'FINISHED'"
     found = client.search_runs([experiment], wanted, max_results=1, order_by=["attributes.start_time DESC"])
     return found[0].info.run_id if found else None
@@ -96,8 +96,8 @@ def fetch_model(uri: str, root: Path = Path()) -> Path:
         return Path(download_artifacts(artifact_uri=uri, tracking_uri=store(root), registry_uri=store(root)))
     except (MlflowException, OSError) as error:
         raise ModelError(
-            f"{uri} cannot be had from {masked(store(root))}: {one_line(error)}; it should be models:/NAME@ALIAS or "
-            "models:/NAME/VERSION of a registered model (`make ui` shows them)"
+            f"{uri} cannot be loaded from {masked(store(root))}: {masked_line(error)}; it should be "
+            "models:/NAME@ALIAS or models:/NAME/VERSION of a registered model (`make ui` shows them)"
         ) from None
 
 
@@ -109,23 +109,25 @@ def run_url(root: Path, experiment: str, run_id: str) -> str:
 
 
 def refused(error: Exception) -> bool:
-    """Whether the store answered that what it was sent is wrong, so that sending it again is no use."""
+    """Whether the store answered that the request is wrong, so that sending it again is useless."""
     return getattr(error, "error_code", None) in REFUSALS
 
 
 def away(root: Path, error: Exception) -> bool:
-    """Whether a server may come back; what a local store or a wrong address says will not change by waiting."""
+    """Whether waiting may help, as with an unreachable server; not with a local store or a wrong address."""
     status = getattr(error, "get_http_status_code", lambda: 500)()
     return store(root).startswith("http") and (status >= 500 or status in (408, 429))
 
 
 def unusable(root: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"cannot track at {masked(store(root))}: {one_line(error)}; mend or unset MLFLOW_TRACKING_URI")
+    return ConfigError(
+        f"cannot track at {masked(store(root))}: {masked_line(error)}; correct or unset MLFLOW_TRACKING_URI"
+    )
 
 
 @contextmanager
 def spoken(root: Path = Path()) -> Iterator[None]:
-    """What the store raises within is told as a ConfigError of one line."""
+    """Turn the store's errors in the block into a ConfigError of one line."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -135,7 +137,7 @@ def spoken(root: Path = Path()) -> Iterator[None]:
 
 
 def pipeline_id() -> str:
-    """Names the pipeline run that this process belongs to: SPO_PIPELINE_RUN, or else the dvc or process above it."""
+    """The pipeline run of this process: SPO_PIPELINE_RUN, or else an id of its parent process, dvc if possible."""
     if named := os.environ.get(PIPELINE_RUN):
         return named
     above = psutil.Process().parents()
@@ -143,17 +145,18 @@ def pipeline_id() -> str:
     return f"{platform.node()}-{chosen.pid}-{chosen.create_time():.0f}"
 
 
-def one_line(error: Exception) -> str:
-    return masked(" ".join(str(error).split()))[:300]
+def masked_line(error: Exception) -> str:
+    """An error's message in one line, without passwords."""
+    return one_line(masked(str(error)) or type(error).__name__)
 
 
 def masked(text: str) -> str:
-    """The text with the user and password of every address in it struck out."""
+    """The text without the user and password of each address in it."""
     return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
 
 
 def _alone(root: Path) -> FileLock:
-    """One process of the project at a time: an empty database that several initialise at once fails."""
+    """A lock, since an empty database fails where several processes initialise it at once."""
     folder = root.resolve() / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / ".lock")

@@ -1,4 +1,4 @@
-"""What a stage calls to report: nothing here waits for a network."""
+"""What a stage reports to; no call waits for a network."""
 
 import io
 import re
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from spo.runtime.text import flatten
 from spo.tracking.journal import Journal
 
 if TYPE_CHECKING:
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """Where a stage reports to; what cannot be reported is said once and never ends a stage."""
+    """Receives a stage's reports; a failure is reported once and never ends the stage."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings; nested ones get dotted names."""
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Numbers at a step; nested ones get dotted names, and what is no number is left out."""
+        """Numbers at a step; nested ones get dotted names, and other values are ignored."""
 
     def log_image(self, name: str, image: "Image") -> None:
         """A picture, as <name>.png."""
@@ -34,7 +35,7 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Reports nothing: for tests, and for all processes of a distributed run but the first."""
+    """Ignores all reports: for tests, and for the later processes of a distributed run."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         pass
@@ -53,7 +54,7 @@ class NullTracker:
 
 
 class JournalTracker:
-    """Writes to the run's journal, from which the sender takes it to MLflow."""
+    """Writes to the run's journal, which the sender sends to MLflow."""
 
     def __init__(self, journal: Journal):
         self.journal = journal
@@ -84,7 +85,7 @@ class JournalTracker:
         self._file(path.name, lambda leaf: self.journal.keep(path, leaf))
 
     def _file(self, name: str, keep: Callable[[str], str]) -> None:
-        """A file of the run called `name`, which may have folders before it."""
+        """Add a file called `name`, which may include folders."""
         folder, _, leaf = name.rpartition("/")
 
         def write() -> None:
@@ -99,17 +100,6 @@ class JournalTracker:
             if not self._complained:
                 print(f"warning: tracking lost something: {error}", file=sys.stderr, flush=True)
             self._complained = True
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def clean(name: str) -> str:

@@ -107,7 +107,7 @@ def _rounds(
             start = time.perf_counter()
             for round_ in method.collect(epoch, skip=state.cost.rounds % per_epoch):
                 several = round_.examples is not None and len(round_.examples) > at_once
-                with saver.holding() if several else saver.whole():
+                with saver.rollback_on_stop() if several else saver.uninterruptible():
                     rows = _train(method, policy, config, state, round_, seed=seed)
                     if state.cost.rounds % per_epoch == 0:
                         _end_epoch(state, config)

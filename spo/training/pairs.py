@@ -4,7 +4,6 @@ Encoding a large data set takes hours, and `train_preference`, every training of
 on after it was stopped want the same latents. They are kept under a hash of all that they depend on.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from spo.preference.checkpoint import load_clip
 from spo.preference.labels import human_labels, prompt_weights, pseudo_labels
 from spo.preference.score import PreferenceScorer
 from spo.runtime import distributed
-from spo.runtime.cache import checksum, keep, kept
-from spo.runtime.checkpoint import fingerprint, fingerprints
+from spo.runtime.cache import keep, kept
+from spo.runtime.hashing import fingerprint, fingerprints, json_hash, short_hash, tensor_hash
 from spo.runtime.progress import progress
 
 PAIRS_AT_A_TIME = 32
@@ -65,18 +64,18 @@ def _key(path: Path, num_pairs: int, base: LatentDiffusion, config: Config) -> s
         "pairs": fingerprint_of_pairs(path),
         "num_pairs": num_pairs,
         "resolution": config.model.resolution,
-        "vae": [checksum(vae.state_dict()), vae.config.scaling_factor, vae.config.shift_factor],
+        "vae": [tensor_hash(vae.state_dict()), vae.config.scaling_factor, vae.config.shift_factor],
         "labels": labels.model_dump(mode="json"),
         "models": fingerprints({"labels": labels.model, "processor": labels.processor}),
     }
-    return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return json_hash(made_of)
 
 
 def fingerprint_of_pairs(path: Path) -> str:
     """Tells prepared pairs from others: by every caption and label, and of big files by a part of the images."""
     stored = PreferencePairs(path)
-    read = json.dumps([stored.captions, stored.labels]).encode()
-    return f"{fingerprint(path)} {hashlib.blake2b(read, digest_size=12).hexdigest()}"
+    read = json.dumps([stored.captions, stored.labels])
+    return f"{fingerprint(path)} {short_hash(read)}"
 
 
 def _encode(

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from spo.config import SafetyConfig, TrainPreferenceConfig
 from spo.core.losses import preference_loss
+from spo.core.noise import epoch_seed
 from spo.core.types import Conditioning, LabelledPairs
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.accuracy import pairwise_accuracy
@@ -69,7 +70,7 @@ class StepAwareTraining:
         """
         self.model.train()
         config, optimizer = self.config, self.optimizer
-        generator = Generator().manual_seed(seed * 1_000_003 + step)
+        generator = Generator().manual_seed(epoch_seed(seed, step))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * self._schedule(step)
         index = torch.randint(len(pairs), (config.batch_size,), generator=generator)

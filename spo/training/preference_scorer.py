@@ -7,6 +7,7 @@ import torch
 from spo.config import Config, ScoringConfig
 from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
+from spo.workspace import Workspace
 
 
 def load_scorer(
@@ -14,6 +15,6 @@ def load_scorer(
 ) -> PreferenceScorer:
     """One that was trained blind to t stays so. ModelError where it is missing."""
     scoring = scoring or ScoringConfig()
-    preference = load_preference_model(root / config.folder("train_preference") / "model")
+    preference = load_preference_model(Workspace(config, root).preference_model)
     timestep = 0 if config.train_preference.blind else scoring.timestep
     return PreferenceScorer(preference, device=device, dtype=getattr(torch, scoring.dtype), timestep=timestep)

@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 from spo.__main__ import main
-from spo.commands import check
-from spo.commands.check import forwards, miniature
+from spo.commands import miniature as check
+from spo.commands.miniature import forwards, miniature
 from spo.config import Config, SampledConfig, load_config
 from spo.errors import DataError
 from spo.stages import prepare
 from spo.tracking import NullTracker
+from spo.workspace import Workspace
 from tests.test_pipeline import make_project
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_where_the_first_pairs_are_of_one_caption_all_are_read(
     with pytest.raises(DataError, match="none falls to"):
         prepare.run(small, root=tmp_path, tracker=NullTracker())
     check._prepare(small, config, tmp_path)
-    metrics = json.loads((tmp_path / small.folder("prepare") / "metrics.json").read_text())["preferences"]
+    metrics = json.loads((Workspace(small, tmp_path).prepared.folder / "metrics.json").read_text())["preferences"]
     assert metrics["train"] and metrics["validation"]
 
 
@@ -75,7 +76,7 @@ def test_a_missing_file_is_found_before_anything_is_loaded(
     out = capsys.readouterr().out
     assert "FAIL  prepare.prompts.source             no.txt does not exist" in out
     assert "in miniature" not in out
-    assert out.splitlines()[-1] == "profile changed cannot run yet: mend the lines marked FAIL"
+    assert out.splitlines()[-1] == "profile changed cannot run yet: repair the lines marked FAIL"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from spo.commands.disk_estimate import room, size_of
 from spo.commands.preflight import findings, require
 from spo.config import Config, load_config
 from spo.errors import ConfigError
+from spo.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,7 +113,7 @@ def test_what_a_stopped_run_or_an_earlier_stage_has_written_is_not_wanted_again(
         return float(number) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20}[unit]
 
     training, evaluation = needed("train_preference"), needed("evaluate")
-    state = tmp_path / config.state_folder("train_preference") / "00000001" / "tensors.safetensors"
+    state = Workspace(config, tmp_path).state("train_preference") / "00000001" / "tensors.safetensors"
     state.parent.mkdir(parents=True)
     state.write_bytes(bytes(5 * 2**20))
     assert training - needed("train_preference") == pytest.approx(5 * 2**20, abs=2**20)

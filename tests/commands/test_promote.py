@@ -15,6 +15,7 @@ from spo.models.lora import add_lora, save_lora
 from spo.runtime.tables import write_csv
 from spo.tracking import registry
 from spo.tracking.store import connect
+from spo.workspace import Workspace
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def write_evaluation(
     config: Config, root: Path, *, gain: float, fall: float = 0.0, seed: int, base: float = 0.5
 ) -> None:
     """What `evaluate` and `report` leave behind, for a LoRA of its own."""
-    folder = root / config.folder("evaluate")
+    folder = Workspace(config, root).evaluate
     denoiser = make_tiny_denoiser("sd15", root / "model")
     add_lora(denoiser.network.module, LoraConfig(rank=2), seed=seed)
     shake(denoiser, seed=seed)
@@ -68,7 +69,7 @@ def write_evaluation(
     ]
     write_csv(folder / "scores.csv", rows)
     (folder / "metrics.json").write_text(json.dumps({"spo": {"released": f"seed-0/step-{seed:06d}"}}))
-    report = root / config.folder("report")
+    report = Workspace(config, root).report
     report.mkdir(parents=True, exist_ok=True)
     (report / "summary.txt").write_text("spo raises aesthetic.\n")
     (report / "report.html").write_text("<html>")

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from dvc.cli import parse_args as dvc_parse
 from prefect.cli._app import _app as prefect_app
+from typer.main import get_command
 
 from flows.full import command_line as flow_parser
-from spo.__main__ import _parser as spo_parser
+from spo.__main__ import app
 from tests.delivery.conftest import ROOT, shell
 
 TEXT = (ROOT / "docs/operations.md").read_text()
@@ -48,9 +49,17 @@ def test_the_command_is_one(command: str) -> None:
         case "python":
             dash, module, *rest = arguments
             assert dash == "-m"
-            {"spo": spo_parser, "flows.full": flow_parser}[module]().parse_args(rest)
+            assert module in ("spo", "flows.full")
+            flow_parser().parse_args(rest) if module == "flows.full" else check_spo(rest)
         case "docker":
             check_docker(arguments)
+
+
+def check_spo(arguments: list[str]) -> None:
+    group = get_command(app)
+    context = group.make_context("spo", list(arguments))
+    name, command, rest = group.resolve_command(context, arguments)
+    command.make_context(name, rest, parent=context)
 
 
 def check_docker(arguments: list[str]) -> None:

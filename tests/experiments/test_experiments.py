@@ -23,6 +23,7 @@ from spo.data.preferences import read_pairs
 from spo.metrics.metric import build_metrics, score
 from spo.stages import align, prepare, train_preference
 from spo.tracking import NullTracker
+from spo.workspace import Prepared
 from spo.world.pretraining.preference import Opinion
 from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
 from tests.test_pipeline import jpeg, make_project
@@ -122,27 +123,27 @@ def test_the_saving_is_read_off_the_rows() -> None:
     assert "does not reach" in line
 
 
-def comparisons(prepared: Path, pictures: Pictures) -> dict[str, Comparisons]:
-    files = {split: prepared / "preferences" / f"{split}.parquet" for split in ("train", "validation")}
+def comparisons(prepared: Prepared, pictures: Pictures) -> dict[str, Comparisons]:
+    files = {split: prepared.pairs_file(split) for split in ("train", "validation")}
     return {split: prepared_comparisons(file, pictures) for split, file in files.items()}
 
 
 @pytest.mark.parametrize(("share", "agreement"), [(1.0, "agrees_finish"), (0.0, "agrees_content")])
 def test_new_labels_are_the_opinions_and_nothing_else_changes(project: Path, tmp_path, share, agreement) -> None:
-    prepared = project / "runs" / "own" / "prepare"
+    prepared = Prepared(project / "runs" / "own" / "prepare")
     pictures = prepared_pictures(prepared)
     opinion = Opinion(share, temperature=0.0, tie=0.0)
     found = write_pairs(comparisons(prepared, pictures), tmp_path / "preferences", opinion, seed=0)
     assert found[agreement] > 0.99  # but for pictures that are equally good
     for split in ("train", "validation"):
-        before = list(read_pairs(prepared / "preferences" / f"{split}.parquet"))
+        before = list(read_pairs(prepared.pairs_file(split)))
         after = list(read_pairs(tmp_path / "preferences" / f"{split}.parquet"))
         assert [(p.caption, p.image_0, p.image_1) for p in before] == [(p.caption, p.image_0, p.image_1) for p in after]
         assert all(pair.label_0 + pair.label_1 == 1 for pair in after)
 
 
 def test_labels_follow_the_share_and_noise_blurs_them(project: Path, tmp_path) -> None:
-    prepared = project / "runs" / "own" / "prepare"
+    prepared = Prepared(project / "runs" / "own" / "prepare")
     pictures = prepared_pictures(prepared)
 
     def agreement(share: float, temperature: float) -> float:
@@ -155,7 +156,7 @@ def test_labels_follow_the_share_and_noise_blurs_them(project: Path, tmp_path) -
 
 
 def test_rings_compare_each_picture_with_two_others_of_its_prompt(project: Path) -> None:
-    pictures = prepared_pictures(project / "runs" / "own" / "prepare")
+    pictures = prepared_pictures(Prepared(project / "runs" / "own" / "prepare"))
     found = rings(pictures, Generator().manual_seed(0))
     assert sorted(found.one.tolist()) == sorted(found.other.tolist()) == list(range(len(pictures.prompts)))
     for i, j in zip(found.one.tolist(), found.other.tolist(), strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import flows  # noqa: F401  (its settings come before prefect's import)
 
@@ -39,11 +40,13 @@ stages:
     outs: ["runs/${profile}/report"]
 """
 
+SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+SHIPPED["align"]["other"] = SHIPPED["align"]["spo"]
 FILES = {
     "dvc.yaml": DVC_YAML,
     "params.yaml": "# which one\nprofile: tiny  # of configs/\nmethods: [spo, other]\n",
-    "configs/tiny.yaml": "seed: 0\n",
-    "configs/sd15.yaml": "seed: 0\n",
+    "configs/tiny.yaml": yaml.safe_dump(SHIPPED),
+    "configs/sd15.yaml": yaml.safe_dump(SHIPPED),
     "prepare.sh": 'echo "prompts are ready"; mkdir -p runs/tiny; echo ready > runs/tiny/prepare.txt\n'
     "echo tracked at http://127.0.0.1:5000/#/experiments/1/runs/abc; echo $SPO_PIPELINE_RUN > pipeline_run\n",
     "train_preference.sh": "cat runs/$1/prepare.txt > runs/$1/preference.txt\n",

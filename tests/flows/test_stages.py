@@ -11,8 +11,9 @@ from prefect.exceptions import TerminationSignal
 
 from flows import process
 from flows.full import full
-from flows.stages import STAGES, run_stage
+from flows.stages import run_stage
 from spo.config import Config
+from spo.pipeline import PIPELINE
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -89,8 +90,8 @@ def test_terminating_a_flow_run_ends_its_stage_even_one_that_ignores_sigterm(
 
 
 def test_the_stages_are_those_of_the_configuration() -> None:
-    sections = [name for name in Config.model_fields if name in STAGES]
-    assert [*sections, "report"] == list(STAGES)
+    sections = [name for name in Config.model_fields if name in PIPELINE]
+    assert [*sections, "report"] == list(PIPELINE)
 
 
 def _is_running(pid: str) -> bool:

@@ -19,19 +19,6 @@ def test_a_model_without_opinion_has_one_half():
     assert pairwise_accuracy(torch.zeros(4, 2), LABELS).accuracy == 0.5
 
 
-def test_the_clear_subset_counts_its_own_pairs_only():
-    scores = RIGHT.clone()
-    scores[0] = scores[0].flip(0)
-    result = pairwise_accuracy(scores, LABELS, clear=torch.tensor([False, True, True, True]))
-    assert result.accuracy == pytest.approx(2 / 3)
-    assert result.accuracy_clear == 1
-
-
-def test_without_a_subset_all_pairs_are_clear():
-    result = pairwise_accuracy(RIGHT, LABELS)
-    assert result.accuracy_clear == result.accuracy
-
-
 def test_without_a_decided_pair_the_accuracy_is_nan():
     assert math.isnan(pairwise_accuracy(torch.ones(2, 2), torch.full((2, 2), 0.5)).accuracy)
 

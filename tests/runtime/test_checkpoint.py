@@ -12,7 +12,8 @@ from torch import Tensor
 
 from spo.errors import TrainingError
 from spo.runtime import checkpoint
-from spo.runtime.checkpoint import Saver, State, StateStore, fingerprint, pack_optimizer, unpack_optimizer
+from spo.runtime.checkpoint import Saver, State, StateStore, pack_optimizer, unpack_optimizer
+from spo.runtime.hashing import fingerprint
 from spo.runtime.stopping import Stopped, stoppable
 
 MADE_BY = {"align": {"beta": 10.0, "lora": {"rank": 8}}, "prompts": "abc"}
@@ -86,7 +87,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(
     damage(store.folder / "00000002")
     loaded = store.load()
     assert loaded is not None and loaded.number == 1
-    assert "00000002 is damaged and left out" in capsys.readouterr().err
+    assert "00000002 is damaged and ignored" in capsys.readouterr().err
     assert names(store.folder) == ["00000001"]
 
 
@@ -177,7 +178,7 @@ def test_a_stop_saves_once_and_tells_where(store: StateStore, capsys: pytest.Cap
 
 def test_what_is_half_done_is_not_saved(store: StateStore) -> None:
     saver = Saver(store, 1e9, lambda: state(7))
-    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.whole():
+    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.uninterruptible():
         raise KeyboardInterrupt
     assert store.load() is None
 
@@ -185,7 +186,7 @@ def test_what_is_half_done_is_not_saved(store: StateStore) -> None:
 def test_while_things_are_held_a_stop_saves_how_they_stood_before(store: StateStore) -> None:
     now = [state(7)]
     saver = Saver(store, 1e9, lambda: now[0])
-    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.holding():
+    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.rollback_on_stop():
         now[0] = state(8)
         raise KeyboardInterrupt
     assert names(store.folder) == ["00000007"]

@@ -40,7 +40,7 @@ def test_a_hub_that_answers_is_asked_once_and_used(monkeypatch: pytest.MonkeyPat
     assert hub.connect()
     assert asked == [constants.ENDPOINT]
     assert not constants.HF_HUB_OFFLINE
-    assert "the hub does not give it: gated" in hub.not_had("a/b", "model.path", OSError("gated"))
+    assert "the hub does not give it: gated" in hub.unavailable("a/b", "model.path", OSError("gated"))
 
 
 @pytest.mark.usefixtures("online")
@@ -48,7 +48,7 @@ def test_without_an_answer_only_the_cache_is_used(monkeypatch: pytest.MonkeyPatc
     answer(monkeypatch, OSError("no network"))
     assert not hub.connect()
     assert constants.HF_HUB_OFFLINE
-    said = hub.not_had("a/b", "model.path", OSError("x\ny"))
+    said = hub.unavailable("a/b", "model.path", OSError("x\ny"))
     assert "the hub cannot be reached" in said
     assert "run `hf download a/b --local-dir models/b`, bring the folder here and name it in model.path" in said
 

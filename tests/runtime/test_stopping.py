@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spo.runtime.stopping import SIGNALS, Stopped, run_group, stoppable, uninterrupted
+from spo.runtime.processes import run_group
+from spo.runtime.stopping import SIGNALS, Stopped, stoppable, uninterrupted
 
 
 @pytest.fixture(autouse=True)

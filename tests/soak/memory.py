@@ -25,8 +25,8 @@ from typing import Any, TextIO
 
 import psutil
 
-from spo.__main__ import _settle
 from spo.config import Config, load_config
+from spo.runtime.libraries import set_up_libraries
 from spo.stages import align, prepare, train_preference
 from spo.tracking import NullTracker, Tracker, start
 
@@ -127,7 +127,7 @@ def main() -> int:
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     file = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("build/soak.csv")
     file.parent.mkdir(parents=True, exist_ok=True)
-    _settle()
+    set_up_libraries()
     rows = measure(minutes, file)[WARM_UP:]
     third = len(rows) // 3
     if not third:

@@ -68,7 +68,7 @@ def test_a_stage_that_was_stopped_goes_on(tmp_path: Path, command: list[str], nu
         time.sleep(0.1)
     with start(command, root, tmp_path / "second.txt") as second:
         assert second.wait() == 0, (tmp_path / "second.txt").read_text()
-    assert "train_preference: goes on from step" in (tmp_path / "second.txt").read_text()
+    assert "train_preference: continues from step" in (tmp_path / "second.txt").read_text()
     assert (root / "runs/own/train_preference/model/model.safetensors").is_file()
     assert not list(states.glob("0*"))
 

@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 import torch
 
 from spo import tracking
-from spo.__main__ import _settle, main
+from spo.__main__ import main
 from spo.runtime.checkpoint import StateStore
+from spo.runtime.libraries import set_up_libraries
 from spo.stages import align, prepare, train_preference  # noqa: F401, imported before the forks
 
 MOMENTS = 25  # of a run at most, before it is killed
@@ -144,7 +145,7 @@ def both(kills: int, seed: int) -> dict[str, list[dict[str, Any]]]:
 if __name__ == "__main__":
     project, kills, seed = sys.argv[1:]
     os.chdir(project)
-    _settle()
+    set_up_libraries()
     torch.set_num_threads(1)
     tracking.start = untracked
     print(json.dumps(both(int(kills), int(seed))))

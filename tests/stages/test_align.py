@@ -16,6 +16,7 @@ from spo.errors import ModelError
 from spo.models.lora import WEIGHTS
 from spo.stages import align, evaluate, prepare, train_preference
 from spo.tracking import NullTracker
+from spo.workspace import Workspace
 from tests.test_pipeline import make_project
 
 SEEDS = (0, 5)
@@ -53,7 +54,7 @@ def config(project: Path) -> Config:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["spo", "d3po", "dpo"])
 def test_a_method_leaves_checkpoints_with_their_cost_and_its_history(project: Path, config: Config, name: str) -> None:
-    folder = project / config.aligned(name, 0)
+    folder = Workspace(config, project).aligned(name, 0)
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints", "history.csv", "metrics.json", "timesteps.csv", "watch.csv"]  # fmt: skip
     checkpoints = sorted((folder / "checkpoints").iterdir())
@@ -87,7 +88,7 @@ def test_a_preference_model_that_was_trained_blind_to_t_judges_blindly(project: 
 @pytest.mark.slow
 def test_training_seeds_differ_and_lie_side_by_side(project: Path, config: Config) -> None:
     one, other = (
-        load_file(sorted((project / config.aligned("dpo", seed) / "checkpoints").iterdir())[-1] / WEIGHTS)
+        load_file(sorted((Workspace(config, project).aligned("dpo", seed) / "checkpoints").iterdir())[-1] / WEIGHTS)
         for seed in SEEDS
     )
     assert any(not torch.equal(one[key], other[key]) for key in one)
@@ -105,14 +106,14 @@ def test_the_comparison_has_a_column_for_every_method(project: Path, config: Con
     one_seed = config.model_copy(update={"training_seeds": SEEDS[:1]})
     with contextlib.chdir(project):
         evaluate.run(one_seed, tracker=NullTracker())
-    metrics = json.loads((project / config.folder("evaluate") / "metrics.json").read_text())
+    metrics = json.loads((Workspace(config, project).evaluate / "metrics.json").read_text())
     assert {"base", *config.methods} <= set(metrics)
-    assert all((project / config.folder("evaluate") / "lora" / name).is_dir() for name in config.methods)
+    assert all((Workspace(config, project).evaluate / "lora" / name).is_dir() for name in config.methods)
 
 
 @pytest.mark.slow
 def test_a_watched_method_tells_what_the_judge_saw(project: Path, config: Config) -> None:
-    with (project / config.aligned("dpo", 0) / "watch.csv").open(newline="") as file:
+    with (Workspace(config, project).aligned("dpo", 0) / "watch.csv").open(newline="") as file:
         looks = list(csv.DictReader(file))
     assert float(looks[0]["gap"]) == 0
     assert len(looks) > 1 and all(0 <= float(look["independent"]) <= 1 for look in looks)

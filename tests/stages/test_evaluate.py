@@ -21,6 +21,7 @@ from spo.runtime.files import write_json
 from spo.runtime.pictures import to_picture
 from spo.stages import evaluate
 from spo.tracking import NullTracker
+from spo.workspace import Workspace
 from spo.world.oracle import oracle_scores
 from spo.world.scenes import all_scenes
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
@@ -166,7 +167,7 @@ def test_trainings_differ_and_so_do_their_images(folder):
 
 def test_anothers_lora_is_a_column_of_its_own_pictures(folder, root, config):
     made = ImageScorer(config, root)
-    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 4, 1, config.evaluate.seed)
+    images = tasks(Workspace(config, root).prepared, "test", 4, 1, config.evaluate.seed)
     own = ModelVariant("other", 8, root / "runs/tiny/align/other/seed-8/checkpoints/step-000004")
     [first, _] = made.batches(own, images, 0.0, split="test", images=True)
     shown = Image.open(folder / "images/published/0000-0.png")
@@ -273,7 +274,7 @@ def test_from_nothing_the_figures_are_those_of_the_killed_run(ran, root, config,
 
 def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
     made = ImageScorer(config, root)
-    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 4, 1, 7)
+    images = tasks(Workspace(config, root).prepared, "test", 4, 1, 7)
     batches = list(made.batches(ModelVariant(BASE), images, 0.0, split="test", images=True))
     factor, scores = made.best_contrast(batches)
     means = {
@@ -292,7 +293,7 @@ def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
 
 
 def test_a_damaged_entry_is_made_anew(root, config, monkeypatch):
-    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 2, 1, 11)
+    images = tasks(Workspace(config, root).prepared, "test", 2, 1, 11)
     made = ImageScorer(config, root)
     [batch] = made.batches(ModelVariant(BASE), images, 0.0, split="test", images=True)
     (made.shelf.folder / f"{batch.key}.safetensors").write_bytes(b"half")

@@ -18,8 +18,9 @@ from spo.evaluation.model_variants import Task
 from spo.evaluation.tables import Column, compact, comparison_rows, mean_rows, score_rows
 from spo.report.plots import LIGHT, Line, Span, interval_chart, line_chart, running_mean
 from spo.report.results import Results
-from spo.report.verdict import duration, summary, verdicts
+from spo.report.verdict import summary, verdicts
 from spo.runtime.environment import git_commit
+from spo.runtime.text import duration
 from spo.stages import report
 from spo.tracking import NullTracker
 

@@ -2,17 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from spo.config import Config
+from spo.config import Config, load_config
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.report.inputs import read_csv
+from spo.runtime.checkpoint import Saver
 from spo.stages import prepare, train_preference
 from spo.tracking import NullTracker
+from spo.training.preference import LabelledPairs, StepAwareTraining
+from spo.workspace import Workspace
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import RESOLUTION, make_tiny_pipeline
+from tests.test_pipeline import make_project
 
 
 @pytest.fixture
@@ -53,3 +58,29 @@ def test_a_named_model_is_taken_over_without_pairs(config: Config, tmp_path: Pat
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["accuracy"], metrics["pairs"], metrics["steps"]) == ({}, 0, 0)
     assert read_csv(folder / "accuracy.csv", "train_preference", ("timestep",)) == []
+
+
+def test_the_seconds_before_and_after_a_saved_state_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_project(tmp_path / "project", "sd15"))
+    config, clock = load_config(), SimpleNamespace(now=0.0)
+    prepare.run(config, tracker=NullTracker())
+    monkeypatch.setattr(train_preference, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(Saver, "save_if_due", Saver.save)
+    step = StepAwareTraining.step
+
+    def ten_seconds(
+        self: StepAwareTraining, pairs: LabelledPairs, number: int, *, seed: int
+    ) -> dict[str, float] | None:
+        if number == stop_before:
+            raise KeyboardInterrupt
+        clock.now += 10
+        return step(self, pairs, number, seed=seed)
+
+    monkeypatch.setattr(StepAwareTraining, "step", ten_seconds)
+    stop_before = 2
+    with pytest.raises(KeyboardInterrupt):
+        train_preference.run(config, tracker=NullTracker())
+    clock.now, stop_before = 1000.0, -1  # another process, later
+    train_preference.run(config, tracker=NullTracker())
+    metrics = json.loads((Workspace(config).train_preference / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["seconds"]) == (3, 30.0)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from spo.methods.method import Examples, Method
 from spo.models.generate import generate
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import WEIGHTS, add_lora
-from spo.runtime.checkpoint import StateStore
+from spo.runtime.checkpoint import Saver, StateStore
 from spo.runtime.stopping import Stopped, stoppable
 from spo.tracking import NullTracker
+from spo.training import align as loop
 from spo.training.align import align, build_optimizer, rate_share
 from spo.training.watch import Watch
 from tests.methods.tiny import METHODS, PROMPTS, make_method
@@ -309,3 +311,25 @@ def test_a_run_that_a_signal_ends_in_an_update_goes_on_to_the_same_weights_and_h
     for row in [*before, *after]:
         del row["seconds"]
     assert before == after
+
+
+@pytest.mark.parametrize("cut_at", [None, 4])
+def test_the_seconds_before_and_after_a_saved_state_count_once(pipeline, tmp_path, monkeypatch, cut_at):
+    clock, updates, update = [0.0], count(1), loop._update
+
+    def ten_seconds(*arguments):
+        if next(updates) == cut_at:
+            raise KeyboardInterrupt
+        clock[0] += 10
+        return update(*arguments)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(loop, "_update", ten_seconds)
+    monkeypatch.setattr(Saver, "save_if_due", Saver.save)
+    settings = {"store": tmp_path / "states", "batch_size": 8, "epochs": 3}
+    if cut_at:
+        with pytest.raises(KeyboardInterrupt):
+            train(pipeline, tmp_path / "run", **settings)
+        clock[0] = 1000.0  # another process, later
+    metrics = train(pipeline, tmp_path / "run", **settings)
+    assert metrics["seconds"] == 10 * metrics["updates"] > 40

@@ -19,6 +19,7 @@ from spo.tracking import NullTracker
 from spo.training import pairs as module
 from spo.training.pairs import load_pairs
 from spo.training.preference import LabelledPairs
+from spo.workspace import Workspace
 from tests.test_pipeline import make_project
 
 
@@ -56,7 +57,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def load(config: Config, base: LatentDiffusion, cache: Path, *, split: str = "train") -> LabelledPairs:
-    return load_pairs(config.folder("prepare") / "preferences" / f"{split}.parquet", base, config, cache=cache)
+    return load_pairs(Workspace(config).prepared.pairs_file(split), base, config, cache=cache)
 
 
 def same(one: LabelledPairs, other: LabelledPairs) -> bool:
@@ -97,7 +98,7 @@ def test_a_corrected_label_is_seen_in_a_file_too_large_to_be_read_whole(
 ) -> None:
     monkeypatch.setattr(module, "fingerprint", lambda _: "the same, as of the part that is read")
     path = tmp_path / "train.parquet"
-    stored = module.PreferencePairs(config.folder("prepare") / "preferences" / "train.parquet")
+    stored = module.PreferencePairs(Workspace(config).prepared.pairs_file("train"))
     pairs = [stored[index] for index in range(4)]
 
     def labels(turned: bool) -> Tensor:
@@ -126,6 +127,6 @@ def test_what_is_kept_and_damaged_is_made_anew(
 
 
 def test_a_picture_is_cut_to_a_square_of_eight_bits(config: Config) -> None:
-    stored = module.PreferencePairs(config.folder("prepare") / "preferences" / "train.parquet")
+    stored = module.PreferencePairs(Workspace(config).prepared.pairs_file("train"))
     pixels = module._pixels(stored[0].image_0, 24)
     assert (pixels.shape, pixels.dtype) == ((3, 24, 24), torch.uint8)

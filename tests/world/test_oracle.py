@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Generator, Tensor
 
-from spo.evaluation.controls import blur, contrast, gamma, saturation, sharpen
+from spo.evaluation.controls import contrast
 from spo.world.oracle import FACTORS, PARTS, oracle_scores
 from spo.world.scenes import (
     BACKGROUNDS,
@@ -25,6 +25,7 @@ from spo.world.scenes import (
     render,
 )
 from spo.world.shape_fitting import trace
+from tests.world.tricks import blur, gamma, saturation, sharpen
 
 VAE = Path(__file__).parents[2] / "data" / "base" / "tiny" / "vae"
 KINDS = ("renders", "reconstructions")

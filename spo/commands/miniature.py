@@ -1,0 +1,179 @@
+"""Find in a minute what would end a run after hours.
+
+First the checks without a model: settings, files, models and disk. Then all stages run in miniature, in a temporary
+folder, with the profile's own models and data: a few prompts and pairs, one rollout, one step or update, with as many
+pairs at a time as in training. The time of the whole run is estimated from it.
+"""
+
+import importlib
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from spo.commands.disk_estimate import num_pairs
+from spo.commands.preflight import Finding, findings
+from spo.config import Config
+from spo.data.preferences import PairWriter, read_pairs
+from spo.data.prompts import read_prompts
+from spo.errors import DataError, SpoError
+from spo.pipeline import PIPELINE, STAGES
+from spo.runtime.files import read_json
+from spo.runtime.text import duration
+from spo.stages import prepare
+from spo.tracking import NullTracker
+from spo.workspace import Prepared, Workspace
+
+PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
+GIB = 2**30
+
+
+def check_all(config: Config, root: Path, say: Callable[[Finding], None], *, quick: bool = False) -> bool:
+    """Pass each finding to `say`; returns whether all are good. `quick` skips the miniature."""
+    found = findings(config, root)
+    for finding in found:
+        say(finding)
+    if quick or not all(finding.good for finding in found):
+        return all(finding.good for finding in found)
+    with tempfile.TemporaryDirectory(prefix="spo-check-") as folder:
+        return _run_miniature(config, root, Path(folder), say)
+
+
+def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Finding], None]) -> bool:
+    small = miniature(config, root)
+    tracker = NullTracker()
+    seed = config.training_seeds[0]
+    taken = {}
+    jobs: list[tuple[Any, ...]] = []
+    for name in PIPELINE:
+        jobs += [(name, method, seed) for method in config.methods] if STAGES[name].per_method else [(name,)]
+    for name, *job in jobs:
+        stage = " ".join([name, *job[:1]])
+        module = importlib.import_module(f"spo.stages.{name}")
+        run = partial(module.run, small, *job, root=folder, tracker=tracker)
+        start = time.perf_counter()
+        try:
+            taken[stage] = _taken(partial(_prepare, small, config, folder) if stage == "prepare" else run)
+            if stage == "prepare":
+                _shorten(Workspace(small, folder).prepared)
+        except SpoError as error:
+            say(Finding(f"{stage} in miniature", False, str(error), ()))
+            return False
+        say(Finding(f"{stage} in miniature", True, f"{time.perf_counter() - start:.1f} s", ()))
+    say(Finding("time", True, _time(config, root, folder), ()))
+    say(Finding("memory", True, _memory(taken), ()))
+    return True
+
+
+def _prepare(small: Config, config: Config, folder: Path) -> None:
+    """Read a few pairs, or all where a side would get none, as in a file sorted by caption."""
+    try:
+        prepare.run(small, root=folder, tracker=NullTracker())
+    except DataError:
+        few, wanted = small.prepare.preferences, config.prepare.preferences
+        if few is None or wanted is None:
+            raise
+        section = small.prepare.model_copy(
+            update={"preferences": few.model_copy(update={"max_pairs": wanted.max_pairs})}
+        )
+        prepare.run(small.model_copy(update={"prepare": section}), root=folder, tracker=NullTracker())
+
+
+def miniature(config: Config, root: Path) -> Config:
+    """The profile with its models, data and samplers, but with little work."""
+    values = config.model_dump()
+    values["training_seeds"] = config.training_seeds[:1]
+    values["prepare"]["prompts"] |= {"source": str((root / config.prepare.prompts.source).resolve())}
+    values["prepare"]["prompts"] |= {"max_prompts": PROMPTS}
+    values["prepare"] |= {"validation_fraction": 0.3, "test_fraction": 0.2}
+    if preferences := config.prepare.preferences:
+        source = preferences.source
+        if not source.startswith("hub:"):
+            source = str((root / source).resolve())
+        values["prepare"]["preferences"] |= {"source": source, "max_pairs": PAIRS_READ}
+    values["train_preference"] |= {"steps": 1, "evaluate_pairs": 2}
+    values["train_preference"] |= {"batch_size": min(config.train_preference.batch_size, PAIRS)}
+    values["train_preference"]["evaluate_timesteps"] = config.train_preference.evaluate_timesteps[:1]
+    values["align"] = {
+        name: method.model_dump() | method.miniature(examples=PAIRS, prompts=SAMPLED)
+        for name, method in config.align.items()
+    }
+    values["evaluate"] |= {"num_prompts": 2, "num_validation_prompts": 2, "images_per_prompt": 1}
+    values["evaluate"] |= {"batch_size": 1, "bootstrap_samples": 100}
+    return Config.model_validate(values)
+
+
+def _shorten(prepared: Prepared) -> None:
+    """Keep as many pairs as a batch has, decided ones first, since some must be decided."""
+    for path in [path for side in ("train", "validation") if (path := prepared.pairs_file(side)).exists()]:
+        pairs = sorted(read_pairs(path), key=lambda pair: pair.is_tie)[:PAIRS]
+        shorter = path.with_suffix(".short")
+        with PairWriter(shorter) as writer:
+            for pair in pairs:
+                writer.write(pair)
+        shutil.move(shorter, path)
+
+
+def _time(config: Config, root: Path, folder: Path) -> str:
+    parts = {stage: count for stage, count in forwards(config, root, folder).items() if count}
+    rate = _seconds_a_forward(config, folder)
+    return "at most about: " + ", ".join(f"{stage} {duration(count * rate)}" for stage, count in parts.items())
+
+
+def _taken(stage: Callable[[], object]) -> int:
+    """Run a stage; returns the peak bytes of tensors on the GPU, or of the process so far where there is none."""
+    if not torch.cuda.is_available():
+        stage()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    torch.cuda.reset_peak_memory_stats()
+    stage()
+    return torch.cuda.max_memory_allocated()
+
+
+def _memory(taken: dict[str, int]) -> str:
+    stage = max(taken, key=taken.__getitem__)
+    if torch.cuda.is_available():
+        there, whose = torch.cuda.get_device_properties(0).total_memory, "the GPU's"
+    else:
+        there, whose = psutil.virtual_memory().total, "this machine's"
+    how = f"with as many pairs at a time as in training (at most {PAIRS}), but rollouts of {SAMPLED} prompts"
+    return f"{stage} took {taken[stage] / GIB:.1f} of {whose} {there / GIB:.1f} GiB, {how}"
+
+
+def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
+    """UNet forwards (samples) of each whole stage; those of `align` are scaled up from the miniature."""
+    prompts = config.prepare.prompts
+    read, _ = read_prompts(root / prompts.source, field=prompts.field, max_prompts=prompts.max_prompts)
+    num_prompts = len(read) * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
+    training, seeds = config.train_preference, len(config.training_seeds)
+    counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
+    for name in config.methods:
+        method = config.align[name]
+        per_prompt = _cost(config, folder, name)["unet_forwards"] / SAMPLED
+        counts[f"align {name}"] = seeds * method.forwards(
+            num_prompts=num_prompts, num_pairs=num_pairs(config, root) or 0, per_prompt=per_prompt
+        )
+    evaluate = config.evaluate
+    columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
+    checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)
+    images = evaluate.num_prompts * evaluate.images_per_prompt * len(evaluate.etas) * columns
+    images += evaluate.num_validation_prompts * (1 + checkpoints)
+    return {**counts, "evaluate": 2.0 * evaluate.steps * images}
+
+
+def _seconds_a_forward(config: Config, folder: Path) -> float:
+    """Seconds for one forward of the slowest method, with the work around the UNet."""
+    costs = [_cost(config, folder, name) for name in config.methods]
+    return max(cost["seconds"] / max(1, cost["unet_forwards"]) for cost in costs)
+
+
+def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:
+    return read_json(Workspace(config, folder).aligned(name, config.training_seeds[0]) / "metrics.json")
