@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.config import ModelConfig, SamplingConfig
+from spo.config import ModelConfig, SamplerConfig, SamplingConfig
 from spo.data.images import decode_image
 from spo.data.preferences import PreferencePairs
 from spo.models.generate import eight_bits, generate, image_seed
@@ -80,9 +80,7 @@ def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt:
             model,
             wanted,
             [image_seed(2, prompt, i % per_prompt) for i, prompt in enumerate(wanted)],
-            steps=steps,
-            guidance_scale=model.guidance_scale,
-            eta=model.eta,
+            sampler=SamplerConfig(steps=steps, guidance_scale=model.guidance_scale, eta=model.eta),
             batch_size=RECIPE.chunk,
             label="pictures of the base",
         )

@@ -235,7 +235,7 @@ def generate(options: argparse.Namespace) -> None:
     _settle()
     from spo.evaluation.sample_images import Sampler, show_one
 
-    sampler = Sampler.of(config, steps=options.steps, guidance=options.guidance, eta=options.eta)
+    sampler = Sampler.of(config, options.sampler, steps=options.steps, guidance=options.guidance, eta=options.eta)
     wanted = {"model": options.model, "seed": options.seed, "num": options.num, "out": options.out}
     for path in show_one(config, options.prompt, **wanted, sampler=sampler, root=Path()):
         print(path)
@@ -247,7 +247,7 @@ def compare(options: argparse.Namespace) -> None:
     _settle()
     from spo.evaluation.sample_images import Sampler, show_side_by_side
 
-    sampler = Sampler.of(config, steps=options.steps, guidance=options.guidance, eta=options.eta)
+    sampler = Sampler.of(config, options.sampler, steps=options.steps, guidance=options.guidance, eta=options.eta)
     wanted = {"models": options.model, "seed": options.seed, "num": options.num, "out": options.out}
     print(show_side_by_side(config, options.prompt, **wanted, sampler=sampler, root=Path()))
 
@@ -287,12 +287,12 @@ def export(options: argparse.Namespace) -> None:
     source = resolve_model(options.checkpoint or options.method, config)
     if source.lora is None:
         raise SpoError(
-            f"there is nothing to export: {source.told}; run `python -m spo evaluate`, or name a --checkpoint"
+            f"there is nothing to export: {source.description}; run `python -m spo evaluate`, or name a --checkpoint"
         )
     denoiser = build(config.model, config.sampling, "cpu")
     load_policy(denoiser, source.lora)
     export(denoiser, options.format, out)
-    print(f"{out}: {options.format} of {source.told}")
+    print(f"{out}: {options.format} of {source.description}")
 
 
 def _new(out: Path) -> None:
@@ -406,7 +406,10 @@ def _add_sampling(command: argparse.ArgumentParser, *, num: int) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next one")
     command.add_argument("--num", type=int, default=num, help=f"of pictures (default: {num})")
     command.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default: pictures)")
-    command.add_argument("--steps", type=int, help="of the sampler (default, as of the next two: the evaluation's)")
+    command.add_argument(
+        "--sampler", metavar="NAME", help="one of the profile's evaluate.samplers (default: the first)"
+    )
+    command.add_argument("--steps", type=int, help="instead of the sampler's own, as are the next two")
     command.add_argument("--guidance", type=float, help="guidance scale")
     command.add_argument("--eta", type=float, help="0: no noise is added while sampling; 1: DDPM's noise")
     command.add_argument("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")

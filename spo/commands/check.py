@@ -24,6 +24,7 @@ from spo.config import Config, DiffusionDpoConfig, MethodConfig, SampledConfig
 from spo.data.preferences import PairWriter, read_pairs
 from spo.data.prompts import read_prompts
 from spo.errors import DataError, SpoError
+from spo.models.schedulers import build_scheduler
 from spo.runtime.files import read_json
 from spo.stages import align, evaluate, prepare, report, train_preference
 from spo.tracking import NullTracker
@@ -179,9 +180,10 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     evaluate = config.evaluate
     columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
     checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)
-    images = evaluate.num_prompts * evaluate.images_per_prompt * len(evaluate.etas) * columns
-    images += evaluate.num_validation_prompts * (1 + checkpoints)
-    return {**counts, "evaluate": 2.0 * evaluate.steps * images}
+    test, validation = evaluate.num_prompts * evaluate.images_per_prompt * columns, evaluate.num_validation_prompts
+    steps = {name: len(build_scheduler(sampler).timesteps) for name, sampler in evaluate.samplers.items()}
+    sampled = test * sum(steps.values()) + validation * (1 + checkpoints) * steps[evaluate.deciding]
+    return {**counts, "evaluate": 2.0 * sampled}
 
 
 def _seconds_a_forward(config: Config, folder: Path) -> float:

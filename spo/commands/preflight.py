@@ -41,7 +41,7 @@ def require(config: Config, stage: str, root: Path) -> None:
 
 def findings(config: Config, root: Path) -> list[Finding]:
     """All there is to say about the profile's files, models and disk."""
-    return [*_data(config, root), *_models(config), *_disk(config, root)]
+    return [*_data(config, root), *_models(config), *_samplers(config), *_disk(config, root)]
 
 
 def _data(config: Config, root: Path) -> Iterator[Finding]:
@@ -109,6 +109,18 @@ def _models(config: Config) -> Iterator[Finding]:
         yield Finding("launch.accelerate_config", good, f"{path} {detail}", ("train_preference", "align", "evaluate"))
 
 
+def _samplers(config: Config) -> Iterator[Finding]:
+    from spo.models.schedulers import build_scheduler  # slow to import, and every command would
+
+    for name, sampler in config.evaluate.samplers.items():
+        good, detail = True, sampler.description
+        try:
+            build_scheduler(sampler)
+        except ConfigError as error:
+            good, detail = False, str(error)
+        yield Finding(f"evaluate.samplers.{name}", good, detail, ("evaluate",))
+
+
 def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...]) -> Finding:
     """A folder that has `file`, if that is given, or else a name of the hub."""
     path = Path(name)
@@ -139,8 +151,8 @@ def _disk(config: Config, root: Path) -> Iterator[Finding]:
     for stage, wanted in room(config, root).items():
         needed = left + max(0.0, wanted.kept + wanted.passing - wanted.there)
         left += 0.0 if wanted.there else wanted.kept
-        mend = "" if free > needed else "; make room, or move the project"
-        detail = f"{_size(free)} are free, about {_size(needed)} will be needed{mend}"
+        remedy = "" if free > needed else "; make room, or move the project"
+        detail = f"{_size(free)} are free, about {_size(needed)} will be needed{remedy}"
         yield Finding(f"disk for {stage}", free > needed, detail, (stage,))
 
 

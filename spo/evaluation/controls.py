@@ -1,6 +1,6 @@
-"""Cheap tricks with pictures, as controls: a method's gain should be more than any of these buys.
+"""Simple image operations, as controls: a method should gain more than any of them.
 
-Each takes images (n, 3, h, w) in [0, 1] and returns such images.
+Each takes and returns images (n, 3, h, w) in [0, 1].
 """
 
 import torch
@@ -11,24 +11,24 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def contrast(images: Tensor, factor: float) -> Tensor:
-    """Distances from mid-grey times `factor`; 1 changes nothing."""
+    """Multiply distances from mid-grey by `factor`; 1 changes nothing."""
     return ((images - 0.5) * factor + 0.5).clamp(0, 1)
 
 
 def saturation(images: Tensor, factor: float) -> Tensor:
-    """Distances from each pixel's own grey times `factor`; 1 changes nothing, 0 leaves grey."""
+    """Multiply distances from each pixel's own grey by `factor`; 1 changes nothing, 0 leaves grey."""
     weights = torch.tensor(LUMA, device=images.device, dtype=images.dtype).view(3, 1, 1)
     grey = (images * weights).sum(dim=1, keepdim=True)
     return (grey + (images - grey) * factor).clamp(0, 1)
 
 
 def gamma(images: Tensor, exponent: float) -> Tensor:
-    """Every value to the power of `exponent`; below 1 brightens."""
+    """Raise every value to the power `exponent`; below 1 brightens."""
     return images.clamp(0, 1) ** exponent
 
 
 def blur(images: Tensor, std: float) -> Tensor:
-    """Gaussian blur of `std` > 0 pixels, with the border's pixels repeated beyond it."""
+    """Gaussian blur of `std` > 0 pixels; border pixels are repeated beyond the border."""
     if std <= 0:
         raise ValueError(f"std={std} must be above 0 pixels; leave the blur out for none")
     reach = max(1, round(3 * std))
@@ -41,5 +41,5 @@ def blur(images: Tensor, std: float) -> Tensor:
 
 
 def sharpen(images: Tensor, amount: float, *, std: float = 1.5) -> Tensor:
-    """Unsharp mask: what a blur of `std` pixels takes away, added `amount` times."""
+    """Unsharp mask: add `amount` times the difference to a blur of `std` pixels."""
     return (images + amount * (images - blur(images, std))).clamp(0, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo.config import Config, D3poConfig, DiffusionDpoConfig, ScoringConfig, SpoConfig
+from spo.config import Config, D3poConfig, DiffusionDpoConfig, SamplerConfig, ScoringConfig, SpoConfig
 from spo.core.types import Scorer
 from spo.errors import DataError
 from spo.methods.d3po import D3po
@@ -141,6 +141,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
         return None
     preference = load_scorer(config, root, policy.device)
     text = preference.encode(prompts)
+    sampler = SamplerConfig(steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale, eta=0.0)
 
     def paint() -> Tensor:
         # full fine-tuning trains a UNet in float32 between parts of half precision
@@ -149,9 +150,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
                 policy,
                 prompts,
                 [image_seed(settings.seed, prompt, 0) for prompt in prompts],
-                steps=config.sampling.steps,
-                guidance_scale=config.sampling.guidance_scale,
-                eta=0.0,
+                sampler=sampler,
                 batch_size=min(BATCH, config.evaluate.batch_size),
                 label="watch",
             )

@@ -10,7 +10,7 @@ from spo.commands.preflight import findings, require
 from spo.config import Config, load_config
 from spo.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

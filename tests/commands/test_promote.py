@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from spo.commands import promote
-from spo.config import Config, LoraConfig, ModelConfig, load_config
+from spo.config import Config, LoraConfig, ModelConfig, SamplerConfig, load_config
 from spo.errors import ConfigError, DataError
 from spo.models.lora import add_lora, save_lora
 from spo.runtime.tables import write_csv
@@ -18,6 +18,7 @@ from spo.tracking.store import connect
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 
 ROOT = Path(__file__).parents[2]
+SAMPLERS = {name: SamplerConfig(steps=2, eta=eta) for name, eta in (("ddim", 0.0), ("ddim-stochastic", 1.0))}
 PROMPTS = ("a small red cross on a white background", "a large blue circle on a black background")
 
 
@@ -35,7 +36,7 @@ def config(request: pytest.FixtureRequest, root: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(root)
     monkeypatch.setenv("SPO_PIPELINE_RUN", "p1")
     base = load_config(ROOT, "tiny")
-    evaluate = base.evaluate.model_copy(update={"steps": 2, "bootstrap_samples": 200, "batch_size": 4})
+    evaluate = base.evaluate.model_copy(update={"samplers": SAMPLERS, "bootstrap_samples": 200, "batch_size": 4})
     model = ModelConfig(family="sd15", path="model", resolution=RESOLUTION)
     name = request.node.name.removeprefix("test_")[:40]
     values = {"profile": name, "model": model, "evaluate": evaluate, "methods": ("spo",)}
@@ -55,7 +56,7 @@ def write_evaluation(
         {
             "column": column,
             "training_seed": training_seed,
-            "eta": eta,
+            "sampler": sampler,
             "prompt_index": i,
             "image_index": 0,
             "prompt": prompt,
@@ -63,7 +64,7 @@ def write_evaluation(
             "alignment": 0.9 - (fall if column == "spo" else 0),
         }
         for column, training_seed in (("base", ""), ("spo", 0))
-        for eta in config.evaluate.etas
+        for sampler in config.evaluate.samplers
         for i, prompt in enumerate(PROMPTS)
     ]
     write_csv(folder / "scores.csv", rows)
@@ -108,7 +109,7 @@ def test_a_challenger_meets_the_champion_and_the_reasons_stand_on_its_version(
     assert loser.tags["promotion"] == "not promoted"
     assert loser.tags["promotion.against"] == "the champion, version 1 (spo)"
     assert loser.tags["promotion.reasons"].startswith(
-        "alignment at eta 0: -0.2000 [-0.2000, -0.2000] does not lie above"
+        "alignment with ddim: -0.2000 [-0.2000, -0.2000] does not lie above"
     )
     assert "spo raises aesthetic." in loser.description
     assert "does not lie above" in loser.description

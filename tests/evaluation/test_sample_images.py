@@ -38,7 +38,7 @@ def config(root) -> Config:
 
 @pytest.fixture(scope="module")
 def sampler(config) -> Sampler:
-    return Sampler.of(config, steps=2, guidance=None, eta=None)
+    return Sampler.of(config, None, steps=2, guidance=None, eta=None)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,15 @@ def made(root, config, sampler, tmp_path_factory):
 def test_a_picture_says_how_it_was_made(made, config):
     facts = Image.open(made[0][1]).text
     assert facts["prompt"] == PROMPT
-    assert {"seed": "8", "steps": "2", "guidance": "5.0", "eta": "0.0", "base": config.model.path}.items() <= (
-        facts.items()
-    )
+    assert {
+        "seed": "8",
+        "sampler": "ddim",
+        "scheduler": "DDIMScheduler",
+        "steps": "2",
+        "guidance": "5.0",
+        "eta": "0.0",
+        "base": config.model.path,
+    }.items() <= facts.items()
     assert facts["model"].startswith("spo, the LoRA in ")
     assert facts["commit"]
 
@@ -87,7 +93,7 @@ def test_a_title_of_any_length_fits_its_sheet():
 def test_nothing_is_evaluated_yet_means_the_base(config, tmp_path):
     source = resolve_model(None, config, tmp_path)
     assert (source.name, source.lora) == ("base", None)
-    assert "no evaluated LoRA yet" in source.told
+    assert "no evaluated LoRA yet" in source.description
 
 
 @pytest.mark.parametrize("wanted", ["spo", "runs/tiny", "runs/tiny/evaluate", f"runs/tiny/evaluate/lora/spo/{WEIGHTS}"])
@@ -160,4 +166,16 @@ def test_a_base_alone_cannot_be_compared(config, sampler, tmp_path):
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"guidance": 0.5}, {"eta": 2.0}])
 def test_a_sampler_out_of_range_is_told(config, wrong):
     with pytest.raises(ConfigError, match="steps must be at least 1"):
-        Sampler.of(config, **{"steps": None, "guidance": None, "eta": None, **wrong})
+        Sampler.of(config, None, **{"steps": None, "guidance": None, "eta": None, **wrong})
+
+
+def test_a_named_sampler_keeps_its_settings_but_those_that_are_given(config):
+    given = {"steps": None, "guidance": None, "eta": None}
+    own = config.evaluate.samplers["ddim-stochastic"]
+    assert Sampler.of(config, "ddim-stochastic", **given).settings == own
+    changed = Sampler.of(config, "ddim-stochastic", **given | {"steps": 7}).settings
+    assert changed == own.model_copy(update={"steps": 7})
+    with pytest.raises(
+        ConfigError, match=r"'ddpm' is not in evaluate.samplers; use one of \['ddim', 'ddim-stochastic'\]"
+    ):
+        Sampler.of(config, "ddpm", **given)
