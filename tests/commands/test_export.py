@@ -17,7 +17,7 @@ from spo.preference.checkpoint import load_clip, published_name
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

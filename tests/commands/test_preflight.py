@@ -52,6 +52,8 @@ def test_the_shipped_default_lacks_nothing(
         ("train_preference.processor", "nowhere", "is no folder here", "train_preference"),
         ("evaluate.loras", {"theirs": "nowhere/theirs.safetensors"}, "is no folder here", "evaluate"),
         ("align.spo.scoring.tiny_vae", "nowhere", "is no folder here", "align"),
+        ("evaluate.samplers", {"mine": {"scheduler": "Nothing"}}, "is no scheduler that .* use one of", "evaluate"),
+        ("evaluate.samplers", {"mine": {"options": {"a": 1}}}, "unknown to DDIMScheduler; use some of", "evaluate"),
         ("launch.accelerate_config", "no.yaml", "no.yaml does not exist", "align"),
     ],
 )

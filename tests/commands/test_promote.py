@@ -118,6 +118,7 @@ def test_a_challenger_meets_the_champion_and_the_reasons_stand_on_its_version(
     assert registry.champion(config).number == 3  # type: ignore[union-attr]
     assert version(config, 3).tags["promotion"] == "promoted"
     assert version(config, 3).tags["evaluation.aesthetic.vs_base"] == "+0.2005"
+    assert version(config, 3).tags["evaluation.sampler"] == "ddim (2 steps, guidance 5, eta 0)"
 
 
 def test_a_champion_evaluated_under_other_conditions_is_evaluated_anew(
@@ -131,6 +132,24 @@ def test_a_champion_evaluated_under_other_conditions_is_evaluated_anew(
     assert decision is not None
     assert decision.checks[0].found.difference > 4.5  # from the oracle's scores of random pictures, not from 0.6
     assert decision.rival == "the champion, version 1 (spo)"
+
+
+def test_a_champion_whose_scores_were_kept_by_eta_is_evaluated_anew(
+    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = root / config.folder("evaluate") / "scores.csv"
+    write_evaluation(config, root, gain=0.1, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(promote, "fingerprint", lambda base: "of a table with the column eta")
+        released = promote.find_candidate(config, root)
+        old = scores.read_text().replace(",sampler,", ",eta,").replace(",ddim-stochastic,", ",1.0,")
+        scores.write_text(old.replace(",ddim,", ",0.0,"))
+        registry.crown(promote.register(config, released, root), root)
+    with pytest.raises(DataError, match="other samplers than the profile; run `python -m spo evaluate` again"):
+        promote.run(config)
+    write_evaluation(config, root, gain=0.1, seed=2)
+    assert promote.run(config) is not None
+    assert "the champion, was evaluated under other conditions; it is evaluated anew" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -257,6 +257,28 @@ def test_what_is_finished_is_not_made_again_and_a_new_checkpoint_costs_its_own_b
     assert cache_size(root) < kept  # what the last run did not need is gone
 
 
+def test_a_renamed_sampler_redoes_nothing_and_a_changed_one_its_own_images(folder, root, config, monkeypatch):
+    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 3, 1, config.evaluate.seed)
+
+    def made(**samplers: SamplerConfig) -> int:
+        calls = []
+        with monkeypatch.context() as patch:
+            generate = image_scorer.generate
+            patch.setattr(image_scorer, "generate", lambda *a, **o: calls.append(1) or generate(*a, **o))
+            settings = config.evaluate.model_copy(update={"samplers": samplers})
+            scorer = ImageScorer(config.model_copy(update={"evaluate": settings}), root)
+            for name in samplers:
+                scorer.scores(ModelVariant(BASE), images, name, split="test")
+        return len(calls)
+
+    own = SamplerConfig(steps=2, eta=0.5)
+    assert made(first=own) == 1
+    assert made(second=own) == 0
+    for change in ({"steps": 3}, {"guidance_scale": 4.0}, {"eta": 0.4}, {"options": {"timestep_spacing": "trailing"}}):
+        assert made(second=own.model_copy(update=change)) == 1
+    assert made(second=SamplerConfig(scheduler="DDPMScheduler", steps=2)) == 1
+
+
 def cache_size(root: Path) -> int:
     return len(list((root / ".cache/evaluate/tiny").glob("*.safetensors")))
 
