@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo.commands.disk_estimate import room, size_of
-from spo.config import ClipMetricConfig, Config, SampledConfig
+from spo.config import Config, MetricConfig, SampledConfig
+from spo.config.metrics import split_hub_file
 from spo.errors import ConfigError
 from spo.runtime.hub import is_name
 
@@ -87,14 +88,14 @@ def _models(config: Config) -> Iterator[Finding]:
             yield _repository("train_preference.processor", preference.processor, None, ("train_preference",))
     needed = {evaluate.primary, *evaluate.guarded}
     for metric in evaluate.metrics:
-        if isinstance(metric, ClipMetricConfig) and metric.name in needed:
-            yield _repository(f"evaluate.metrics.{metric.name}", metric.model, "config.json", ("evaluate",))
+        if needed & set(metric.scores):
+            yield from _metric(f"evaluate.metrics.{metric.scores[0]}", metric, "evaluate")
     for name in config.methods:
         method = config.align[name]
         if isinstance(method, SampledConfig) and method.scoring.tiny_vae:
             yield _repository(f"align.{name}.scoring.tiny_vae", method.scoring.tiny_vae, "config.json", ("align",))
-        if method.watch and isinstance(method.watch.metric, ClipMetricConfig):
-            yield _repository(f"align.{name}.watch.metric", method.watch.metric.model, "config.json", ("align",))
+        if method.watch and method.watch.stop_after_worse:  # else the training goes on without the metric
+            yield from _metric(f"align.{name}.watch.metric", method.watch.metric, "align")
     for name, lora in evaluate.loras.items():
         path = Path(lora.source)
         if path.is_file():
@@ -107,6 +108,24 @@ def _models(config: Config) -> Iterator[Finding]:
         path = Path(config.launch.accelerate_config)
         good, detail = _file(path, (".yaml", ".yml", ".json"))
         yield Finding("launch.accelerate_config", good, f"{path} {detail}", ("train_preference", "align", "evaluate"))
+
+
+def _metric(what: str, metric: MetricConfig, stage: str) -> Iterator[Finding]:
+    """A finding for each repository and file of a metric."""
+    for fields, file in ((metric.models, "config.json"), (metric.tokenizers, None)):
+        for field in fields:
+            if (source := getattr(metric, field)) is not None:
+                yield _repository(f"{what}.{field}", source, file, (stage,))
+    for field in metric.files:
+        source = getattr(metric, field)
+        path, on_hub = Path(source), split_hub_file(source)
+        if path.is_file():
+            good, detail = True, f"is there, {_size(path.stat().st_size)}"
+        elif on_hub is not None:
+            good, detail = _hub(*on_hub)
+        else:
+            good, detail = False, "is no file here; put one there, or name one of the hub as OWNER/NAME/FILE"
+        yield Finding(f"{what}.{field}", good, f"{source} {detail}", (stage,))
 
 
 def _samplers(config: Config) -> Iterator[Finding]:

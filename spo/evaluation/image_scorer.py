@@ -131,8 +131,7 @@ class ImageScorer:
 
 def files_of(metrics: Sequence[MetricConfig]) -> list[str]:
     """Digests of the metrics' files: they change when a file is replaced under its name."""
-    named = [value for metric in metrics for value in metric.model_dump().values() if isinstance(value, str)]
-    return [digest_of_model(value) for value in named]
+    return [digest_of_model(source) for metric in metrics for source in metric.sources]
 
 
 def digest_of_variant(variant: ModelVariant) -> list[str | None]:

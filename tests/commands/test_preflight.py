@@ -1,13 +1,14 @@
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from spo.commands import preflight
 from spo.commands.disk_estimate import room, size_of
 from spo.commands.preflight import findings, require
-from spo.config import Config, load_config
+from spo.config import Config, MetricConfig, load_config
+from spo.config.metrics import MetricSection
 from spo.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,65 @@ def test_a_needed_metrics_model_is_looked_for_and_another_one_is_not(
     clip = {"kind": "clip", "model": "nowhere"}
     config = changed(config, "evaluate.metrics", [{"kind": "oracle"}, {**clip, "name": "a"}, {**clip, "name": "b"}])
     config = changed(changed(config, "promote.tolerance", {}), "evaluate.guarded", ["a"])
-    assert [finding.what for finding in findings(config, ROOT) if not finding.good] == ["evaluate.metrics.a"]
+    assert [finding.what for finding in findings(config, ROOT) if not finding.good] == ["evaluate.metrics.a.model"]
+
+
+METRICS = [
+    ({"kind": "clip", "name": "mine", "model": "nowhere"}, "model: nowhere is no folder here"),
+    (
+        {"kind": "clip", "name": "mine", "model": "data/base/tiny-preference", "processor": "nowhere"},
+        "processor: nowhere",
+    ),
+    ({"kind": "hpsv2", "weights": "no.pt", "clip": "data/base/tiny-preference"}, "weights: no.pt is no file here; put"),
+    ({"kind": "hpsv2", "weights": "params.yaml", "clip": "nowhere"}, "clip: nowhere is no folder here"),
+    (
+        {"kind": "hpsv2", "weights": "data/base/hps.pt", "clip": "data/base/tiny-preference"},
+        "weights: data/base/hps.pt is no file",
+    ),
+    ({"kind": "laion_aesthetic", "clip": "data/base/tiny-preference"}, "head: trl-lib/.* is not in the hub's cache"),
+    (
+        {"kind": "laion_aesthetic", "head": "params.yaml", "clip": "data/prompts"},
+        "clip: data/prompts has no config.json",
+    ),
+    (
+        {"kind": "image_reward", "tokenizer": "data/base/tiny-preference"},
+        "weights: THUDM/ImageReward/.* not in the hub",
+    ),
+    (
+        {"kind": "image_reward", "weights": "params.yaml", "tokenizer": "nowhere"},
+        "tokenizer: nowhere is no folder here",
+    ),
+]
+
+
+@pytest.mark.parametrize(("metric", "problem"), METRICS)
+@pytest.mark.parametrize("use", ["primary", "guarded", "watch"])
+def test_a_needed_metric_of_any_kind_must_have_its_files(
+    config: Config, monkeypatch: pytest.MonkeyPatch, metric: dict[str, Any], problem: str, use: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    name = metric.get("name", metric["kind"])
+    config = changed(config, "promote.tolerance", {})
+    if use == "watch":
+        watch = {"every": 1, "metric": metric, "score": name}
+        unneeded = changed(config, "align.spo.watch", watch)
+        config, key = changed(config, "align.spo.watch", watch | {"stop_after_worse": 2}), "align.spo.watch.metric"
+    else:
+        unneeded = changed(config, "evaluate.metrics", [{"kind": "oracle"}, metric])
+        config, key = (
+            changed(unneeded, f"evaluate.{use}", name if use == "primary" else [name]),
+            f"evaluate.metrics.{name}",
+        )
+    assert [finding for finding in findings(unneeded, ROOT) if not finding.good] == []
+    with pytest.raises(ConfigError, match=rf"^{key}.{problem}"):
+        require(config, key.partition(".")[0], ROOT)
+
+
+@pytest.mark.parametrize("kind", get_args(get_args(MetricConfig)[0]))
+def test_every_text_in_a_metrics_settings_is_its_name_or_something_to_check(kind: type[MetricSection]) -> None:
+    fields = {name for name, field in kind.model_fields.items() if field.annotation in (str, str | None)}
+    assert fields - {"name"} == {*kind.models, *kind.tokenizers, *kind.files}
 
 
 def test_a_disk_too_small_is_said_with_both_sizes(

@@ -117,7 +117,7 @@ def test_an_absent_judge_is_left_out_with_a_line_unless_its_score_decides(capsys
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({"layers.0.weight": torch.zeros(2, 48), "layers.0.bias": torch.zeros(2)}, "make no score"),
+        ({"layers.0.weight": torch.zeros(2, 48), "layers.0.bias": torch.zeros(2)}, "do not end in a score"),
         ({"layers.x.weight": torch.zeros(1, 48)}, "has no layers"),
         ({"steps": 3}, "holds no named tensors"),
         ({"blip.visual_encoder.x": torch.zeros(1)}, "has no layers"),
@@ -136,7 +136,7 @@ def test_weights_of_another_judge_or_with_code_in_them_are_refused(clip, bert, t
     with pytest.raises(ModelError, match=r"holds nothing under blip\.visual_encoder"):
         build_metrics([ImageRewardConfig(weights=str(PUBLISHED / "hps.pt"), tokenizer=str(bert))], CPU)
     torch.save({"a": shutil.rmtree}, tmp_path / "bad.pt")
-    with pytest.raises(ModelError, match="cannot be read as tensors alone"):
+    with pytest.raises(ModelError, match="cannot be read as tensors only"):
         build_metrics([ImageRewardConfig(weights=str(tmp_path / "bad.pt"), tokenizer=str(bert))], CPU)
 
 
