@@ -60,8 +60,8 @@ class Comparison:
         optimizer = settings.optimizer.model_copy(update={"learning_rate": factor * settings.optimizer.learning_rate})
         settings = settings.model_copy(update={"optimizer": optimizer, "watch": None})
         config = self.config.model_copy(update={"align": {method: settings}})
-        judge = digest(self.root / config.folder("train_preference") / "model")
-        more = {"seed": self.seed, **({"judge": judge} if isinstance(settings, SampledConfig) else {})}
+        preference = digest(self.root / config.folder("train_preference") / "model")
+        more = {"seed": self.seed, **({"preference_model": preference} if isinstance(settings, SampledConfig) else {})}
         work = place("methods", config, more, root=self.root)
         folder = work / config.aligned(method, self.seed)
         if not folder.exists():

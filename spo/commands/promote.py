@@ -88,9 +88,10 @@ def find_candidate(config: Config, root: Path = Path(), method: str | None = Non
         raise ModelError(f"{lora} holds no {WEIGHTS}: a LoRA can be registered, a fully fine-tuned model cannot")
     with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if {row.get("sampler") for row in rows} != set(config.evaluate.samplers):
-        raise DataError(f"{folder}/scores.csv has other samplers than the profile; run `python -m spo evaluate` again")
-    return Candidate(name, read_json(folder / "metrics.json")[name]["released"], lora, rows)
+    metrics, deciding = read_json(folder / "metrics.json"), config.evaluate.deciding
+    if metrics.get("sampler") != deciding or {row.get("sampler") for row in rows} != set(config.evaluate.samplers):
+        raise DataError(f"{folder} is of other samplers than the profile's; run `python -m spo evaluate` again")
+    return Candidate(name, metrics[name]["released"], lora, rows)
 
 
 def register(config: Config, candidate: Candidate, root: Path = Path()) -> registry.Version:

@@ -38,7 +38,7 @@ def test_the_shipped_default_lacks_nothing(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said", "stage"),
+    ("key", "value", "message", "stage"),
     [
         ("prepare.prompts.source", "no.txt", "no.txt does not exist", "prepare"),
         ("prepare.prompts.source", "data/README.md", "of an unknown kind", "prepare"),
@@ -64,13 +64,13 @@ def test_what_is_missing_ends_its_stage_and_is_a_warning_to_the_others(
     capsys: pytest.CaptureFixture[str],
     key: str,
     value: str,
-    said: str,
+    message: str,
     stage: str,
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = changed(config, key, value)
-    with pytest.raises(ConfigError, match=rf"^{key}[.a-z]*: .*{said}") as raised:
+    with pytest.raises(ConfigError, match=rf"^{key}[.a-z]*: .*{message}") as raised:
         require(config, stage, ROOT)
     assert "\n" not in str(raised.value)
     require(config, "report", ROOT)
@@ -148,7 +148,7 @@ def test_every_text_in_a_metrics_settings_is_its_name_or_something_to_check(kind
     assert fields - {"name"} == {*kind.models, *kind.tokenizers, *kind.files}
 
 
-def test_a_disk_too_small_is_said_with_both_sizes(
+def test_a_disk_too_small_is_reported_with_both_sizes(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)

@@ -68,7 +68,9 @@ def write_evaluation(
         for i, prompt in enumerate(PROMPTS)
     ]
     write_csv(folder / "scores.csv", rows)
-    (folder / "metrics.json").write_text(json.dumps({"spo": {"released": f"seed-0/step-{seed:06d}"}}))
+    (folder / "metrics.json").write_text(
+        json.dumps({"sampler": "ddim", "spo": {"released": f"seed-0/step-{seed:06d}"}})
+    )
     report = root / config.folder("report")
     report.mkdir(parents=True, exist_ok=True)
     (report / "summary.txt").write_text("spo raises aesthetic.\n")
@@ -145,7 +147,7 @@ def test_a_champion_whose_scores_were_kept_by_eta_is_evaluated_anew(
         old = scores.read_text().replace(",sampler,", ",eta,").replace(",ddim-stochastic,", ",1.0,")
         scores.write_text(old.replace(",ddim,", ",0.0,"))
         registry.crown(promote.register(config, released, root), root)
-    with pytest.raises(DataError, match="other samplers than the profile; run `python -m spo evaluate` again"):
+    with pytest.raises(DataError, match="is of other samplers than the profile's; run `python -m spo evaluate` again"):
         promote.run(config)
     write_evaluation(config, root, gain=0.1, seed=2)
     assert promote.run(config) is not None

@@ -121,7 +121,7 @@ def test_a_registered_model_is_fetched_through_tracking(config, root, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("wanted", "message"),
     [
         ("nosuch", r"names nothing here; evaluated: \['spo'\]"),
         ("runs/nosuch", "names nothing here"),
@@ -129,18 +129,18 @@ def test_a_registered_model_is_fetched_through_tracking(config, root, monkeypatc
         ("two", "holds 2 LoRAs; name one of them"),
     ],
 )
-def test_a_name_of_nothing_is_told_with_what_there_is(config, root, tmp_path, monkeypatch, wanted, said):
+def test_a_name_of_nothing_is_answered_with_what_there_is(config, root, tmp_path, monkeypatch, wanted, message):
     (tmp_path / "base-folder").mkdir()
     for name in ("two/a", "two/b"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / WEIGHTS).touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         resolve_model(wanted, config, root)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"prompt": "  "}, "the prompt is empty"),
         ({"num": 0}, "makes no picture"),
@@ -149,9 +149,9 @@ def test_a_name_of_nothing_is_told_with_what_there_is(config, root, tmp_path, mo
         ({"out": Path(__file__)}, "is a file; name a folder"),
     ],
 )
-def test_wrong_options_are_told_before_anything_is_loaded(config, sampler, root, change, said):
+def test_wrong_options_are_refused_before_anything_is_loaded(config, sampler, root, change, message):
     options = {"prompt": PROMPT, "model": None, "seed": 0, "num": 1, "out": Path("pictures"), **change}
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         show_one(config, options.pop("prompt"), **options, sampler=sampler, root=root)
 
 
@@ -164,7 +164,7 @@ def test_a_base_alone_cannot_be_compared(config, sampler, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"guidance": 0.5}, {"eta": 2.0}])
-def test_a_sampler_out_of_range_is_told(config, wrong):
+def test_a_sampler_out_of_range_is_refused(config, wrong):
     with pytest.raises(ConfigError, match="steps must be at least 1"):
         Sampler.of(config, None, **{"steps": None, "guidance": None, "eta": None, **wrong})
 

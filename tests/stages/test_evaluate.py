@@ -32,7 +32,7 @@ TOTAL = 9 + 6 * 2 * 2  # batches: base and 8 checkpoints; base, 4 choices and an
 
 @pytest.fixture(scope="module", autouse=True)
 def few_factors():
-    """Of contrast: each of them has every picture judged again."""
+    """Of contrast: each of them scores every picture again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_scorer, "FACTORS", (1.0, 1.5))
         yield
@@ -328,18 +328,18 @@ def test_a_damaged_entry_is_made_anew(root, config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("missing", "error", "said"),
+    ("missing", "error", "message"),
     [
         ("prepare/prompts/test.txt", DataError, "run `python -m spo prepare`"),
         ("align/spo/seed-8/checkpoints", ModelError, "run `python -m spo align spo --seed 8`"),
     ],
 )
-def test_what_is_missing_is_told_with_its_stage(root, config, tmp_path, missing, error, said):
+def test_what_is_missing_is_named_with_its_stage(root, config, tmp_path, missing, error, message):
     for name in ("prepare", "align"):
         shutil.copytree(root / "runs/tiny" / name, tmp_path / "runs/tiny" / name)
     path = tmp_path / "runs/tiny" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         evaluate.run(config, root=tmp_path, tracker=NullTracker())
     assert not (tmp_path / "runs/tiny/evaluate").exists()
 

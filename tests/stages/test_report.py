@@ -368,7 +368,7 @@ def results_of(gain, guard=0.0, contrast=None, over_contrast=0.0) -> Results:
 
 
 @pytest.mark.parametrize(
-    ("gain", "said"),
+    ("gain", "message"),
     [
         (0.2, "spo raises aesthetic by 0.200 (95% interval 0.150 to 0.250) on 128 prompts"),
         (-0.2, "spo lowers aesthetic by 0.200 (95% interval 0.150 to 0.250)"),
@@ -380,29 +380,30 @@ def results_of(gain, guard=0.0, contrast=None, over_contrast=0.0) -> Results:
         (-0.05, "includes zero"),
     ],
 )
-def test_verdict_claims_a_change_only_where_the_interval_leaves_zero_out(gain, said):
-    assert said in verdicts(results_of(gain))["spo"][0]
+def test_verdict_claims_a_change_only_where_the_interval_leaves_zero_out(gain, message):
+    assert message in verdicts(results_of(gain))["spo"][0]
 
 
 @pytest.mark.parametrize(
-    ("guard", "said"), [(-0.2, "alignment with the prompt falls by 0.200"), (0.2, "rises by"), (0.01, "includes zero")]
+    ("guard", "message"),
+    [(-0.2, "alignment with the prompt falls by 0.200"), (0.2, "rises by"), (0.01, "includes zero")],
 )
-def test_verdict_tells_what_became_of_alignment(guard, said):
-    assert said in verdicts(results_of(0.2, guard))["spo"][1]
+def test_verdict_tells_what_became_of_alignment(guard, message):
+    assert message in verdicts(results_of(0.2, guard))["spo"][1]
 
 
 @pytest.mark.parametrize(
-    ("over_contrast", "said"),
+    ("over_contrast", "message"),
     [
         (0.2, "clearly less than spo"),
         (-0.3, "clearly more than spo"),
         (0.04, "not clearly less than spo: contrast may explain the gain"),
     ],
 )
-def test_verdict_weighs_the_gain_against_contrast_alone(over_contrast, said):
+def test_verdict_weighs_the_gain_against_contrast_alone(over_contrast, message):
     sentence = verdicts(results_of(0.2, contrast=0.1, over_contrast=over_contrast))["spo"][2]
     assert sentence.startswith("Contrast alone (factor 1.20) moves aesthetic by +0.100 (95% interval ")
-    assert said in sentence
+    assert message in sentence
 
 
 def test_a_score_that_was_not_measured_is_no_verdict():
@@ -482,6 +483,8 @@ def test_folder_without_git_is_told_so(tmp_path):
     assert git_commit(tmp_path) == "not in a git repository"
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(1.234, "1.2 s"), (59.4, "59 s"), (480, "8 min"), (7260, "2 h 01 min")])
-def test_durations_read_well(seconds, said):
-    assert duration(seconds) == said
+@pytest.mark.parametrize(
+    ("seconds", "message"), [(1.234, "1.2 s"), (59.4, "59 s"), (480, "8 min"), (7260, "2 h 01 min")]
+)
+def test_durations_read_well(seconds, message):
+    assert duration(seconds) == message
