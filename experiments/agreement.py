@@ -1,9 +1,9 @@
-"""How often quicker ways to judge candidates choose the same win and lose.
+"""How often quicker ways to score candidates choose the same win and lose.
 
     python -m experiments.agreement --size tiny                                   # the embedded default
     python -m experiments.agreement --size sd15 --tiny-vae madebyollin/taesd      # needs a GPU
 
-Every way judges the same candidates: what is drawn never depends on scores. The tiny autoencoder's agreement means
+Every way scores the same candidates: what is drawn never depends on scores. The tiny autoencoder's agreement means
 something only where both autoencoders are trained; without --tiny-vae it is left out.
 """
 
@@ -24,7 +24,7 @@ from spo.runtime.libraries import set_up_libraries
 
 
 def rollout_pairs(system: System, dtype: torch.dtype) -> Pairs:
-    """The pairs of one batch, all kept, judged in a dtype."""
+    """The pairs of one batch, all kept, scored in a dtype."""
     policy = system.policy
     scorer = PreferenceScorer(system.preference, device=policy.device, dtype=dtype)
     settings = system.settings.model_copy(update={"threshold": 0.0})

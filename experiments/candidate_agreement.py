@@ -1,12 +1,12 @@
-"""What SPO needs of its judge: whether it puts candidates of one x_t in the right order.
+"""Whether a preference model puts candidates of one x_t in the right order, as SPO needs.
 
     python -m experiments.candidate_agreement [MODEL ...] [--prompts 69] [--candidates 4]
 
 MODEL is a folder of a step-aware preference model (default: the one that `python -m spo train_preference` left). The
-base is sampled on the validation prompts as SPO samples it. Of the model's best and worst candidate at each step, where
-SPO would keep that pair, an independent metric tells which is better. The share of pairs in which both agree is told by
-the timestep of the judgement and by score, with 95% intervals over prompts; .5 is chance. Accuracy on pairs of
-different pictures, which the pipeline measures, says little of this: such pairs differ in much that is easily told.
+base is sampled on the validation prompts as SPO samples it. At each step SPO would keep some pairs of
+the model's best and worst candidate; an independent metric decides which of the two is better. The table has the share
+of pairs on which both agree, by timestep and score, with 95% intervals over prompts; .5 is chance. Accuracy on pairs of
+different pictures, which the pipeline measures, says little about this: such pairs differ in more than finish.
 """
 
 import argparse
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 
 class Recorder:
-    """A scorer that remembers what it said of images, and what independent metrics say."""
+    """A scorer that records its scores of images, and those of independent metrics."""
 
     def __init__(self, scorer: Scorer, others: Callable[[Tensor], Scores]):
         self.scorer = scorer
@@ -58,12 +58,12 @@ class Recorder:
 
 
 def measure(config: Config, scorer: Scorer, prompts: Sequence[str], settings: SpoConfig) -> list[Row]:
-    """A row for each timestep that candidates are judged at, and for all of them together."""
+    """A row for each timestep at which candidates are scored, and for all of them together."""
     model = build(config.model, config.sampling, best_device())
     needed = (config.evaluate.primary, *config.evaluate.guarded)
-    judges = build_metrics(config.evaluate.metrics, model.device, needed=needed)
+    metrics = build_metrics(config.evaluate.metrics, model.device, needed=needed)
     k = settings.candidates
-    recorder = Recorder(scorer, lambda images: metric_scores(judges, images, [*prompts] * k))
+    recorder = Recorder(scorer, lambda images: metric_scores(metrics, images, [*prompts] * k))
     noise = KeyedNoise(config.evaluate.seed, 0, range(len(prompts)), model.timesteps.device)
     with torch.no_grad():
         for _ in rollout(
@@ -123,11 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--method",
         default="spo",
-        help="an SPO of the profile's `align`: its steps, candidates, threshold, what its judge is told",
+        help="an SPO of the profile's `align`, for its steps, candidates, threshold and preference model's timestep",
     )
     parser.add_argument("--prompts", type=at_least(2), help="of the validation prompts (default: all)")
     parser.add_argument("--candidates", type=at_least(2), help="(default: the method's own)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/judge_order.csv"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/candidate_agreement.csv"))
     options = parser.parse_args(arguments)
     set_up_libraries()
     config = load_config()
@@ -141,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     everything: list[Row] = []
     for folder in options.models or [workspace.preference_model]:
         scorer: Scorer = PreferenceScorer(load_preference_model(folder), device=best_device())
-        told = 0 if config.train_preference.blind else settings.judged_at
-        scorer = scorer if told is None else BlindScorer(scorer, told)
+        fixed = 0 if config.train_preference.blind else settings.judged_at
+        scorer = scorer if fixed is None else BlindScorer(scorer, fixed)
         rows = measure(config, scorer, prompts, settings)
         everything += [{"model": str(folder), **row} for row in rows]
         print(f"{folder}\n\n{show(rows, (config.evaluate.primary, *config.evaluate.guarded))}\n")

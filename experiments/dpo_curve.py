@@ -79,8 +79,8 @@ def _measured(config: Config, name: str, checkpoints: Sequence[Path], work: Path
     return rows
 
 
-def told(rows: Sequence[Row], config: Config) -> list[str]:
-    """What each other method's curve says of the best that any of Diffusion-DPO's runs comes to, in words."""
+def sentences(rows: Sequence[Row], config: Config) -> list[str]:
+    """Compare each other method's curve with the best score of all of Diffusion-DPO's runs."""
     evaluate = config.evaluate
 
     def points(some: Sequence[Row]) -> list[Point]:
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config.model_copy(update={"evaluate": runs[0].evaluate})
     rows = curve(config, runs, seed=options.seed, against=options.against, root=Path())
     write_csv(options.out, rows)
-    print("\n".join([*told(rows, config), str(options.out)]))
+    print("\n".join([*sentences(rows, config), str(options.out)]))
     return 0
 
 

@@ -8,7 +8,7 @@ from spo.report.plots import Line, Span, interval_chart, line_chart
 from spo.runtime.files import write_text
 
 FOLDER = Path("docs/experiments")
-FULL = "2700"  # preference_steps of a judge that learns as long as the shipped one
+FULL = "2700"  # preference_steps of a preference model that learns as long as the shipped one
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -23,7 +23,7 @@ def series(row: dict[str, str]) -> str:
     return "SPO" if row["preference_steps"] == FULL else "SPO short"
 
 
-SERIES = ("SPO", "SPO short", "DPO mixed", "DPO one")  # of judge, and of the pairs' checkpoints
+SERIES = ("SPO", "SPO short", "DPO mixed", "DPO one")  # of the preference model, and of the pairs' checkpoints
 
 
 def sweep(name: str, score: str, *, over: str, share: str | None = None, temperature: str | None = None) -> str:

@@ -62,8 +62,8 @@ class Comparison:
         optimizer = settings.optimizer.model_copy(update={"learning_rate": factor * settings.optimizer.learning_rate})
         settings = settings.model_copy(update={"optimizer": optimizer, "watch": None})
         config = self.config.model_copy(update={"align": {method: settings}})
-        judge = digest(Workspace(config, self.root).preference_model)
-        more = {"seed": self.seed, **({"judge": judge} if settings.needs_preference_model else {})}
+        preference = digest(Workspace(config, self.root).preference_model)
+        more = {"seed": self.seed, **({"preference_model": preference} if settings.needs_preference_model else {})}
         work = place("methods", config, more, root=self.root)
         workspace = Workspace(config, work)
         folder = workspace.aligned(method, self.seed)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.config import ModelConfig, SamplingConfig
+from spo.config import ModelConfig, SamplerConfig, SamplingConfig
 from spo.data.images import decode_image
 from spo.data.preferences import PreferencePairs
 from spo.models.generate import eight_bits, generate, image_seed
@@ -40,8 +40,8 @@ class Pictures:
         return combine(self.finish, self.alignment, self.layout, share=share)
 
 
-def judged(pixels: Tensor, prompts: Sequence[str], images: Sequence[bytes] = ()) -> Pictures:
-    """8-bit pictures (n, 3, side, side) of n prompts, with the oracle's judgement of them."""
+def scored(pixels: Tensor, prompts: Sequence[str], images: Sequence[bytes] = ()) -> Pictures:
+    """8-bit pictures (n, 3, side, side) of n prompts, with the oracle's scores."""
     seen = oracle_scores(pixels / 255, prompts)
     finish = seen["vivid"] + seen["crisp"] + seen["clean"]
     return Pictures(pixels, list(prompts), finish, seen["alignment"], seen["centred"], list(images))
@@ -57,7 +57,7 @@ def prepared_pictures(prepared: Prepared) -> Pictures:
             known |= {(pair.caption, pair.image_0): None, (pair.caption, pair.image_1): None}
     prompts, images = [prompt for prompt, _ in known], [image for _, image in known]
     pixels = torch.from_numpy(np.stack([np.array(decode_image(image)) for image in images])).permute(0, 3, 1, 2)
-    return judged(pixels, prompts, images)
+    return scored(pixels, prompts, images)
 
 
 def lessons(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int) -> Pictures:
@@ -68,7 +68,7 @@ def lessons(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int) 
     if not file.exists():
         made = list(sample_pool([base], prompts, per_prompt=per_prompt, chunk=RECIPE.chunk, generator=generator(7)))
         _keep(file, torch.cat([pictures for _, pictures in made]), torch.cat([rows for rows, _ in made]))
-    return judged(*_kept(file, prompts))
+    return scored(*_kept(file, prompts))
 
 
 def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int, steps: int) -> Pictures:
@@ -81,15 +81,13 @@ def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt:
             model,
             wanted,
             [image_seed(2, prompt, i % per_prompt) for i, prompt in enumerate(wanted)],
-            steps=steps,
-            guidance_scale=model.guidance_scale,
-            eta=model.eta,
+            sampler=SamplerConfig(steps=steps, guidance_scale=model.guidance_scale, eta=model.eta),
             batch_size=RECIPE.chunk,
             label="pictures of the base",
         )
         _keep(file, eight_bits(pictures), rows)
     pixels, names = _kept(file, prompts)
-    return judged(pixels, names, [to_jpeg(picture / 255) for picture in pixels])
+    return scored(pixels, names, [to_jpeg(picture / 255) for picture in pixels])
 
 
 def _keep(file: Path, pictures: Tensor, rows: Tensor) -> None:

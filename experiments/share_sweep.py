@@ -123,10 +123,10 @@ class Sweep:
             write_json(folder / "labels.json", write_pairs(splits, pairs, cell.opinion, seed=cell.seed))
         config = self.config.model_copy(update={"seed": cell.seed})
         if any(settings.needs_preference_model for settings in config.align.values()):
-            judge = self.work / "judges" / cell.taste
-            if not judge.exists():
-                self.teacher.teach(cell.opinion, judge, seed=cell.seed)
-            preference = config.train_preference.model_copy(update={"start_from": str(judge), "checkpoint": None})
+            start = self.work / "preference-models" / cell.taste
+            if not start.exists():
+                self.teacher.teach(cell.opinion, start, seed=cell.seed)
+            preference = config.train_preference.model_copy(update={"start_from": str(start), "checkpoint": None})
             config = config.model_copy(update={"train_preference": preference})
             if not Workspace(config, folder).train_preference.exists():
                 preference_stage.run(config, root=folder, tracker=NullTracker())

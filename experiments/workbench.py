@@ -66,12 +66,12 @@ class Ruler:
             split: tasks(Workspace(config, root).prepared, split, count, 1, self.config.seed)
             for split, count in zip(SPLITS, counts, strict=True)
         }
-        self.studio = ImageScorer(config, root)
+        self.image_scorer = ImageScorer(config, root)
 
     def scores(self, name: str, checkpoint: Path | None, split: str) -> Scores:
         """Scores (n,) by name; without a checkpoint the base's."""
-        subject = ModelVariant(name, checkpoint=checkpoint)
-        return self.studio.scores(subject, self.tasks[split], self.config.etas[0], split=split)
+        variant = ModelVariant(name, checkpoint=checkpoint)
+        return self.image_scorer.scores(variant, self.tasks[split], self.config.deciding, split=split)
 
     def differences(self, scores: Scores, other: Scores, split: str) -> dict[str, Difference]:
         """How far `scores` are above `other`, by name, with 95% intervals over prompts."""

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from spo.config import Config, load_config
+from spo.config import Config, EvaluateConfig, load_config
 from spo.errors import ConfigError
 from spo.workspace import Workspace
 
@@ -24,7 +24,7 @@ def project(
     values = copy.deepcopy(TINY)
     change(values)
     (folder / "configs").mkdir()
-    (folder / "configs" / "mine.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (folder / "configs" / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     (folder / "params.yaml").write_text(params, encoding="utf-8")
     return folder
 
@@ -69,6 +69,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         (lambda v: v["evaluate"].update(loras={"a/b": "a/b"}), r"evaluate\.loras\.a/b.*: String should match pattern"),
         (lambda v: v["evaluate"].update(loras={"a": {"file": "b"}}), r"evaluate\.loras\.a\.source: Field required"),
         (lambda v: v["prepare"].pop("preferences"), r"prepare\.preferences is missing: .*train_preference\.checkpoint"),
+        (lambda v: v["evaluate"].update(samplers={}), r"evaluate\.samplers: .*at least 1 item"),
+        (lambda v: v["evaluate"]["samplers"].update({"a b": {}}), r"evaluate\.samplers\.a b.*: String should match"),
+        (lambda v: v["evaluate"]["samplers"]["ddim"].update(eta=2), r"evaluate\.samplers\.ddim\.eta: .* got 2"),
+        (lambda v: v["evaluate"].update(etas=[0]), r"evaluate\.etas: unknown key"),
         (lambda v: v["evaluate"].update(metrics=[]), r"evaluate\.metrics: .*at least 1 item"),
         (lambda v: v["train_preference"].update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
         (
@@ -122,3 +126,19 @@ def test_a_file_that_is_no_mapping_is_told(tmp_path: Path, params: str, said: st
 def test_another_folder_is_told_to_be_left(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run from the project's folder"):
         load_config(tmp_path)
+
+
+def test_the_first_sampler_of_a_profile_decides(tmp_path: Path) -> None:
+    dpmpp = {"scheduler": "DPMSolverMultistepScheduler", "options": {"use_karras_sigmas": True}, "steps": 25}
+    samplers = {"dpmpp": dpmpp, "ddim": {"eta": 0.0}}
+    found = load_config(project(tmp_path, lambda v: v["evaluate"].update(samplers=samplers))).evaluate
+    assert (list(found.samplers), found.deciding) == (["dpmpp", "ddim"], "dpmpp")
+    assert found.samplers["dpmpp"].description == (
+        "DPMSolverMultistepScheduler, 25 steps, guidance 5, use_karras_sigmas=True"
+    )
+
+
+@pytest.mark.parametrize("profile", ["tiny", "sd15", "sdxl"])
+def test_the_shipped_samplers_are_the_default(profile: str) -> None:
+    samplers = load_config(ROOT, profile).evaluate.samplers
+    assert samplers == EvaluateConfig.model_fields["samplers"].get_default(call_default_factory=True)

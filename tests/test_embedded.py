@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spo.config import load_config
+from spo.config import SamplerConfig, load_config
 from spo.data.prompts import split_prompts
 from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
@@ -34,9 +34,7 @@ def test_the_base_knows_its_prompts_and_finishes_pictures_indifferently(monkeypa
         build(CONFIG.model, CONFIG.sampling, "cpu"),
         prompts,
         [image_seed(11, prompt, 0) for prompt in prompts],
-        steps=20,
-        guidance_scale=5.0,
-        eta=0.0,
+        sampler=SamplerConfig(eta=0.0),
         batch_size=48,
         label="base",
     )

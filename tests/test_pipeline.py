@@ -86,7 +86,7 @@ def make_project(root: Path, family: str) -> Path:
         "evaluate": {
             "num_prompts": 4,
             "num_validation_prompts": 3,
-            "steps": 3,
+            "samplers": {"ddim": {"steps": 3, "eta": 0.0}, "ddim-stochastic": {"steps": 3, "eta": 1.0}},
             "batch_size": 4,
             "metrics": [{"kind": "oracle"}, {"kind": "clip", "name": "clipscore", "model": "clip"}],
             "primary": "aesthetic",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spo.commands.options import MODELS, Eta, FirstSeed, Guidance, Num, Pictures, Profile, Prompt, Steps
+from spo.commands.options import MODELS, Eta, FirstSeed, Guidance, Num, Pictures, Profile, Prompt, SamplerName, Steps
 from spo.config import load_config
 from spo.runtime.libraries import set_up_libraries
 
@@ -18,6 +18,7 @@ def compare(
     seed: FirstSeed = 0,
     num: Num = 4,
     out: Pictures = Path("pictures"),
+    sampler: SamplerName = None,
     steps: Steps = None,
     guidance: Guidance = None,
     eta: Eta = None,
@@ -31,6 +32,6 @@ def compare(
     set_up_libraries()
     from spo.evaluation.sample_images import Sampler, show_side_by_side
 
-    sampler = Sampler.of(config, steps=steps, guidance=guidance, eta=eta)
+    settings = Sampler.of(config, sampler, steps=steps, guidance=guidance, eta=eta)
     models = model or []
-    print(show_side_by_side(config, prompt, models=models, seed=seed, num=num, out=out, sampler=sampler, root=Path()))
+    print(show_side_by_side(config, prompt, models=models, seed=seed, num=num, out=out, sampler=settings, root=Path()))

@@ -40,12 +40,12 @@ def export(
     source = resolve_model(checkpoint or method, config)
     if source.lora is None:
         raise SpoError(
-            f"there is nothing to export: {source.told}; run `python -m spo evaluate`, or name a --checkpoint"
+            f"there is nothing to export: {source.description}; run `python -m spo evaluate`, or name a --checkpoint"
         )
     denoiser = build(config.model, config.sampling, "cpu")
     load_policy(denoiser.network, source.lora)
     export(denoiser.network, format, out)
-    print(f"{out}: {format} of {source.told}")
+    print(f"{out}: {format} of {source.description}")
 
 
 def require_new(out: Path) -> None:

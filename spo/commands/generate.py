@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spo.commands.options import MODELS, Eta, FirstSeed, Guidance, Num, Pictures, Profile, Prompt, Steps
+from spo.commands.options import MODELS, Eta, FirstSeed, Guidance, Num, Pictures, Profile, Prompt, SamplerName, Steps
 from spo.config import load_config
 from spo.runtime.libraries import set_up_libraries
 
@@ -18,6 +18,7 @@ def generate(
     seed: FirstSeed = 0,
     num: Num = 1,
     out: Pictures = Path("pictures"),
+    sampler: SamplerName = None,
     steps: Steps = None,
     guidance: Guidance = None,
     eta: Eta = None,
@@ -28,6 +29,6 @@ def generate(
     set_up_libraries()
     from spo.evaluation.sample_images import Sampler, show_one
 
-    sampler = Sampler.of(config, steps=steps, guidance=guidance, eta=eta)
-    paths = show_one(config, prompt, model=model, seed=seed, num=num, out=out, sampler=sampler, root=Path())
+    settings = Sampler.of(config, sampler, steps=steps, guidance=guidance, eta=eta)
+    paths = show_one(config, prompt, model=model, seed=seed, num=num, out=out, sampler=settings, root=Path())
     print("\n".join(map(str, paths)))

@@ -25,6 +25,7 @@ from spo.config import Config
 from spo.data.preferences import PairWriter, read_pairs
 from spo.data.prompts import read_prompts
 from spo.errors import DataError, SpoError
+from spo.models.schedulers import build_scheduler
 from spo.pipeline import PIPELINE, STAGES
 from spo.runtime.files import read_json
 from spo.runtime.text import duration
@@ -164,9 +165,10 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     evaluate = config.evaluate
     columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
     checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)
-    images = evaluate.num_prompts * evaluate.images_per_prompt * len(evaluate.etas) * columns
-    images += evaluate.num_validation_prompts * (1 + checkpoints)
-    return {**counts, "evaluate": 2.0 * evaluate.steps * images}
+    test, validation = evaluate.num_prompts * evaluate.images_per_prompt * columns, evaluate.num_validation_prompts
+    steps = {name: len(build_scheduler(sampler).timesteps) for name, sampler in evaluate.samplers.items()}
+    sampled = test * sum(steps.values()) + validation * (1 + checkpoints) * steps[evaluate.deciding]
+    return {**counts, "evaluate": 2.0 * sampled}
 
 
 def _seconds_a_forward(config: Config, folder: Path) -> float:

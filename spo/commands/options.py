@@ -14,8 +14,10 @@ Prompt = Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)]
 FirstSeed = Annotated[int, typer.Option(help="Seed of the first picture; each further picture takes the next seed.")]
 Num = Annotated[int, typer.Option(help="Number of pictures.")]
 Pictures = Annotated[Path, typer.Option(metavar="PATH", help="Folder of the pictures.")]
-Steps = Annotated[int | None, typer.Option(help="Sampling steps (default: as in the evaluation).")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (default: as in the evaluation).")]
-Eta = Annotated[
-    float | None, typer.Option(help="Noise while sampling: 0 none, 1 as in DDPM (default: as in the evaluation).")
+SamplerName = Annotated[
+    str | None,
+    typer.Option("--sampler", metavar="NAME", help="A sampler of evaluate.samplers (default: the first)."),
 ]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps (default: the sampler's).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (default: the sampler's).")]
+Eta = Annotated[float | None, typer.Option(help="Noise while sampling: 0 none, 1 as in DDPM (default: the sampler's).")]

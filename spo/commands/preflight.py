@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo.commands.disk_estimate import room, size_of
-from spo.config import ClipMetricConfig, Config
+from spo.config import Config, MetricConfig
+from spo.config.metrics import split_hub_file
 from spo.errors import ConfigError
 from spo.pipeline import DISTRIBUTED
 from spo.runtime.hub import is_name
@@ -41,7 +42,7 @@ def require(config: Config, stage: str, root: Path) -> None:
 
 def findings(config: Config, root: Path) -> list[Finding]:
     """All there is to say about the profile's files, models and disk."""
-    return [*_data(config, root), *_models(config), *_disk(config, root)]
+    return [*_data(config, root), *_models(config), *_samplers(config), *_disk(config, root)]
 
 
 def _data(config: Config, root: Path) -> Iterator[Finding]:
@@ -87,14 +88,14 @@ def _models(config: Config) -> Iterator[Finding]:
             yield _repository("train_preference.processor", preference.processor, None, ("train_preference",))
     needed = {evaluate.primary, *evaluate.guarded}
     for metric in evaluate.metrics:
-        if isinstance(metric, ClipMetricConfig) and metric.name in needed:
-            yield _repository(f"evaluate.metrics.{metric.name}", metric.model, "config.json", ("evaluate",))
+        if needed & set(metric.scores):
+            yield from _metric(f"evaluate.metrics.{metric.scores[0]}", metric, "evaluate")
     for name in config.methods:
         method = config.align[name]
         for key, repository in method.repositories().items():
             yield _repository(f"align.{name}.{key}", repository, "config.json", ("align",))
-        if method.watch and isinstance(method.watch.metric, ClipMetricConfig):
-            yield _repository(f"align.{name}.watch.metric", method.watch.metric.model, "config.json", ("align",))
+        if method.watch and method.watch.stop_after_worse:  # else the training goes on without the metric
+            yield from _metric(f"align.{name}.watch.metric", method.watch.metric, "align")
     for name, lora in evaluate.loras.items():
         path = Path(lora.source)
         if path.is_file():
@@ -107,6 +108,36 @@ def _models(config: Config) -> Iterator[Finding]:
         path = Path(config.launch.accelerate_config)
         good, detail = _file(path, (".yaml", ".yml", ".json"))
         yield Finding("launch.accelerate_config", good, f"{path} {detail}", DISTRIBUTED)
+
+
+def _metric(what: str, metric: MetricConfig, stage: str) -> Iterator[Finding]:
+    """A finding for each repository and file of a metric."""
+    for fields, file in ((metric.models, "config.json"), (metric.tokenizers, None)):
+        for field in fields:
+            if (source := getattr(metric, field)) is not None:
+                yield _repository(f"{what}.{field}", source, file, (stage,))
+    for field in metric.files:
+        source = getattr(metric, field)
+        path, on_hub = Path(source), split_hub_file(source)
+        if path.is_file():
+            good, detail = True, f"is there, {_size(path.stat().st_size)}"
+        elif on_hub is not None:
+            good, detail = _hub(*on_hub)
+        else:
+            good, detail = False, "is no file here; put one there, or name one of the hub as OWNER/NAME/FILE"
+        yield Finding(f"{what}.{field}", good, f"{source} {detail}", (stage,))
+
+
+def _samplers(config: Config) -> Iterator[Finding]:
+    from spo.models.schedulers import build_scheduler  # slow to import, and every command would
+
+    for name, sampler in config.evaluate.samplers.items():
+        good, detail = True, sampler.description
+        try:
+            build_scheduler(sampler)
+        except ConfigError as error:
+            good, detail = False, str(error)
+        yield Finding(f"evaluate.samplers.{name}", good, detail, ("evaluate",))
 
 
 def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...]) -> Finding:
@@ -139,8 +170,8 @@ def _disk(config: Config, root: Path) -> Iterator[Finding]:
     for stage, wanted in room(config, root).items():
         needed = left + max(0.0, wanted.kept + wanted.passing - wanted.there)
         left += 0.0 if wanted.there else wanted.kept
-        mend = "" if free > needed else "; make room, or move the project"
-        detail = f"{_size(free)} are free, about {_size(needed)} will be needed{mend}"
+        remedy = "" if free > needed else "; make room, or move the project"
+        detail = f"{_size(free)} are free, about {_size(needed)} will be needed{remedy}"
         yield Finding(f"disk for {stage}", free > needed, detail, (stage,))
 
 

@@ -1,10 +1,9 @@
-"""Make the evaluated LoRA a version of the registered model, and champion if it has earned it.
+"""Register the evaluated LoRA as a version of the registered model; make it champion if it passes the rule.
 
-The candidate is the LoRA that `evaluate` released for the method: of its training seeds and checkpoints the one that
-the rule of choice prefers on the validation prompts. It is held against the present champion, or the base where there
-is none, on the test prompts, by the rule in spo/evaluation/promotion.py. A champion that was evaluated under other
-conditions (prompts, seeds, sampler, metrics, base or code) is evaluated anew first. Decision and reasons are written
-on the version.
+The candidate is the LoRA that `evaluate` released for the method. It is compared with the present champion, or with the
+base if there is none, on the test prompts, by the rule in spo/evaluation/promotion.py. A champion that was evaluated
+under other conditions (prompts, seeds, samplers, metrics, base or code) is first evaluated anew. The version keeps the
+decision and its reasons.
 """
 
 import csv
@@ -28,7 +27,7 @@ from spo.workspace import Workspace
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An evaluated LoRA, with what its evaluation says."""
+    """An evaluated LoRA and its scores."""
 
     method: str
     released: str  # seed-<training seed>/step-<rollouts>
@@ -47,9 +46,9 @@ class Candidate:
 def run(
     config: Config, *, root: Path = Path(), method: str | None = None, against_base: bool = False
 ) -> Decision | None:
-    """Register the candidate and decide; None where it is the champion already.
+    """Register the candidate and decide; None if it is the champion already.
 
-    against_base: leave the champion out of account, e.g. after the base model was changed.
+    against_base: compare with the base and ignore the champion, e.g. after a change of the base model.
     """
     candidate = find_candidate(config, root, method)
     version = register(config, candidate, root)
@@ -67,18 +66,18 @@ def run(
         name=name,
         primary=config.evaluate.primary,
         tolerances=tolerances(config),
-        deciding_eta=config.evaluate.etas[0],
+        deciding=config.evaluate.deciding,
         samples=config.evaluate.bootstrap_samples,
     )
     _record(decision, version, present, candidate, config, root)
-    print(f"{version.name}: {version.description} {decision.words}")
+    print(f"{version.name}: {version.description} {decision.description}")
     for reason in decision.reasons:
         print(f"  {reason}")
     return decision
 
 
 def find_candidate(config: Config, root: Path = Path(), method: str | None = None) -> Candidate:
-    """What `evaluate` released for the method (default: promote.method, or else the profile's first)."""
+    """The LoRA that `evaluate` released for the method (default: promote.method, or else the profile's first)."""
     name = method or config.promote.method or config.methods[0]
     workspace = Workspace(config, root)
     folder = workspace.evaluate
@@ -91,11 +90,14 @@ def find_candidate(config: Config, root: Path = Path(), method: str | None = Non
         raise ModelError(f"{lora} holds no {WEIGHTS}: a LoRA can be registered, a fully fine-tuned model cannot")
     with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return Candidate(name, read_json(folder / "metrics.json")[name]["released"], lora, rows)
+    metrics, deciding = read_json(folder / "metrics.json"), config.evaluate.deciding
+    if metrics.get("sampler") != deciding or {row.get("sampler") for row in rows} != set(config.evaluate.samplers):
+        raise DataError(f"{folder} is of other samplers than the profile's; run `python -m spo evaluate` again")
+    return Candidate(name, metrics[name]["released"], lora, rows)
 
 
 def register(config: Config, candidate: Candidate, root: Path = Path()) -> registry.Version:
-    """Its version of the registered model, described by its evaluation."""
+    """Register the candidate with a description of its evaluation."""
     evaluated, reported = Workspace(config, root).evaluate, Workspace(config, root).report
     files = [evaluated / name for name in ("scores.csv", "metrics.json", "means.csv", "comparisons.csv", "samples.png")]
     files += [reported / name for name in ("report.html", "summary.txt")]
@@ -113,7 +115,7 @@ def register(config: Config, candidate: Candidate, root: Path = Path()) -> regis
 
 
 def register_released(config: Config, root: Path = Path()) -> None:
-    """Register what has just been evaluated and reported; where that cannot be, say so and no more."""
+    """Register the LoRA that was just evaluated and reported; if that fails, only print a warning."""
     try:
         with tracking.spoken(root):
             version = register(config, find_candidate(config, root), root)
@@ -130,7 +132,7 @@ def tolerances(config: Config) -> dict[str, float]:
 
 
 def _scores_of(champion: registry.Version, candidate: Candidate, config: Config, root: Path) -> Scored:
-    """The champion's scores of the candidate's images: those kept with it, or new ones if conditions have changed."""
+    """The champion's scores of the candidate's images: the kept ones, or new ones if conditions have changed."""
     folder = tracking.fetch_model(champion.uri, root)
     if champion.tags.get("spo.fingerprint") == fingerprint(candidate.base):
         with (folder / "evaluation" / "scores.csv").open(newline="", encoding="utf-8") as file:
@@ -140,20 +142,20 @@ def _scores_of(champion: registry.Version, candidate: Candidate, config: Config,
         f"{champion.description}, the champion, was evaluated under other conditions; it is evaluated anew", flush=True
     )
     images = list(candidate.scores)
-    subject = ModelVariant("champion", checkpoint=lora_within(folder))
-    studio = ImageScorer(config, root)
+    variant = ModelVariant("champion", checkpoint=lora_within(folder))
+    image_scorer = ImageScorer(config, root)
     found = {}
     try:
-        for eta in dict.fromkeys(image[0] for image in images):
-            of_eta = [image for image in images if image[0] == eta]
-            tasks = [Task(i, j, prompt, image_seed(config.evaluate.seed, prompt, j)) for _, i, j, prompt in of_eta]
-            scores = studio.scores(subject, tasks, eta, split="test")
-            for k, image in enumerate(of_eta):
+        for sampler in dict.fromkeys(image[0] for image in images):
+            own = [image for image in images if image[0] == sampler]
+            tasks = [Task(i, j, prompt, image_seed(config.evaluate.seed, prompt, j)) for _, i, j, prompt in own]
+            scores = image_scorer.scores(variant, tasks, sampler, split="test")
+            for k, image in enumerate(own):
                 found[image] = {name: values[k].item() for name, values in scores.items()}
     except ModelError as error:
         raise ModelError(
             f"{champion.description}, the champion, does not fit the present base: {error}; "
-            "`python -m spo promote --against-base` leaves it out of account"
+            "`python -m spo promote --against-base` ignores it"
         ) from None
     return found
 
@@ -166,26 +168,26 @@ def _record(
     config: Config,
     root: Path,
 ) -> None:
-    """Move the alias or leave it, and write why on the version."""
+    """Write the decision on the version, and give it the alias if it was promoted."""
     tags = {
         "promotion": "promoted" if decision.promoted else "not promoted",
         "promotion.against": decision.rival,
         "promotion.reasons": "\n".join(decision.reasons),
     }
     reasons = "\n".join(f"- {reason}" for reason in decision.reasons)
-    text = f"{_description(candidate, config, root)}\n\n**{decision.words}**\n\n{reasons}"
+    text = f"{_description(candidate, config, root)}\n\n**{decision.description}**\n\n{reasons}"
     registry.describe(version, root, tags=tags, description=text)
     if decision.promoted:
         registry.crown(version, root)
 
 
 def _headline(candidate: Candidate, config: Config) -> dict[str, str]:
-    """The figures of the verdict, as tags: mean and difference from the base under the deciding sampler."""
-    eta = config.evaluate.etas[0]
-    tags = {}
+    """Tags: means and differences from the base with the deciding sampler."""
+    sampler = config.evaluate.deciding
+    tags = {"evaluation.sampler": f"{sampler} ({config.evaluate.samplers[sampler].description})"}
     for metric in (config.evaluate.primary, *config.evaluate.guarded):
-        values = [scores[metric] for image, scores in candidate.scores.items() if image[0] == eta]
-        base = [scores[metric] for image, scores in candidate.base.items() if image[0] == eta]
+        values = [scores[metric] for image, scores in candidate.scores.items() if image[0] == sampler]
+        base = [scores[metric] for image, scores in candidate.base.items() if image[0] == sampler]
         mean = sum(values) / len(values)
         tags[f"evaluation.{metric}"] = f"{mean:.4f}"
         tags[f"evaluation.{metric}.vs_base"] = f"{mean - sum(base) / len(base):+.4f}"
@@ -194,5 +196,5 @@ def _headline(candidate: Candidate, config: Config) -> dict[str, str]:
 
 def _description(candidate: Candidate, config: Config, root: Path) -> str:
     summary = Workspace(config, root).report / "summary.txt"
-    told = summary.read_text(encoding="utf-8").strip() if summary.is_file() else "There is no report of it yet."
-    return f"{candidate.method}, {candidate.released}, profile {config.profile}\n\n```\n{told}\n```"
+    text = summary.read_text(encoding="utf-8").strip() if summary.is_file() else "There is no report yet."
+    return f"{candidate.method}, {candidate.released}, profile {config.profile}\n\n```\n{text}\n```"

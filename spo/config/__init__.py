@@ -18,7 +18,7 @@ from spo.config.align import (
     WatchConfig,
 )
 from spo.config.base import Section
-from spo.config.evaluate import EvaluateConfig, LoraSource, PromoteConfig
+from spo.config.evaluate import EvaluateConfig, LoraSource, PromoteConfig, SamplerConfig
 from spo.config.metrics import (
     AestheticConfig,
     ClipMetricConfig,
@@ -61,6 +61,7 @@ __all__ = [
     "PromptsConfig",
     "SafetyConfig",
     "SampledConfig",
+    "SamplerConfig",
     "SamplingConfig",
     "ScoringConfig",
     "Section",

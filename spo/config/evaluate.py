@@ -21,13 +21,38 @@ class LoraSource(Section):
         return {"source": value} if isinstance(value, str) else value
 
 
+class SamplerConfig(Section):
+    """A sampler of images: a scheduler of diffusers and its settings."""
+
+    scheduler: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")] = "DDIMScheduler"  # a class of diffusers
+    steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=1)] = 5.0
+    eta: Fraction | None = None  # 0: each step adds no noise; 1: DDPM's noise; None: 0, or the scheduler has no eta
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)  # settings of the scheduler
+
+    @property
+    def description(self) -> str:
+        """The settings, e.g. 20 steps, guidance 5, eta 0."""
+        return ", ".join(
+            [
+                *([] if self.scheduler == "DDIMScheduler" else [self.scheduler]),
+                f"{self.steps} steps, guidance {self.guidance_scale:g}",
+                *([] if self.eta is None else [f"eta {self.eta:g}"]),
+                *(f"{name}={value}" for name, value in self.options.items()),
+            ]
+        )
+
+
+def _ddim() -> dict[str, SamplerConfig]:
+    return {"ddim": SamplerConfig(eta=0.0), "ddim-stochastic": SamplerConfig(eta=1.0)}
+
+
 class EvaluateConfig(Section):
     num_prompts: Positive  # of the test split, each with `images_per_prompt` seeds
     num_validation_prompts: Positive  # on which each method's checkpoint is chosen
     images_per_prompt: Positive = 1
-    steps: Positive = 20
-    guidance_scale: Annotated[float, Field(ge=1)] = 5.0
-    etas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, 1.0)  # the samplers; the first one decides
+    samplers: Annotated[dict[Name, SamplerConfig], Field(min_length=1)] = Field(default_factory=_ddim)
+    # by name; the first one chooses checkpoints and decides
     batch_size: Positive = 64
     seed: int = 1234
     metrics: Annotated[tuple[MetricConfig, ...], Field(min_length=1)]
@@ -36,6 +61,11 @@ class EvaluateConfig(Section):
     guard_tolerance: Annotated[float, Field(ge=0)] = 0.005  # fall of a guarded mean that choosing forgives
     loras: dict[Name, LoraSource] = Field(default_factory=dict)  # columns of published LoRAs
     bootstrap_samples: Positive = 10_000
+
+    @property
+    def deciding(self) -> str:
+        """The name of the sampler that chooses checkpoints and decides: the first one."""
+        return next(iter(self.samplers))
 
     @model_validator(mode="after")
     def _scores_exist(self) -> "EvaluateConfig":

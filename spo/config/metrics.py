@@ -1,14 +1,30 @@
-"""The judges of pictures."""
+"""The metrics of evaluation: each measures images."""
 
-from typing import Annotated, Literal
+import re
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from spo.config.base import Section
 
 
-class OracleConfig(Section):
-    """The judge of the drawn world; its scores are `aesthetic`, `alignment` and their factors."""
+class MetricSection(Section):
+    """Settings of a metric. The class names the fields that hold what the metric must find here or on the hub."""
+
+    models: ClassVar[tuple[str, ...]] = ()  # repositories of a model: folders, or OWNER/NAME of the hub
+    tokenizers: ClassVar[tuple[str, ...]] = ()  # repositories of a tokenizer
+    files: ClassVar[tuple[str, ...]] = ()  # weights: files, or OWNER/NAME/FILE of the hub
+
+    @property
+    def sources(self) -> list[str]:
+        """All repositories and files of the metric."""
+        named = (getattr(self, field) for field in (*self.models, *self.tokenizers, *self.files))
+        return [source for source in named if source is not None]
+
+
+class OracleConfig(MetricSection):
+    """The exact metric of the embedded world; its scores are `aesthetic`, `alignment` and their factors."""
 
     kind: Literal["oracle"] = "oracle"
 
@@ -17,8 +33,8 @@ class OracleConfig(Section):
         return ("aesthetic", "alignment")
 
 
-class OneScore(Section):
-    """A judge with one score, which has the judge's name."""
+class OneScore(MetricSection):
+    """A metric with one score, which has the metric's name."""
 
     name: str
 
@@ -28,41 +44,55 @@ class OneScore(Section):
 
 
 class ClipMetricConfig(OneScore):
-    """A CLIP's score of image and prompt: PickScore, CLIPScore and their like, named by their repository."""
+    """A CLIP's score of image and prompt, e.g. PickScore or CLIPScore."""
 
+    models = ("model",)
+    tokenizers = ("processor",)
     kind: Literal["clip"] = "clip"
     name: str  # of the score, e.g. pickscore
     model: str  # a CLIP repository
-    processor: str | None = None  # tokenizer's repository, where `model` has none
+    processor: str | None = None  # repository of the tokenizer, if `model` has none
 
 
 class HpsConfig(OneScore):
     """HPSv2.1, as published: an OpenCLIP checkpoint, and the CLIP whose configuration and tokenizer it has."""
 
+    models = ("clip",)
+    files = ("weights",)
     kind: Literal["hpsv2"] = "hpsv2"
     name: str = "hpsv2"
-    weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt"  # a file here, or OWNER/NAME/FILE of the hub
+    weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt"
     clip: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class AestheticConfig(OneScore):
     """LAION's aesthetic predictor: published linear layers on the features of a CLIP."""
 
+    models = ("clip",)
+    files = ("head",)
     kind: Literal["laion_aesthetic"] = "laion_aesthetic"
     name: str = "laion_aesthetic"
-    head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"  # a file here, or OWNER/NAME/FILE of the hub
+    head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
     clip: str = "openai/clip-vit-large-patch14"
 
 
 class ImageRewardConfig(OneScore):
     """ImageReward, as published, and the tokenizer of its text encoder."""
 
+    tokenizers = ("tokenizer",)
+    files = ("weights",)
     kind: Literal["image_reward"] = "image_reward"
     name: str = "image_reward"
-    weights: str = "THUDM/ImageReward/ImageReward.pt"  # a file here, or OWNER/NAME/FILE of the hub
+    weights: str = "THUDM/ImageReward/ImageReward.pt"
     tokenizer: str = "google-bert/bert-base-uncased"
 
 
 MetricConfig = Annotated[
     OracleConfig | ClipMetricConfig | HpsConfig | AestheticConfig | ImageRewardConfig, Field(discriminator="kind")
 ]
+
+
+def split_hub_file(source: str) -> tuple[str, str] | None:
+    """OWNER/NAME and FILE of a file on the hub; None if `source` has another form or its folder is here."""
+    found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/(.+)", source)
+    return (found[1], found[2]) if found and not Path(source).parent.is_dir() else None

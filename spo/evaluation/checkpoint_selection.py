@@ -1,8 +1,8 @@
-"""Which checkpoint of a method is reported: one rule for every method, on prompts that are not reported.
+"""The rule that chooses a checkpoint: the same for every method, on prompts that are not reported.
 
-Over-optimisation is real: past some point the preference model's favour costs alignment. Of the checkpoints whose
-guarded means have not fallen by more than a tolerance, the rule takes the one with the highest primary mean; if
-all have fallen, the one that fell least.
+Long training can raise the preference model's score at the cost of alignment. Among the checkpoints whose guarded
+means have not fallen by more than a tolerance, the rule takes the one with the highest primary mean. If all have
+fallen by more, it takes the one that fell least.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ def choose_checkpoint(
     guarded: Sequence[str],
     tolerance: float,
 ) -> int:
-    """Index of the chosen one of the candidates' mean scores, given the base's.
+    """Index of the chosen candidate, from the mean scores of candidates and base.
 
-    tolerance: the fall of a guarded mean that is forgiven, in that score's units.
+    tolerance: how far a guarded mean may fall, in that score's units.
     """
     falls = [max((base[name] - means[name] for name in guarded), default=0.0) for means in candidates]
     kept = [i for i, fall in enumerate(falls) if fall <= tolerance]

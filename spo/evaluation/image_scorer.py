@@ -1,4 +1,4 @@
-"""Images and scores of subjects, a batch at a time, of which finished ones are kept (see shelf.py)."""
+"""Images and scores of model variants, a batch at a time. Finished batches are kept (see result_cache.py)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo.config import Config, MetricConfig
+from spo.config import Config, MetricConfig, SamplerConfig
 from spo.evaluation.controls import contrast
 from spo.evaluation.model_variants import ModelVariant, Task
 from spo.evaluation.result_cache import ResultCache, digest_of_code, digest_of_model, digest_of_weights, key_of
@@ -19,6 +19,7 @@ from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build
 from spo.models.lora import published_lora
 from spo.models.policy import load_policy
+from spo.models.schedulers import build_scheduler
 from spo.runtime import distributed
 from spo.runtime.device import best_device
 from spo.runtime.progress import progress
@@ -32,26 +33,25 @@ IMAGES = "images"  # an entry's images; its other tensors are scores
 class Batch:
     tasks: Sequence[Task]
     key: str
-    images: Tensor  # (n, 3, H, W) uint8, as a PNG keeps them; empty where they were not wanted
+    images: Tensor  # (n, 3, H, W) uint8, as a PNG keeps them; empty if they are not kept
     scores: Scores  # each (n,)
 
 
 class ImageScorer:
-    """The model under comparison and its judges; weights are loaded when a batch is missing, not before."""
+    """The model under comparison and its metrics. The model is loaded when a batch is missing, not before."""
 
     def __init__(self, config: Config, root: Path):
         self.config = config
         self.settings = config.evaluate
         self.device = best_device()
-        self.shelf = ResultCache(Workspace(config, root).evaluation_cache)
+        self.cache = ResultCache(Workspace(config, root).evaluation_cache)
         needed = (self.settings.primary, *self.settings.guarded)
-        self.judges: list[Metric] = build_metrics(self.settings.metrics, self.device, needed=needed)
+        self.metrics: list[Metric] = build_metrics(self.settings.metrics, self.device, needed=needed)
         self._context = {
             "model": config.model.model_dump(mode="json"),
             "weights": [digest_of_model(path) for path in (config.model.path, config.model.vae) if path],
-            "sampler": [self.settings.steps, self.settings.guidance_scale],
             "metrics": [metric.model_dump(mode="json") for metric in self.settings.metrics],
-            "judges": [len(self.judges), *files_of(self.settings.metrics)],
+            "files": [len(self.metrics), *files_of(self.settings.metrics)],
             "code": digest_of_code(),
             "device": self.device.type,
         }
@@ -59,93 +59,88 @@ class ImageScorer:
 
     @cached_property
     def model(self) -> LatentDiffusion:
-        return build(self.config.model, self.config.sampling, self.device)
+        model = build(self.config.model, self.config.sampling, self.device)
+        for sampler in self.settings.samplers.values():  # so that a wrong one fails before hours of work
+            build_scheduler(sampler, model.pipeline.scheduler.config)
+        return model
 
     def batches(
-        self, subject: ModelVariant, tasks: Sequence[Task], eta: float, *, split: str, images: bool
+        self, variant: ModelVariant, tasks: Sequence[Task], sampler: str, *, split: str, images: bool
     ) -> Iterator[Batch]:
-        """The subject's images of the tasks, judged, in their order; with the images themselves where wanted.
+        """The variant's images of the tasks with their scores, in order; `images` keeps the images themselves.
 
-        Of several processes each makes its share of the batches, and takes the others' from the shelf.
+        sampler: a name in evaluate.samplers. The key of a batch holds its settings, not its name.
+        Of several processes each makes its share of the batches, and reads the others' from the cache.
         """
-        weights = digest_of_variant(subject)
+        settings = self.settings.samplers[sampler]
+        inputs = self._context | {"lora": digest_of_variant(variant), "sampler": settings.model_dump(mode="json")}
         size = self.settings.batch_size
         parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-        keys = [
-            key_of(**self._context, lora=weights, eta=eta, images=images, of=[[t.prompt, t.seed] for t in part])
-            for part in parts
-        ]
-        label = f"{split}: {subject.words}, eta {eta:g}"
+        keys = [key_of(**inputs, images=images, of=[[t.prompt, t.seed] for t in part]) for part in parts]
+        label = f"{split}: {variant.description}, {sampler}"
         both = list(zip(parts, keys, strict=True))
         for part, key in both[distributed.rank() :: distributed.count()] if distributed.count() > 1 else ():
-            self.shelf.get(key, partial(self._make, subject, part, eta, images))
+            self.cache.get(key, partial(self._make, variant, part, settings, images))
         distributed.wait()
-        for part, key in both if all(map(self.shelf.holds, keys)) else progress(both, label=label):
-            entry = self.shelf.get(key, partial(self._make, subject, part, eta, images))
+        for part, key in both if all(map(self.cache.holds, keys)) else progress(both, label=label):
+            entry = self.cache.get(key, partial(self._make, variant, part, settings, images))
             yield Batch(part, key, entry.pop(IMAGES, torch.empty(0)), entry)
 
-    def scores(self, subject: ModelVariant, tasks: Sequence[Task], eta: float, *, split: str) -> Scores:
+    def scores(self, variant: ModelVariant, tasks: Sequence[Task], sampler: str, *, split: str) -> Scores:
         """Each (n,), of images that are not kept."""
-        return joined([batch.scores for batch in self.batches(subject, tasks, eta, split=split, images=False)])
+        return joined([batch.scores for batch in self.batches(variant, tasks, sampler, split=split, images=False)])
 
     def best_contrast(self, batches: Sequence[Batch]) -> tuple[float, Scores]:
-        """The one factor of contrast that gives images their highest mean primary score, and all scores at it."""
+        """The factor of contrast that gives the images their highest mean primary score, and all scores at it."""
         at = {factor: joined([self._at(factor, batch) for batch in batches]) for factor in FACTORS}
         best = max(at, key=lambda factor: at[factor][self.settings.primary].mean().item())
         return best, at[best]
 
     def with_contrast(self, images: Tensor, factor: float) -> Tensor:
-        """Images in [0, 1] as the control shows them."""
+        """The control's images in [0, 1]."""
         return eight_bits(contrast(images, factor))
 
     def _at(self, factor: float, batch: Batch) -> Scores:
         prompts = [task.prompt for task in batch.tasks]
-        return self.shelf.get(
+        return self.cache.get(
             key_of(contrast=factor, of=batch.key),
-            lambda: score(self.judges, self.with_contrast(from_bytes(batch.images), factor), prompts),
+            lambda: score(self.metrics, self.with_contrast(from_bytes(batch.images), factor), prompts),
         )
 
-    def _make(self, subject: ModelVariant, tasks: Sequence[Task], eta: float, keep: bool) -> dict[str, Tensor]:
-        prompts = [task.prompt for task in tasks]
-        with self._as(subject):
-            made = generate(
-                self.model,
-                prompts,
-                [task.seed for task in tasks],
-                steps=self.settings.steps,
-                guidance_scale=self.settings.guidance_scale,
-                eta=eta,
-                batch_size=len(tasks),
-            )
-        pictures = to_bytes(made)
-        return {**score(self.judges, from_bytes(pictures), prompts), **({IMAGES: pictures} if keep else {})}
+    def _make(
+        self, variant: ModelVariant, tasks: Sequence[Task], sampler: SamplerConfig, keep: bool
+    ) -> dict[str, Tensor]:
+        prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
+        with self._as(variant):
+            made = generate(self.model, prompts, seeds, sampler=sampler, batch_size=len(tasks))
+        images = to_bytes(made)
+        return {**score(self.metrics, from_bytes(images), prompts), **({IMAGES: images} if keep else {})}
 
-    def _as(self, subject: ModelVariant) -> AbstractContextManager[None]:
-        """Within it the model is the subject."""
-        if subject.borrowed is not None:
-            self._loaded = None  # nothing of ours is left afterwards
-            lora = subject.borrowed
+    def _as(self, variant: ModelVariant) -> AbstractContextManager[None]:
+        """Within it the model is the variant."""
+        if variant.borrowed is not None:
+            self._loaded = None  # a borrowed LoRA takes the place of ours
+            lora = variant.borrowed
             return published_lora(self.model.network, lora.source, weight_name=lora.weight_name, revision=lora.revision)
-        if subject.checkpoint is None:
+        if variant.checkpoint is None:
             return self.model.reference()
-        if subject.checkpoint != self._loaded:
-            load_policy(self.model.network, subject.checkpoint)
-            self._loaded = subject.checkpoint
+        if variant.checkpoint != self._loaded:
+            load_policy(self.model.network, variant.checkpoint)
+            self._loaded = variant.checkpoint
         return self.model.merged()
 
 
 def files_of(metrics: Sequence[MetricConfig]) -> list[str]:
-    """What tells the judges' files from others under the same names, where they are files here."""
-    named = [value for metric in metrics for value in metric.model_dump().values() if isinstance(value, str)]
-    return [digest_of_model(value) for value in named]
+    """Digests of the metrics' files: they change when a file is replaced under its name."""
+    return [digest_of_model(source) for metric in metrics for source in metric.sources]
 
 
-def digest_of_variant(subject: ModelVariant) -> list[str | None]:
-    """What tells its weights from those of other subjects."""
-    if subject.borrowed is not None:
-        lora = subject.borrowed
+def digest_of_variant(variant: ModelVariant) -> list[str | None]:
+    """A digest of the variant's weights."""
+    if variant.borrowed is not None:
+        lora = variant.borrowed
         return [digest_of_model(lora.source), lora.weight_name, lora.revision]
-    return [None if subject.checkpoint is None else digest_of_weights(subject.checkpoint)]
+    return [None if variant.checkpoint is None else digest_of_weights(variant.checkpoint)]
 
 
 def joined(parts: Sequence[Scores]) -> Scores:

@@ -1,4 +1,4 @@
-"""What is compared, and on which images: the base and trained LoRAs, each on the same prompts from the same seeds."""
+"""The models to compare and the images to make: each model has the same prompts and the same seeds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ BASE, CONTROL = "base", "contrast"
 
 @dataclass(frozen=True)
 class Task:
-    """One image to make: of a prompt of a split, with a seed of its own."""
+    """One image to make: a prompt of a split, and the image's own seed."""
 
     prompt_index: int
     image_index: int
@@ -24,7 +24,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ModelVariant:
-    """A column of the comparison: the base, what a method came to from one training seed, or somebody else's LoRA."""
+    """A model to compare: the base, a checkpoint of a method and training seed, or somebody else's LoRA."""
 
     column: str
     training_seed: int | None = None
@@ -33,16 +33,16 @@ class ModelVariant:
 
     @property
     def place(self) -> str:
-        """Where its images lie, within those of the evaluation."""
+        """The folder of its images, within the evaluation's images."""
         return self.column if self.training_seed is None else f"{self.column}/seed-{self.training_seed}"
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         seed = "" if self.training_seed is None else f" seed {self.training_seed}"
         return f"{self.column}{seed}{'' if self.checkpoint is None else f' {self.checkpoint.name}'}"
 
     def cost(self) -> dict[str, float]:
-        """What training had taken by this checkpoint; nothing for the base."""
+        """The compute of training up to this checkpoint; zero for the base."""
         if self.checkpoint is None:
             return {"seconds": 0.0, "unet_forwards": 0}
         cost = read_json(self.checkpoint / "cost.json")
@@ -62,7 +62,7 @@ def tasks(prepared: Prepared, side: str, num_prompts: int, images_per_prompt: in
 
 
 def checkpoints(config: Config, method: str, training_seed: int, root: Path) -> list[ModelVariant]:
-    """What a method saved along the way from one training seed, in the order of training; ModelError if nothing."""
+    """The checkpoints of a method and training seed, in the order of training; ModelError if there are none."""
     workspace = Workspace(config, root)
     found = workspace.checkpoints(method, training_seed)
     if not found:

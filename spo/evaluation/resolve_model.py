@@ -1,4 +1,4 @@
-"""Which model a name of the user's means: the base, or a LoRA by method, run, path, hub name or MLflow URI."""
+"""Find the model that a name of the user's means: the base, or a LoRA by method, run, path, hub name or MLflow URI."""
 
 import re
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Source:
-    """The base where `lora` is None, else the base with that LoRA: a file, a folder or a hub repository."""
+    """The base if `lora` is None, else the base with that LoRA: a file, a folder or a hub repository."""
 
     name: str  # short, for labels and file names
     lora: str | Path | None
-    told: str  # in words
+    description: str
 
 
 def resolve_model(wanted: str | None, config: Config, root: Path = Path()) -> Source:
-    """What `wanted` names; None: the evaluation's LoRA of the profile's first method, or else the base.
+    """The model called `wanted`; None: the evaluated LoRA of the profile's first method, or else the base.
 
-    ModelError, saying what there is, where it names nothing.
+    ModelError with the known names if there is no such model.
     """
     evaluated = Workspace(config, root).loras
     if wanted == BASE:
@@ -54,7 +54,7 @@ def resolve_model(wanted: str | None, config: Config, root: Path = Path()) -> So
 
 
 def lora_within(folder: Path) -> Path:
-    """The folder of the one LoRA in `folder`; of a training run's checkpoints, the latest. ModelError if unclear."""
+    """The folder of the one LoRA in `folder`; the latest of a training run's checkpoints. ModelError if unclear."""
     if _holds_lora(folder):
         return folder
     if checkpoints := sorted(folder.glob("checkpoints/step-*")):

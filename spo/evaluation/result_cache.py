@@ -1,7 +1,7 @@
-"""What an evaluation has finished, kept beside the project so that one that was killed goes on where it was.
+"""Finished batches of an evaluation: an evaluation that was killed resumes with them.
 
-An entry is a batch: its images and scores, under a key that is a hash of all they depend on. So an entry is never
-stale, only unused; those that the last whole run did not use are removed at its end.
+An entry holds the images and scores of a batch. Its key is a hash of everything they depend on, so an entry is never
+stale. At the end of a run, the entries that it did not use are removed.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,9 +15,9 @@ import spo
 from spo.runtime.cache import keep, kept
 from spo.runtime.hashing import json_hash, short_hash
 
-CODE = ("core", "models", "preference", "evaluation", "metrics", "world")  # what makes images and scores
+CODE = ("core", "models", "preference", "evaluation", "metrics", "world")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-HASHED_WHOLE = 64 * 2**20  # bytes; a larger file of a base model is known by its size and time
+HASHED_WHOLE = 64 * 2**20  # bytes; of a larger file only size and time are hashed
 
 
 class ResultCache:
@@ -28,7 +28,7 @@ class ResultCache:
         self._used: set[str] = set()
 
     def get(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The entry, made and kept if it is not there."""
+        """The entry; if it is missing, it is made and kept."""
         self._used.add(key)
         path = self.folder / f"{key}.safetensors"
         values = kept(path)
@@ -41,7 +41,7 @@ class ResultCache:
         return (self.folder / f"{key}.safetensors").is_file()
 
     def tidy(self) -> None:
-        """Remove what was not asked for since this shelf was opened."""
+        """Remove the entries that nobody has asked this object for."""
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in self._used:
                 path.unlink()
@@ -53,12 +53,12 @@ def key_of(**parts: Any) -> str:
 
 
 def digest_of_weights(folder: Path) -> str:
-    """A hash of a checkpoint's files but its cost."""
+    """A hash of a checkpoint's files without its cost."""
     return _digest(path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "cost.json")
 
 
 def digest_of_model(path: str) -> str:
-    """What tells a model's folder or file from another; a hub name stands for itself."""
+    """A hash of a model's folder or file; a hub name is returned as it is."""
     place = Path(path)
     if place.is_file():
         return _digest([place])
@@ -66,9 +66,9 @@ def digest_of_model(path: str) -> str:
 
 
 def digest_of_code() -> str:
-    """A hash of our code that images and scores come out of, with the versions of what it calls."""
+    """A hash of our code that makes images and scores, with the versions of its libraries."""
     home = Path(spo.__path__[0])
-    files = [path for name in CODE for path in sorted((home / name).rglob("*.py")) or [home / name]]
+    files = [path for name in CODE for path in sorted((home / name).rglob("*.py"))]
     return _digest(files) + "".join(f" {name}=={version(name)}" for name in LIBRARIES)
 
 

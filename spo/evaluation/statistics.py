@@ -1,15 +1,13 @@
-"""How sure a mean or a comparison is: the paired bootstrap over prompts, with the luck of training seeds.
+"""Intervals of means and comparisons: the paired bootstrap over prompts, plus the variation of training seeds.
 
-A prompt may have several images, and these resemble each other more than images of other prompts do. So prompts are
-resampled, each with all of its images (cluster bootstrap: Davison and Hinkley 1997, section 3.8), and the interval
-is that of the percentiles. Two systems are compared on the same prompts and seeds, and resampled together: what makes
-a prompt hard for both cancels.
+Images of one prompt resemble each other. So prompts are resampled, each with all of its images (cluster bootstrap:
+Davison and Hinkley 1997, section 3.8), and the interval is that of the percentiles. Two systems are compared on the
+same prompts and seeds, and resampled together: what makes a prompt hard for both cancels.
 
-A method that was trained from several seeds has a score a seed for each image. The mean is over seeds; how far it
-could be off because these and no other seeds were drawn is Student's t with seeds - 1 degrees of freedom times the
-standard error of the seeds' means, and is added to each resample. With the two to five seeds that one can pay for,
-resampling them would promise too much: of three seeds, an interval by percentiles cannot reach beyond the three. One
-seed says nothing about others, and the interval is then that of its prompts alone.
+A method that was trained from several seeds has a score for each image and seed. The mean is over seeds. Each resample
+adds an error for the choice of seeds: Student's t with seeds - 1 degrees of freedom, times the standard error of the
+seeds' means. Two to five seeds are too few to be resampled: percentiles cannot reach beyond the seeds themselves. With
+one seed, the interval covers the prompts only.
 """
 
 from collections.abc import Hashable, Sequence
@@ -24,7 +22,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and where it may lie."""
+    """A mean and its interval."""
 
     mean: float
     low: float
@@ -34,7 +32,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher a scores than b on the same prompts and image seeds, and how often."""
+    """By how much and how often a scores higher than b on the same prompts and image seeds."""
 
     difference: float  # mean of a - b
     low: float
@@ -62,8 +60,10 @@ def mean_interval(
         ValueError: values and groups differ in length, a value is not finite, or there are fewer than two groups.
     """
     table = _table("values", values)
-    luck = [table.mean(axis=1)[:, None]]
-    [mean, low, high] = _intervals(table.mean(axis=0)[:, None], groups, luck, level=level, samples=samples, seed=seed)
+    seed_means = [table.mean(axis=1)[:, None]]
+    [mean, low, high] = _intervals(
+        table.mean(axis=0)[:, None], groups, seed_means, level=level, samples=samples, seed=seed
+    )
     return Interval(float(mean[0]), float(low[0]), float(high[0]), table.size)
 
 
@@ -72,8 +72,8 @@ def paired_difference(
 ) -> Difference:
     """Compare a with b, (n,) or (seeds, n) each; columns share prompt and image seed and are resampled together.
 
-    Trainings of a and b have no luck in common, so each seed of a meets each of b. If a wins every pair, so does every
-    resample: the win rate's interval is then the point 1.
+    Trainings of a and b are independent, so each seed of a is compared with each of b. If a wins every pair, the win
+    rate's interval is the point 1.
 
     Args and errors as in `mean_interval`; ValueError also if a and b differ in length.
     """
@@ -83,8 +83,8 @@ def paired_difference(
     gain = a[:, None] - b[None]  # (seeds of a, seeds of b, n)
     win = (gain > 0) + 0.5 * (gain == 0)
     both = np.stack([gain, win], axis=-1)  # (seeds of a, seeds of b, n, 2)
-    luck = [both.mean(axis=(1, 2)), both.mean(axis=(0, 2))]
-    mean, low, high = _intervals(both.mean(axis=(0, 1)), groups, luck, level=level, samples=samples, seed=seed)
+    seed_means = [both.mean(axis=(1, 2)), both.mean(axis=(0, 2))]
+    mean, low, high = _intervals(both.mean(axis=(0, 1)), groups, seed_means, level=level, samples=samples, seed=seed)
     return Difference(
         difference=float(mean[0]),
         low=float(low[0]),
@@ -113,7 +113,7 @@ def _table(name: str, values: ArrayLike) -> Array:  # (seeds, n)
 def _intervals(
     values: Array,
     groups: Sequence[Hashable],
-    luck: Sequence[Array],
+    seed_means: Sequence[Array],
     *,
     level: float,
     samples: int,
@@ -121,7 +121,7 @@ def _intervals(
 ) -> Array:
     """(3, m): mean, low and high of each column of values (n, m), which are means over seeds.
 
-    luck: of each side of a comparison the means (seeds, m) that its seeds had.
+    seed_means: for each side of a comparison its seeds' means (seeds, m).
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
@@ -139,15 +139,15 @@ def _intervals(
     weights = _weights(len(index), samples, seed)
     means = (weights @ sums) / (weights @ count)[:, None]
     rng = np.random.default_rng([seed, 1])
-    for of_seeds in luck:
-        means = means + _luck(of_seeds, samples, rng)
+    for of_seeds in seed_means:
+        means = means + _seed_errors(of_seeds, samples, rng)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return origin + np.stack([sums.sum(axis=0) / len(values), low, high])
 
 
-def _luck(of_seeds: Array, samples: int, rng: np.random.Generator) -> Array:
-    """(samples, m): how far a mean over seeds may be off, given the seeds' own means (seeds, m); 0 of one seed."""
+def _seed_errors(of_seeds: Array, samples: int, rng: np.random.Generator) -> Array:
+    """(samples, m): random errors of a mean over seeds, given the seeds' means (seeds, m); 0 for one seed."""
     num = len(of_seeds)
     if num == 1:
         return np.zeros((1, of_seeds.shape[1]))
@@ -157,6 +157,6 @@ def _luck(of_seeds: Array, samples: int, rng: np.random.Generator) -> Array:
 
 @lru_cache(maxsize=1)
 def _weights(num_groups: int, samples: int, seed: int) -> Array:
-    """How often each group is drawn in each resample (samples, g); rows sum to g. Kept for the next comparison."""
+    """How often each resample draws each group, (samples, g); rows sum to g. Kept for the next comparison."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=samples).astype(np.float64)

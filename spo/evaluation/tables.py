@@ -1,4 +1,4 @@
-"""The evaluation's figures as tables: an image a row, means with intervals, and every comparison that is asked for."""
+"""The tables of the evaluation: scores of each image, means with intervals, and comparisons."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,26 +15,26 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """All scores of the base, of the control or of a method, under one sampler."""
+    """All scores of the base, of the control or of a method, with one sampler."""
 
     name: str
-    eta: float
-    training_seeds: tuple[int | None, ...]  # (None,) of what was not trained
+    sampler: str
+    training_seeds: tuple[int | None, ...]  # (None,) without training
     scores: dict[str, Tensor]  # each (seeds, n)
 
     @property
     def num_seeds(self) -> int:
-        """0 of what was not trained."""
+        """0 without training."""
         return sum(seed is not None for seed in self.training_seeds)
 
 
 def score_rows(columns: Sequence[Column], tasks: Sequence[Task]) -> list[Row]:
-    """One row an image."""
+    """A row for each image."""
     return [
         {
             "column": column.name,
             "training_seed": "" if seed is None else seed,
-            "eta": column.eta,
+            "sampler": column.sampler,
             "prompt_index": task.prompt_index,
             "image_index": task.image_index,
             "prompt": task.prompt,
@@ -50,7 +50,7 @@ def mean_rows(columns: Sequence[Column], prompts: Sequence[str], *, samples: int
     """Each column's mean in each metric, with its 95% interval; prompts: (n,)."""
     return [
         {
-            "eta": column.eta,
+            "sampler": column.sampler,
             "column": column.name,
             "metric": metric,
             **asdict(mean_interval(values.numpy(), prompts, samples=samples)),
@@ -62,15 +62,15 @@ def mean_rows(columns: Sequence[Column], prompts: Sequence[str], *, samples: int
 
 
 def comparison_rows(columns: Sequence[Column], prompts: Sequence[str], *, samples: int) -> list[Row]:
-    """Paired differences and win rates with 95% intervals, of the pairs that `compared` names; prompts: (n,)."""
+    """Paired differences and win rates with 95% intervals, for the pairs of `compared`; prompts: (n,)."""
     rows = []
-    for eta in dict.fromkeys(column.eta for column in columns):
-        at_eta = {column.name: column for column in columns if column.eta == eta}
-        for name, against in compared(list(at_eta)):
-            a, b = at_eta[name], at_eta[against]
+    for sampler in dict.fromkeys(column.sampler for column in columns):
+        own = {column.name: column for column in columns if column.sampler == sampler}
+        for name, against in compared(list(own)):
+            a, b = own[name], own[against]
             rows += [
                 {
-                    "eta": eta,
+                    "sampler": sampler,
                     "column": name,
                     "against": against,
                     "metric": metric,
@@ -84,7 +84,7 @@ def comparison_rows(columns: Sequence[Column], prompts: Sequence[str], *, sample
 
 
 def compared(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Everything against the base, each method against those after it, and against the control."""
+    """Every column against the base; each method against the methods after it, and against the control."""
     methods = [name for name in names if name not in (BASE, CONTROL)]
     against_base = [(name, BASE) for name in names if name != BASE]
     against_control = [(name, CONTROL) for name in methods if CONTROL in names]
@@ -92,20 +92,20 @@ def compared(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def compact(
-    means: Sequence[Row], comparisons: Sequence[Row], *, eta: float, primary: str, guarded: Sequence[str]
+    means: Sequence[Row], comparisons: Sequence[Row], *, sampler: str, primary: str, guarded: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """The few figures that experiments are told apart by, under the deciding sampler; the tables have all.
+    """The main figures with one sampler; the tables hold all.
 
-    Of each column the means, the gains over the base and the win rate of the primary score; of each pair of methods
-    the same, as differences.
+    For each column: means, gains over the base and win rate of the primary score. For each pair of methods: the same
+    as differences.
     """
     table: dict[str, dict[str, float]] = {}
     for row in means:
-        if row["eta"] == eta and row["metric"] in (primary, *guarded):
+        if row["sampler"] == sampler and row["metric"] in (primary, *guarded):
             table.setdefault(row["column"], {})[row["metric"]] = round(row["mean"], 5)
     for row in comparisons:
         metric, against = row["metric"], row["against"]
-        if row["eta"] != eta or metric not in (primary, *guarded) or against == CONTROL:
+        if row["sampler"] != sampler or metric not in (primary, *guarded) or against == CONTROL:
             continue
         name, difference = (
             (row["column"], "gain") if against == BASE else (f"{row['column']}_vs_{against}", "difference")

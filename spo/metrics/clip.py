@@ -13,7 +13,7 @@ from spo.preference.repository import read_clip, read_config, read_preprocessing
 
 
 class Clip:
-    """A CLIP and what belongs to it; features are of length 1, in float32 on its device."""
+    """A CLIP with tokenizer and preprocessing; its features have length 1, in float32 on its device."""
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, preprocess: Preprocessing, device: torch.device):
         self.model = model.to(device).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from spo.preference.repository import read_config, read_preprocessing, read_toke
 class HpsMetric:
     """HPSv2.1 (arXiv 2306.09341): 100 cos(image, prompt) of an OpenCLIP ViT-H/14 tuned on preferences.
 
-    The published code scales the longest side and pads where an image is not square; ours are square.
+    The published code also pads images that are not square; ours are square.
     """
 
     def __init__(self, config: HpsConfig, device: torch.device):

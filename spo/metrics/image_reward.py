@@ -1,7 +1,7 @@
-"""ImageReward (arXiv 2304.05977): BLIP's text encoder reads the prompt while it looks at the image; a head scores it.
+"""ImageReward (arXiv 2304.05977): BLIP encodes prompt and image together; a head turns the result into a score.
 
-The published package needs versions of its libraries that are long gone, so the published weights are put into
-transformers' BLIP, whose parts have other names.
+The published package needs old versions of its libraries. So its weights are loaded into transformers' BLIP, whose
+parts have other names.
 """
 
 import re
@@ -35,7 +35,7 @@ VISION = {
 
 
 class ImageRewardMetric:
-    """Standardised rewards: 0 is the mean and 1 the deviation over the published data."""
+    """Standardised rewards: over the published data the mean is 0 and the deviation 1."""
 
     def __init__(self, config: ImageRewardConfig, device: torch.device):
         self.name = config.name
@@ -51,7 +51,7 @@ class ImageRewardMetric:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
         except (OSError, ValueError) as error:
-            raise ModelError(f"the tokenizer {config.tokenizer} cannot be had: {one_line(error, 160)}") from None
+            raise ModelError(f"the tokenizer {config.tokenizer} cannot be loaded: {one_line(error, 160)}") from None
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""What a metric is, and how the metrics of a profile are built.
+"""The metrics of a profile: a metric of kind `hpsv2` is the class METRIC of spo/metrics/hpsv2.py.
 
-A metric of kind `hpsv2` is the class METRIC of spo/metrics/hpsv2.py, and takes its section of the profile.
+A new metric needs that module, its section in spo/config/metrics.py, and a profile that names it.
 """
 
 import importlib
@@ -26,7 +26,10 @@ class Metric(Protocol):
 def build_metrics(
     configs: Sequence[MetricConfig], device: torch.device, *, needed: Collection[str] | None = None
 ) -> list[Metric]:
-    """Load them. Where weights are absent it is a ModelError if a score is `needed` (None: all are), else a line."""
+    """Load the metrics. One without weights is left out with a line; it is a ModelError if a score is `needed`.
+
+    needed: names of scores; None: all.
+    """
     metrics = []
     for config in configs:
         try:

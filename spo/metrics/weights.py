@@ -1,4 +1,4 @@
-"""Published weights of judges: one file, here or on the hub, of which tensors alone are read."""
+"""Published weights of metrics: a file here or on the hub. Only its tensors are read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,33 +9,35 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spo.config.metrics import split_hub_file
 from spo.errors import ModelError, one_line
 from spo.runtime import hub
 
 
-def fetch_file(wanted: str) -> Path:
-    """A file here, or OWNER/NAME/FILE of the hub; ModelError where it is neither."""
-    path = Path(wanted)
+def fetch_file(source: str) -> Path:
+    """A file here, or OWNER/NAME/FILE of the hub; ModelError if it is neither."""
+    path = Path(source)
     if path.is_file():
         return path
-    owner, name, *rest = wanted.split("/") if wanted.count("/") >= 2 and not path.is_absolute() else ("", "")
-    if not rest:
-        raise ModelError(f"{wanted} is no file here; put one there, or name one of the hub as OWNER/NAME/FILE")
+    on_hub = split_hub_file(source)
+    if on_hub is None:
+        raise ModelError(f"{source} is no file here; put one there, or name one of the hub as OWNER/NAME/FILE")
     hub.connect()
+    repository, file = on_hub
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", "/".join(rest)))
+        return Path(hf_hub_download(repository, file))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{wanted} is no file here and cannot be fetched from the hub: {one_line(error, 160)}; without a network, "
-            f"run `hf download {owner}/{name} {'/'.join(rest)} --local-dir models/{name}` elsewhere, bring it here "
-            "and name it instead"
+            f"{source} is no file here and cannot be fetched from the hub: {one_line(error, 160)}; without a network, "
+            f"run `hf download {repository} {file} --local-dir models/{repository.split('/')[1]}` elsewhere, copy it "
+            "here and name it instead"
         ) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file, that of its entry `state_dict` if it has one; ModelError if it holds none.
+    """The state dict of a file, or of its entry `state_dict`; ModelError if it holds none.
 
-    No code of a pickled file is run.
+    No code of a pickled file runs.
     """
     try:
         values: Any = (
@@ -43,8 +45,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except Exception as error:  # a damaged pickle has torch's reader fail in any way
-        raise ModelError(f"{path} cannot be read as tensors alone: {one_line(error, 160)}; get it again") from None
+    except Exception as error:  # torch's reader fails in many ways on a damaged pickle
+        raise ModelError(f"{path} cannot be read as tensors only: {one_line(error, 160)}; get it again") from None
     if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
         values = values["state_dict"]
     named = values.items() if isinstance(values, Mapping) else ()
@@ -62,7 +64,7 @@ def _usable(value: Tensor) -> bool:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Load exactly the module's weights; ModelError where one is missing, unknown or of another shape."""
+    """Load exactly the module's weights; ModelError if one is missing, unknown or of another shape."""
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:
@@ -71,9 +73,9 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None
 
 
 def linear_head(state: Mapping[str, Tensor], prefix: str, source: object) -> nn.Sequential:
-    """Linear layers one after the other, as the state names them: `<prefix>0.weight`, `<prefix>2.weight`, ...
+    """Linear layers in sequence, with the names of the state: `<prefix>0.weight`, `<prefix>2.weight`, ...
 
-    The published heads have nothing but dropout between them. ModelError if there are none or they do not chain.
+    The published heads have only dropout between them. ModelError if there are no layers or they do not chain.
     """
     fields = ("weight", "bias")
     names = {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
@@ -83,7 +85,9 @@ def linear_head(state: Mapping[str, Tensor], prefix: str, source: object) -> nn.
     shapes = [tuple(state[f"{prefix}{name}.weight"].shape) for name in order]
     chained = all(len(shape) == 2 and all(shape) for shape in shapes) and shapes[-1][0] == 1
     if not chained or any(shapes[i][0] != shapes[i + 1][1] for i in range(len(shapes) - 1)):
-        raise ModelError(f"{source}: layers {prefix}* of shapes {shapes} make no score; give the published file")
+        raise ModelError(
+            f"{source}: layers {prefix}* of shapes {shapes} do not end in a score; give the published file"
+        )
     head = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in shapes))
     fill(head, {f"{i}.{f}": state[f"{prefix}{name}.{f}"] for i, name in enumerate(order) for f in fields}, source)
     return head

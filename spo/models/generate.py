@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from spo.config import SamplerConfig
 from spo.core.noise import seed_of
 from spo.models.latent_diffusion import LatentDiffusion
+from spo.models.schedulers import build_scheduler
 from spo.runtime.progress import progress
 
 
@@ -21,28 +23,28 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    steps: int,
-    guidance_scale: float,
-    eta: float,
+    sampler: SamplerConfig,
     batch_size: int,
     label: str | None = None,
 ) -> Tensor:
-    """Images (n, 3, H, W) in [0, 1], on the CPU, of the diffusers pipeline's own sampler with whatever LoRA is on.
+    """Images (n, 3, H, W) in [0, 1], on the CPU, of the diffusers pipeline with whatever LoRA is on.
 
-    prompts, seeds: n each; an image depends on its prompt and seed alone, not on its batch. Progress is told only
-    under a label.
+    prompts, seeds: n each; an image depends on its prompt and seed alone, not on its batch. A label shows progress.
     """
     rows = [row.tolist() for row in torch.arange(len(prompts)).split(batch_size)]
-    batches = [
-        _batch(model, [prompts[i] for i in row], [seeds[i] for i in row], steps, guidance_scale, eta)
-        for row in (rows if label is None else progress(rows, label=label))
-    ]
+    own = model.pipeline.scheduler
+    model.pipeline.scheduler = build_scheduler(sampler, own.config)
+    try:
+        batches = [
+            _batch(model, [prompts[i] for i in row], [seeds[i] for i in row], sampler)
+            for row in (rows if label is None else progress(rows, label=label))
+        ]
+    finally:
+        model.pipeline.scheduler = own
     return torch.cat(batches)
 
 
-def _batch(
-    model: LatentDiffusion, prompts: list[str], seeds: list[int], steps: int, guidance_scale: float, eta: float
-) -> Tensor:
+def _batch(model: LatentDiffusion, prompts: list[str], seeds: list[int], sampler: SamplerConfig) -> Tensor:
     _, height, width = model.latent_shape
     pipeline = model.network.pipeline
     scale = pipeline.vae_scale_factor
@@ -50,9 +52,9 @@ def _batch(
         prompt=prompts,
         height=height * scale,
         width=width * scale,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        eta=eta,
+        num_inference_steps=sampler.steps,
+        guidance_scale=sampler.guidance_scale,
+        eta=sampler.eta or 0.0,
         generator=[Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",
     ).images
@@ -70,5 +72,5 @@ def from_bytes(images: Tensor) -> Tensor:
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """What a PNG keeps of images in [0, 1]; scores are of this, so that they can be had again from the files."""
+    """Images in [0, 1] as a PNG keeps them: scores are of these, so that the files give them again."""
     return from_bytes(to_bytes(images))

@@ -1,4 +1,4 @@
-"""Which charts the report shows, each with a caption and the words that stand in for it."""
+"""The charts of the report, each with a caption and a description in words."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class History:
-    """A quantity of every update: its column, its title, what it means, and a level worth a line."""
+    """A quantity of every update: its column, title, meaning, and a level to mark."""
 
     column: str
     title: str
@@ -31,46 +31,47 @@ class History:
 
 HISTORY = (
     History("loss", "Loss", "At log 2 the policy is still the reference.", ("log 2", math.log(2))),
-    History("logit", "Logit of the pair", "Above zero the policy leans to the winner more than the reference does.",
+    History("logit", "Logit of the pair", "Above zero the policy prefers the winner more than the reference does.",
             ("no preference", 0.0)),
     History("accuracy", "Pairs with a logit above zero", "Share of an update's pairs."),
     History("log_ratio_win", "Log ratio of the winner", "Policy over reference: above zero it became likelier."),
     History("log_ratio_lose", "Log ratio of the loser", "Policy over reference: below zero it became unlikelier."),
-    History("clipped", "Ratios clipped", "Share that has moved as far as the clip range lets it."),
+    History("clipped", "Ratios clipped", "Share of ratios at the limit of the clip range."),
     History("kept", "Pairs kept", "Share of branched steps whose margin passed the threshold."),
     History("margin", "Margin", "How much the preference model prefers winner to loser, from 0 to 1."),
-    History("score", "Score of candidates", "Mean score by the preference model, the judge in training."),
+    History("score", "Score of candidates", "Mean score by the preference model."),
 )  # fmt: skip
 
 
 WATCH = (
-    History("preference_gain", "Gain by the preference model", "What training pleases, in standard deviations.",
+    History("preference_gain", "Gain by the preference model", "In standard deviations; training uses it.",
             ("start", 0.0)),
-    History("independent_gain", "Gain by an independent metric", "What training never sees, in standard deviations.",
+    History("independent_gain", "Gain by an independent metric", "In standard deviations; training never uses it.",
             ("start", 0.0)),
-    History("gap", "Gap", "The first less the second: it opens where the policy games its judge.", ("none", 0.0)),
+    History("gap", "Gap", "The first less the second; large if the policy games the preference model.",
+            ("none", 0.0)),
 )  # fmt: skip
 
 
 def gain_charts(results: Results) -> list[Chart]:
-    """The gain over the base with its interval, a chart for each metric of the verdict."""
+    """The gain over the base with its interval: a chart for each metric of the verdict."""
     charts = []
     for metric in results.main:
         spans = [
-            Span(f"{column}, eta {eta:g}", gain["difference"], gain["low"], gain["high"], results.slot(column))
-            for eta in results.etas
+            Span(f"{column}, {sampler}", gain["difference"], gain["low"], gain["high"], results.slot(column))
+            for sampler in results.samplers
             for column in results.columns[1:]
-            if (gain := results.gain(eta, column, metric)) is not None
+            if (gain := results.gain(sampler, column, metric)) is not None
         ]
-        told = "; ".join(f"{s.label} {s.value:+z.3f}, from {s.low:+z.3f} to {s.high:+z.3f}" for s in spans)
+        description = "; ".join(f"{s.label} {s.value:+z.3f}, from {s.low:+z.3f} to {s.high:+z.3f}" for s in spans)
         svg = interval_chart(f"gain-{metric}", spans, x_label=f"{metric.capitalize()}: gain over the base")
         caption = "Point and 95% interval. A line that crosses zero is no clear change."
-        charts.append(Chart(f"gain-{metric}", svg, f"Gain in {metric} over the base: {told}.", caption))
+        charts.append(Chart(f"gain-{metric}", svg, f"Gain in {metric} over the base: {description}.", caption))
     return charts
 
 
 def validation_charts(results: Results, rows: Sequence[Row]) -> list[Chart]:
-    """Scores on the validation prompts against the compute that training had used by then, in both currencies."""
+    """Scores on the validation prompts against the compute of training so far, in both units."""
     charts = []
     base_row = next((row for row in rows if row["column"] == BASE), {})
     for metric in results.main:
@@ -90,14 +91,14 @@ def validation_charts(results: Results, rows: Sequence[Row]) -> list[Chart]:
             svg = line_chart(name, lines, x_label=unit, y_label=title, level=level)
             seeds = ", the mean of the training seeds" if results.num_seeds > 1 else ""
             caption = f"Each point is a saved checkpoint{seeds}."
-            charts.append(Chart(name, svg, _told(f"{title} against {unit}", lines), caption))
+            charts.append(Chart(name, svg, _description(f"{title} against {unit}", lines), caption))
     return charts
 
 
 def _curve(
     results: Results, rows: Sequence[Row], name: str, metric: str, currency: str, base: float | None
 ) -> list[Line]:
-    """A method's mean over its seeds, from the base on, and below it each seed where there are several."""
+    """A method's mean over its seeds, from the base on, and each seed if there are several."""
     together = by_checkpoint(rows, name)
     start = [] if base is None else [(0.0, base)]
     points = [[(row[currency], row[metric]) for row in at] for at in together]
@@ -108,13 +109,13 @@ def _curve(
 
 
 def history_charts(results: Results, history: Mapping[str, OfSeeds]) -> list[Chart]:
-    """What training looked like, update by update: pale as it was, bold its running mean."""
+    """Training update by update: values pale, their running mean bold."""
     charts = []
     for item in HISTORY:
         lines = _over_training(results, history, item.column)
         if lines:
             svg = line_chart(f"history-{item.column}", lines, x_label="update", y_label=item.title, level=item.level)
-            charts.append(Chart(f"history-{item.column}", svg, _told(item.title, lines), item.caption))
+            charts.append(Chart(f"history-{item.column}", svg, _description(item.title, lines), item.caption))
     return charts
 
 
@@ -125,7 +126,7 @@ def _over_training(results: Results, history: Mapping[str, OfSeeds], column: str
             if rows and any(math.isfinite(row.get(column, math.nan)) for row in rows):
                 y = [row.get(column, math.nan) for row in rows]
                 lines.append(Line(name, range(1, len(rows) + 1), y, smooth=True, slot=results.slot(name)))
-        if len(seeds) > 1:  # the first seed stands out, the others lie beside it
+        if len(seeds) > 1:  # the first seed bold, the others faint
             own = [i for i, line in enumerate(lines) if line.label == name]
             for i in own[1:]:
                 lines[i] = replace(lines[i], faint=True)
@@ -133,7 +134,7 @@ def _over_training(results: Results, history: Mapping[str, OfSeeds], column: str
 
 
 def watch_charts(results: Results, watch: Mapping[str, OfSeeds]) -> list[Chart]:
-    """Gains on a few fixed prompts while training went on: by the judge, by an independent metric, and their gap."""
+    """Gains on fixed prompts during training: by the preference model, by an independent metric, and their gap."""
     charts = []
     for item in WATCH:
         lines = [
@@ -146,12 +147,12 @@ def watch_charts(results: Results, watch: Mapping[str, OfSeeds]) -> list[Chart]:
         if lines:
             name = f"watch-{item.column.replace('_', '-')}"
             svg = line_chart(name, lines, x_label=CURRENCIES["unet_forwards"], y_label=item.title, level=item.level)
-            charts.append(Chart(name, svg, _told(item.title, lines), item.caption))
+            charts.append(Chart(name, svg, _description(item.title, lines), item.caption))
     return charts
 
 
 def timestep_charts(results: Results, timesteps: Mapping[str, OfSeeds]) -> list[Chart]:
-    """Where in denoising the pairs come from, and what training made of them."""
+    """The pairs by the timestep that they come from."""
     lines: dict[str, list[Line]] = {"kept": [], "margin": [], "log_ratio": []}
     for name, seeds in timesteps.items():
         at: dict[float, list[Row]] = {}
@@ -168,20 +169,20 @@ def timestep_charts(results: Results, timesteps: Mapping[str, OfSeeds]) -> list[
         apart = [_mean(at[each], "log_ratio_win") - _mean(at[each], "log_ratio_lose") for each in t]
         if any(map(math.isfinite, apart)):
             lines["log_ratio"].append(Line(name, t, apart, markers=True, slot=results.slot(name)))
-    told = {
+    texts = {
         "kept": ("Pairs kept by timestep", "Share of branched steps that gave a pair; noise is on the left."),
         "margin": ("Margin by timestep", "Mean margin; noise is on the left."),
-        "log_ratio": ("Log-ratio gap by timestep", "Winner's less loser's: where the policy has learned anything."),
+        "log_ratio": ("Log-ratio gap by timestep", "Winner's less loser's: zero where the policy has learned nothing."),
     }
     return [
-        _over_timesteps(f"timestep-{name.replace('_', '-')}", *told[name], found)
+        _over_timesteps(f"timestep-{name.replace('_', '-')}", *texts[name], found)
         for name, found in lines.items()
         if found
     ]
 
 
 def accuracy_charts(rows: Sequence[Row]) -> list[Chart]:
-    """How often the preference model agrees with held-out labels, at each amount of noise."""
+    """How often the preference model agrees with held-out labels, by timestep."""
     if not rows:
         return []
     lines = []
@@ -209,7 +210,7 @@ def _over_timesteps(
     name: str, title: str, caption: str, lines: list[Line], *, level: tuple[str, float] | None = None
 ) -> Chart:
     svg = line_chart(name, lines, x_label="timestep", y_label=title, level=level, reverse=True)
-    return Chart(name, svg, _told(title, lines), caption)
+    return Chart(name, svg, _description(title, lines), caption)
 
 
 def _share(rows: Sequence[Row], part: str, whole: str) -> float:
@@ -226,8 +227,8 @@ def _split(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _told(title: str, lines: Sequence[Line]) -> str:
-    """The chart in words: where each line begins and ends."""
+def _description(title: str, lines: Sequence[Line]) -> str:
+    """The chart in words: the first and last point of each line."""
     parts = []
     for line in lines:
         known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]

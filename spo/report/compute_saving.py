@@ -1,8 +1,7 @@
-"""How much less training compute one method needs to be as good as another: a figure read off two curves.
+"""How much less training compute one method needs to be as good as another, from their two curves.
 
-A curve has a point for each saved checkpoint, so what lies between two of them is not known. The figure is what was
-measured; the bound is what it could be if the level had been reached right after the checkpoint before. How sure it is
-is asked by reading it off again and again with the validation prompts resampled.
+A curve has a point for each saved checkpoint; scores between two checkpoints are unknown. So the figure has a bound:
+its value if the level was reached right after the checkpoint before. Its interval comes from resampled prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,33 +11,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Scores = Mapping[str, Array]  # of each metric (checkpoints, prompts)
+Scores = Mapping[str, Array]  # for each metric (checkpoints, prompts)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A checkpoint: the compute that training had used by then, and its validation score."""
+    """A checkpoint: the compute of training so far, and its validation score."""
 
     compute: float  # > 0: UNet forwards, or seconds
     score: float
-    kept: bool = True  # whether its guarded scores have not fallen; only such a point is a result
+    kept: bool = True  # False if a guarded score has fallen; such a point does not count
 
 
 @dataclass(frozen=True)
 class Saving:
-    """`times` less compute than the other needs for its best; None where that was not reached."""
+    """`times` less compute than the other needs for its best; None if that was not reached."""
 
     level: float  # the other's best score
-    compute: float  # at which the other has it
-    reached: float | None  # the compute of the first checkpoint that is as good
+    compute: float  # of the other at that score
+    reached: float | None  # compute of the first checkpoint that is as good
     times: float | None
-    at_most: float | None  # None also where the first checkpoint is as good already: there is no bound then
+    at_most: float | None  # None also if the first checkpoint is as good: there is no bound then
 
 
 def saving(curve: Sequence[Point], other: Sequence[Point], *, base: float) -> Saving | None:
-    """Compare the curve with the other's best; None where the other has nothing better than the base's score.
+    """Compare the curve with the other's best; None if the other has nothing better than the base's score.
 
-    Both curves in the order of training. The other's best counts from the first checkpoint that has it.
+    Both curves are in the order of training.
     """
     better = [point for point in other if point.kept and point.score > base]
     if not better:
@@ -53,7 +52,7 @@ def saving(curve: Sequence[Point], other: Sequence[Point], *, base: float) -> Sa
 
 @dataclass(frozen=True)
 class Spread:
-    """What the figure is when prompts are resampled, where there is something to reach; 0 stands for not reached."""
+    """The figure over resampled prompts that leave something to reach; 0 stands for not reached."""
 
     low: float
     high: float
@@ -61,9 +60,9 @@ class Spread:
 
 
 def points(compute: Sequence[float], scores: Scores, base: Scores, weights: Array, *, tolerance: float) -> list[Point]:
-    """A curve of means over prompts under weights (prompts,), the first metric being primary and the rest guarded.
+    """A curve of means over prompts with weights (prompts,); the first metric is primary, the others are guarded.
 
-    base: of each metric (1, prompts). A point is kept if no guarded mean is below the base's by more than `tolerance`.
+    base: for each metric (1, prompts). A point is kept if no guarded mean is below the base's by more than `tolerance`.
     """
     share = weights / weights.sum()
     primary, *guarded = scores
@@ -84,7 +83,7 @@ def spread(
 ) -> Spread | None:
     """The 95% interval of `saving(...).times` over prompts; a curve is its compute and its scores.
 
-    None where the other is better than the base in fewer than half of the resamples.
+    None if the other is better than the base in fewer than half of the resamples.
     """
     primary = next(iter(base))
     num = base[primary].shape[1]

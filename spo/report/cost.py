@@ -12,13 +12,13 @@ from spo.report.compute_saving import Saving, Scores, Spread, points, saving, sp
 from spo.report.results import BASE, Results
 
 Row = dict[str, Any]
-CURRENCIES = {"unet_forwards": "UNet forwards", "seconds": "seconds of alignment"}  # as checkpoints tell them
-WITH_JUDGE = "_with_judge"
+CURRENCIES = {"unet_forwards": "UNet forwards", "seconds": "seconds of alignment"}  # as in a checkpoint's cost
+WITH_PREFERENCE = "_with_preference_model"
 
 
 @dataclass(frozen=True)
 class Duel:
-    """How much compute one method saves against another, in one currency, and what is said of it."""
+    """How much compute one method saves against another, in one unit, and the sentence about it."""
 
     method: str
     other: str
@@ -34,43 +34,46 @@ def duels(
     scores: Sequence[Row],
     *,
     tolerance: float,
-    judge: Mapping[str, float],
-    judged: Sequence[str],
+    preference_cost: Mapping[str, float],
+    preference_methods: Sequence[str],
 ) -> list[Duel]:
-    """Each pair of methods in each currency, read off the means of their training seeds.
+    """Each pair of methods in each unit of compute, from the means of their training seeds.
 
-    validation: a checkpoint a row, with its cost; scores: a checkpoint and prompt a row.
-    judge: what training the preference model took in each currency, where that is known; judged: methods that need it.
+    validation: a row for each checkpoint, with its cost; scores: a row for each checkpoint and prompt.
+    preference_cost: of training the preference model, if known. preference_methods: the methods that need that model.
     """
     base = curve(scores, BASE, results.main)
     curves = {name: curve(scores, name, results.main) for name in results.methods}
     found = []
     for name, other in combinations(results.methods, 2):
-        for currency, unit, extra in _currencies(judge if judged else {}):
-            compute = [_compute(validation, each, currency, extra if each in judged else 0) for each in (name, other)]
+        for currency, unit, extra in _currencies(preference_cost if preference_methods else {}):
+            compute = [
+                _compute(validation, each, currency, extra if each in preference_methods else 0)
+                for each in (name, other)
+            ]
             both = list(zip(compute, (curves[name], curves[other]), strict=True))
             if not base or not all(scores and taken[0] > 0 for taken, scores in both):
                 continue
-            label = f"{currency}{WITH_JUDGE}" if extra else currency
+            label = f"{currency}{WITH_PREFERENCE}" if extra else currency
             found.append(_duel(results.primary, (name, other), (label, unit), both, base, tolerance))
-            if found[-1].saving is None:  # nothing to reach, whatever one counts in
+            if found[-1].saving is None:  # nothing to reach, in any unit
                 break
     return found
 
 
-def _currencies(judge: Mapping[str, float]) -> list[tuple[str, str, float]]:
-    """Name, unit and what the judge took: each currency with the judge's training, where it had one, then without."""
+def _currencies(preference_cost: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """Name, unit and extra cost: first with the preference model's training, if it was trained, then without."""
     units = list(CURRENCIES.items())
-    with_judge = [
-        (name, f"{unit.removesuffix(' of alignment')}, the preference model's training included", judge[name])
+    with_preference = [
+        (name, f"{unit.removesuffix(' of alignment')}, the preference model's training included", preference_cost[name])
         for name, unit in units
-        if judge.get(name)
+        if preference_cost.get(name)
     ]
-    return [*with_judge, *((name, unit, 0.0) for name, unit in units)]
+    return [*with_preference, *((name, unit, 0.0) for name, unit in units)]
 
 
 def curve(rows: Sequence[Row], column: str, metrics: Sequence[str]) -> Scores:
-    """Of each metric (checkpoints, prompts), means over the training seeds; empty where there is none."""
+    """For each metric (checkpoints, prompts): means over the training seeds; empty without rows."""
     seeds: dict[Any, dict[str, list[Row]]] = {}
     for row in rows:
         if row["column"] == column:
@@ -86,7 +89,7 @@ def curve(rows: Sequence[Row], column: str, metrics: Sequence[str]) -> Scores:
 
 
 def by_checkpoint(validation: Sequence[Row], method: str) -> list[list[Row]]:
-    """The rows of a method's seeds, together by their place in training; those that all seeds have."""
+    """The rows of a method's seeds, grouped by checkpoint; checkpoints that all seeds have."""
     seeds: dict[Any, list[Row]] = {}
     for row in validation:
         if row["column"] == method:
@@ -99,13 +102,13 @@ def sentences(found: Sequence[Duel]) -> list[str]:
 
 
 def leading(found: Sequence[Duel]) -> list[Duel]:
-    """The first of each pair of methods: UNet forwards, with the judge's training where there is one."""
+    """The first of each pair of methods: UNet forwards, with the preference model's training if there was one."""
     pairs = dict.fromkeys((duel.method, duel.other) for duel in found)
     return [next(duel for duel in found if (duel.method, duel.other) == pair) for pair in pairs]
 
 
 def numbers(found: Sequence[Duel]) -> dict[str, dict[str, float]]:
-    """times_less_<currency> of each pair with its interval; a level that was not reached has no number."""
+    """times_less_<unit> of each pair with its interval; nothing if the level was not reached."""
     table: dict[str, dict[str, float]] = {}
     for duel in found:
         if duel.saving is not None and duel.saving.times is not None:
@@ -118,7 +121,7 @@ def numbers(found: Sequence[Duel]) -> dict[str, dict[str, float]]:
 
 
 def _compute(validation: Sequence[Row], method: str, currency: str, more: float) -> list[float]:
-    """What each of a method's checkpoints had taken, the mean of its training seeds, and `more`."""
+    """The cost of each of a method's checkpoints, the mean of its training seeds, plus `more`."""
     return [fmean(row[currency] for row in rows) + more for rows in by_checkpoint(validation, method)] or [0.0]
 
 
@@ -135,14 +138,12 @@ def _duel(
 
 def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None, sure: Spread | None) -> str:
     if found is None:
-        return f"{other} has no checkpoint that is better than the base on validation prompts, so nothing to reach."
+        return f"{other} has no checkpoint that is better than the base on validation prompts: nothing to reach."
     goal = f"{other}'s best validation {metric}, {found.level:.3f} at {found.compute:,.0f} {unit}"
     if found.times is None or found.reached is None:
         return f"{name} does not reach {goal}{_sureness(sure)}."
     bound = (
-        ""
-        if found.at_most is None or found.times < 1
-        else f"; {found.at_most:.1f} times at the most, as checkpoints lie apart"
+        "" if found.at_most is None or found.times < 1 else f"; at most {found.at_most:.1f} times, between checkpoints"
     )
     return f"{name} reaches {goal}, with {_ratio(found.times)} ({found.reached:,.0f}{bound}){_sureness(sure)}."
 

@@ -1,6 +1,6 @@
-"""The pictures of the report: each prompt with the same seed in every column, held within the page.
+"""The pictures of the report, inside the page: each prompt with the same seed in every column.
 
-Of a method that was trained from several seeds it is the first one's pictures, which is no choice of them.
+Of a method's training seeds, the first one's pictures are shown.
 """
 
 import base64
@@ -34,14 +34,14 @@ class Card:
 
 
 def gallery(
-    images: Path, scores: Sequence[Row], columns: Sequence[str], *, eta: float, metric: str, limit: int = 48
+    images: Path, scores: Sequence[Row], columns: Sequence[str], *, sampler: str, metric: str, limit: int = 48
 ) -> list[Card]:
-    """The first `limit` prompts, not a choice of them; DataError where a picture is missing or broken."""
+    """The first `limit` prompts; DataError if a picture is missing or broken."""
     prompts: dict[int, str] = {}
     score: dict[tuple[str, int], float] = {}
     places: dict[str, str] = {}
     for row in scores:
-        if row["eta"] != eta or row["image_index"] != 0:
+        if row["sampler"] != sampler or row["image_index"] != 0:
             continue
         column, index, seed = row["column"], int(row["prompt_index"]), row["training_seed"]
         prompts.setdefault(index, row["prompt"])
@@ -62,7 +62,7 @@ def gallery(
 
 
 def picture(path: Path, column: str, score: float | None) -> Picture:
-    """A picture as a data URI: itself if it is small, else a smaller JPEG."""
+    """A picture as a data URI: the file if it is small, else a smaller JPEG."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:

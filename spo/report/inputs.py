@@ -1,4 +1,4 @@
-"""What the report is made from: the small files that the other stages leave under runs/<profile>/."""
+"""The inputs of the report: the small files that the other stages write under runs/<profile>/."""
 
 import csv
 import io
@@ -13,33 +13,33 @@ from spo.workspace import Workspace
 
 Row = dict[str, Any]
 OfSeeds = dict[int, list[Row]]  # by training seed
-TEXT = ("column", "against", "metric", "model", "prompt", "checkpoint")  # every other column is numbers
+TEXT = ("sampler", "column", "against", "metric", "model", "prompt", "checkpoint")  # every other column is numbers
 
 
 @dataclass(frozen=True)
 class Inputs:
     evaluation: dict[str, Any]  # metrics.json of evaluate
-    means: list[Row]  # a column and metric each, under a sampler
-    comparisons: list[Row]  # a pair of columns and a metric each, under a sampler
-    scores: list[Row]  # an image each
-    validation: list[Row]  # a checkpoint each
-    validation_scores: list[Row]  # a checkpoint and prompt each
-    history: dict[str, OfSeeds]  # of each method: an update each
-    timesteps: dict[str, OfSeeds]  # of each method that has them
-    watch: dict[str, OfSeeds]  # of each method that was watched: an interval of training each
+    means: list[Row]  # of each sampler, column and metric
+    comparisons: list[Row]  # of each sampler, pair of columns and metric
+    scores: list[Row]  # of each image
+    validation: list[Row]  # of each checkpoint
+    validation_scores: list[Row]  # of each checkpoint and prompt
+    history: dict[str, OfSeeds]  # by method: of each update
+    timesteps: dict[str, OfSeeds]  # by method, if it has them
+    watch: dict[str, OfSeeds]  # by method, if it was watched: of each look
     training: dict[str, list[dict[str, Any]]]  # metrics.json of each method's training seeds
-    judge: dict[str, float]  # what the preference model's training took: seconds and unet_forwards
-    accuracy: list[Row]  # of the preference model; empty where it was not measured
-    seconds: dict[str, float]  # of each stage that says so, in the order of the pipeline
+    preference_cost: dict[str, float]  # seconds and unet_forwards of training the preference model
+    accuracy: list[Row]  # of the preference model; empty if not measured
+    seconds: dict[str, float]  # of each stage, in the order of the pipeline
     images: Path
 
 
 def read_inputs(config: Config, root: Path) -> Inputs:
-    """Read what the stages left; DataError naming the stage to run where something is missing or broken."""
+    """Read the files; DataError with the stage to run if one is missing or broken."""
     workspace = Workspace(config, root)
     evaluate, preference = workspace.evaluate, workspace.train_preference
     prepare = read_json(workspace.prepared.folder / "metrics.json", "prepare")
-    judge = read_json(preference / "metrics.json", "train_preference")
+    preference_metrics = read_json(preference / "metrics.json", "train_preference")
     training = {
         name: [
             read_json(workspace.aligned(name, seed) / "metrics.json", f"align {name} --seed {seed}")
@@ -48,8 +48,8 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         for name in config.methods
     }
     evaluation = read_json(evaluate / "metrics.json", "evaluate")
-    figures = ("eta", "column", "metric", "low", "high")
-    images = ("column", "training_seed", "eta", "prompt_index", "image_index", "prompt")
+    figures = ("sampler", "column", "metric", "low", "high")
+    images = ("column", "training_seed", "sampler", "prompt_index", "image_index", "prompt")
     return Inputs(
         evaluation=evaluation,
         means=read_csv(evaluate / "means.csv", "evaluate", (*figures, "mean")),
@@ -63,17 +63,19 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         timesteps=_of_methods(config, root, "timesteps.csv", ("timestep", "branched", "kept", "margin"), optional=True),
         watch=_of_methods(config, root, "watch.csv", ("unet_forwards", "gap"), optional=True),
         training=training,
-        judge={name: judge[name] for name in ("unet_forwards", "seconds") if name in judge},
+        preference_cost={
+            name: preference_metrics[name] for name in ("unet_forwards", "seconds") if name in preference_metrics
+        },
         accuracy=read_csv(preference / "accuracy.csv", "train_preference", ("timestep", "model", "accuracy"))
         if (preference / "accuracy.csv").exists()
         else [],
-        seconds=_seconds(prepare, judge, training, evaluation),
+        seconds=_seconds(prepare, preference_metrics, training, evaluation),
         images=evaluate / "images",
     )
 
 
 def read_json(path: Path, stage: str) -> dict[str, Any]:
-    """A stage's metrics; DataError where the file is missing or no JSON object."""
+    """A stage's metrics; DataError if the file is missing or no JSON object."""
     text = _read_text(path, stage)
     try:
         value = json.loads(text)
@@ -85,7 +87,7 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
 
 
 def read_csv(path: Path, stage: str, columns: tuple[str, ...]) -> list[Row]:
-    """Rows with numbers as floats, an empty cell as nan; DataError where one of `columns` or a number is missing."""
+    """Rows with numbers as floats and empty cells as nan; DataError if one of `columns` or a number is missing."""
     text = _read_text(path, stage)
     if not text.strip():  # how a table without rows is written
         return []
@@ -102,7 +104,7 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...]) -> list[Row]:
 def _of_methods(
     config: Config, root: Path, name: str, columns: tuple[str, ...], *, optional: bool = False
 ) -> dict[str, OfSeeds]:
-    """A table of every training; where it is optional, of those that have it."""
+    """A table of every training; an optional table may be missing."""
     found: dict[str, OfSeeds] = {}
     for method in config.methods:
         for seed in config.training_seeds:
@@ -115,11 +117,11 @@ def _of_methods(
 
 def _seconds(
     prepare: dict[str, Any],
-    judge: dict[str, Any],
+    preference: dict[str, Any],
     training: dict[str, list[dict[str, Any]]],
     evaluation: dict[str, Any],
 ) -> dict[str, float]:
-    stages = {"prepare": [prepare], "train_preference": [judge]}
+    stages = {"prepare": [prepare], "train_preference": [preference]}
     for name, seeds in training.items():
         stages[f"align {name}" + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")] = seeds
     stages["evaluate"] = [evaluation]

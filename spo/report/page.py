@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else."""
+"""The report as one self-contained HTML page."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def page(
     *,
     facts: Mapping[str, str],
 ) -> str:
-    """The page as HTML; whatever comes from files is escaped."""
+    """The page as HTML; values from files are escaped."""
     html = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -71,7 +71,7 @@ def plain(value: Any) -> str:
 
 
 def minus(text: str) -> str:
-    """Words with true minus signs before their numbers."""
+    """Text with true minus signs before its numbers."""
     return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
 
 
@@ -80,7 +80,7 @@ def percent(value: float) -> str:
 
 
 def _training(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
-    """What each training took, a row each."""
+    """The cost of each training."""
     return [
         {"method": name, "seed": seed, **metrics}
         for name, runs in inputs.training.items()
@@ -89,7 +89,7 @@ def _training(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def _chosen(inputs: Inputs) -> list[str]:
-    """The checkpoint of each training that the figures are of."""
+    """The chosen checkpoint of each training."""
     return [
         f"{row['column']} seed {row['training_seed']:.0f}: {row['checkpoint']}"
         for row in inputs.validation

@@ -1,7 +1,6 @@
-"""Charts as inline SVG that take the page's colours, so they read on light and on dark.
+"""Charts as inline SVG in the page's colours, for light and dark mode.
 
-Series are told apart by colour, dash and marker. A page sets the colours as --series-0 to --series-5; elsewhere they
-are those of LIGHT.
+Series differ in colour, dash and marker. A page sets the colours as --series-0 to --series-5; the default is LIGHT.
 """
 
 import io
@@ -43,11 +42,11 @@ STYLE: dict[Any, Any] = {
 class Line:
     label: str
     x: Sequence[float]
-    y: Sequence[float]  # nan where there is none
+    y: Sequence[float]  # nan if unknown
     smooth: bool = False  # draw the running mean over the pale values
     markers: bool = False
-    slot: int = 0  # which colour, dash and marker: the same name keeps its slot in every chart
-    faint: bool = False  # one of several that another line sums up: thin, without a name
+    slot: int = 0  # the number of its colour, dash and marker: one name has one slot in all charts
+    faint: bool = False  # thin and without a name: one of several that another line averages
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def line_chart(
     level: tuple[str, float] | None = None,
     reverse: bool = False,
 ) -> str:
-    """Lines over a common x as `<svg>`; `level` is a labelled horizontal, `reverse` turns x round.
+    """Lines over a common x as `<svg>`; `level` is a labelled horizontal line, `reverse` reverses x.
 
     `name` sets the SVG's ids apart from those of other charts on the page.
     """
@@ -114,7 +113,7 @@ def interval_chart(name: str, spans: Sequence[Span], *, x_label: str) -> str:
 
 
 def running_mean(y: Sequence[float]) -> np.ndarray:
-    """Mean over a centred window of about a tenth of the series; nan counts for nothing."""
+    """Mean over a centred window of about a tenth of the series, without nan."""
     values = np.asarray(y, dtype=np.float64)
     window = np.ones(min(2 * (len(values) // 20) + 1, len(values)))
     known = np.isfinite(values)

@@ -1,4 +1,4 @@
-"""What the evaluation found: its tables, looked up by sampler, column and metric."""
+"""The evaluation's tables, looked up by sampler, column and metric."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +18,18 @@ class Results:
     means: Sequence[Row]
     comparisons: Sequence[Row]
     methods: tuple[str, ...]
-    etas: tuple[float, ...]  # the first one decides
+    samplers: Mapping[str, str]  # name and description; the first one decides
     num_prompts: int
     num_seeds: int = 1  # of training
-    primary: str = "aesthetic"  # the score that is to rise
-    guarded: tuple[str, ...] = ("alignment",)  # scores that must not be lost by it
+    primary: str = "aesthetic"  # the score that should rise
+    guarded: tuple[str, ...] = ("alignment",)  # scores that must not fall
     contrast_factor: float | None = None
-    _means: dict[tuple[float, str, str], Row] = field(init=False, repr=False)
-    _gains: dict[tuple[float, str, str, str], Row] = field(init=False, repr=False)
+    _means: dict[tuple[str, str, str], Row] = field(init=False, repr=False)
+    _gains: dict[tuple[str, str, str, str], Row] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        means = {(row["eta"], row["column"], row["metric"]): row for row in self.means}
-        gains = {(row["eta"], row["column"], row["against"], row["metric"]): row for row in self.comparisons}
+        means = {(row["sampler"], row["column"], row["metric"]): row for row in self.means}
+        gains = {(row["sampler"], row["column"], row["against"], row["metric"]): row for row in self.comparisons}
         object.__setattr__(self, "_means", means)
         object.__setattr__(self, "_gains", gains)
         measured = dict.fromkeys(row["metric"] for row in self.means)
@@ -38,14 +38,18 @@ class Results:
                 f"evaluate has not measured {', '.join(absent)}, only {', '.join(measured) or 'nothing'}; "
                 "name measured scores in evaluate.primary and evaluate.guarded"
             )
-        for eta in self.etas:
+        for sampler in self.samplers:
             for column in (BASE, *self.methods):
-                known = all((eta, column, metric) in means for metric in self.main)
-                compared = column == BASE or all((eta, column, BASE, metric) in gains for metric in self.main)
+                known = all((sampler, column, metric) in means for metric in self.main)
+                compared = column == BASE or all((sampler, column, BASE, metric) in gains for metric in self.main)
                 if not known or not compared:
                     raise DataError(
-                        f"the tables of evaluate have no {column} at eta {eta:g}; run `python -m spo evaluate` again"
+                        f"the tables of evaluate have no {column} with {sampler}; run `python -m spo evaluate` again"
                     )
+
+    @property
+    def deciding(self) -> str:
+        return next(iter(self.samplers))
 
     @property
     def main(self) -> tuple[str, ...]:
@@ -54,7 +58,7 @@ class Results:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """All that images were scored by."""
+        """All scores of the images."""
         return tuple(dict.fromkeys(row["metric"] for row in self.means))
 
     @property
@@ -66,32 +70,32 @@ class Results:
 
     @property
     def duels(self) -> list[tuple[str, str]]:
-        """The pairs that were compared with each other, neither of them the base or the control."""
+        """The pairs that were compared, without base and control."""
         pairs = dict.fromkeys((row["column"], row["against"]) for row in self.comparisons)
         return [pair for pair in pairs if not {BASE, CONTRAST} & set(pair)]
 
     def slot(self, column: str) -> int:
-        """Which colour, dash and marker a column has in every chart."""
+        """The number of a column's colour, dash and marker in every chart."""
         return self.columns.index(column) - 1 if column in self.columns[1:] else 0
 
-    def score(self, eta: float, column: str, metric: str) -> Figures | None:
-        """mean, low, high; None where that was not measured."""
-        return self._means.get((eta, column, metric))
+    def score(self, sampler: str, column: str, metric: str) -> Figures | None:
+        """mean, low, high; None if it was not measured."""
+        return self._means.get((sampler, column, metric))
 
-    def gain(self, eta: float, column: str, metric: str, against: str = BASE) -> Figures | None:
-        """difference, low, high, win_rate, ...; None where that was not compared."""
-        return self._gains.get((eta, column, against, metric))
+    def gain(self, sampler: str, column: str, metric: str, against: str = BASE) -> Figures | None:
+        """difference, low, high, win_rate, ...; None if it was not compared."""
+        return self._gains.get((sampler, column, against, metric))
 
     def decided(self, column: str, metric: str, against: str = BASE) -> Figures:
-        """The comparison under the deciding sampler."""
-        return self._gains[self.etas[0], column, against, metric]
+        """The comparison with the deciding sampler."""
+        return self._gains[self.deciding, column, against, metric]
 
 
 def direction(gain: Figures) -> int:
-    """1 or -1 where the whole interval lies above or below zero, else 0."""
+    """1 or -1 if the whole interval lies above or below zero, else 0."""
     return (gain["low"] > 0) - (gain["high"] < 0)
 
 
 def level(gain: Figures) -> int:
-    """1 or -1 where the whole interval of the win rate lies above or below one half, else 0."""
+    """1 or -1 if the win rate's whole interval lies above or below one half, else 0."""
     return (gain["win_rate_low"] > 0.5) - (gain["win_rate_high"] < 0.5)

@@ -1,4 +1,4 @@
-"""What came of it, in sentences that follow from the intervals and from nothing else."""
+"""The verdict in sentences. They follow from the intervals alone."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,44 +9,45 @@ INTERVAL = "95% interval"
 
 
 def verdicts(results: Results) -> dict[str, list[str]]:
-    """Of each method its sentences: against the base, the guard, the methods after it, and contrast alone."""
+    """The sentences of each method: against the base, guarded scores, later methods, and contrast alone."""
     found = {}
     for name in results.methods:
         sentences = [_gain_sentence(name, results)]
         sentences += [_guard_sentence(name, metric, results.decided(name, metric)) for metric in results.guarded]
         sentences += [_duel_sentence(a, b, results) for a, b in results.duels if a == name]
-        if results.gain(results.etas[0], name, results.primary, CONTRAST) is not None:
+        if results.gain(results.deciding, name, results.primary, CONTRAST) is not None:
             sentences.append(_contrast_sentence(name, results))
         found[name] = sentences
     return found
 
 
 def basis(results: Results) -> str:
-    """What every figure rests on."""
+    """The prompts, sampler and training seeds behind the figures."""
     seeds = results.num_seeds
     trained = (
-        "one training seed; the intervals tell nothing of how another training would turn out"
+        "one training seed; another training may give other results than the intervals say"
         if seeds == 1
-        else f"{seeds} training seeds, whose differences the intervals cover"
+        else f"{seeds} training seeds; the intervals cover their differences"
     )
-    return f"{results.num_prompts} prompts never trained on and {trained}."
+    sampler = f"{results.deciding} ({results.samplers[results.deciding]})"
+    return f"{results.num_prompts} prompts never trained on, with {sampler} and {trained}."
 
 
 def summary(results: Results, savings: Sequence[str], seconds: Mapping[str, float], *, lines: int = 10) -> str:
-    """At most `lines` lines for a terminal: the verdict, a table with intervals, and how long it took."""
+    """At most `lines` lines for a terminal: the verdict, a table with intervals, and the time taken."""
     width = max(len(column) for column in results.columns)
     heads = "  ".join(f"{metric:<24}" for metric in results.main)
     table = [f"{'':{width}}  {heads}".rstrip()]
     for column in results.columns:
-        cells = [_cell(results.score(results.etas[0], column, metric)) for metric in results.main]
+        cells = [_cell(results.score(results.deciding, column, metric)) for metric in results.main]
         table.append(f"{column:{width}}  {'  '.join(cells)}".rstrip())
     took = ["took " + ", ".join(f"{stage} {duration(value)}" for stage, value in seconds.items())] if seconds else []
     first, *others = verdicts(results).values()
     duels = [sentence for sentence in first[1:] if sentence.startswith("Against")]
     rest = [sentence for sentence in first[1:] if sentence not in duels]
-    said = [first[0], *duels[:1], *savings[:1], *rest[:1], *(sentences[0] for sentences in others), *rest[1:]]
+    sentences = [first[0], *duels[:1], *savings[:1], *rest[:1], *(other[0] for other in others), *rest[1:]]
     room = max(1, lines - len(table) - len(took))
-    return "\n".join([*said[:room], *table, *took][:lines]) + "\n"
+    return "\n".join([*sentences[:room], *table, *took][:lines]) + "\n"
 
 
 def _gain_sentence(name: str, results: Results) -> str:
@@ -87,15 +88,15 @@ def _contrast_sentence(name: str, results: Results) -> str:
     gain = results.decided(name, results.primary, CONTRAST)
     control = results.decided(CONTRAST, results.primary)
     by = "" if results.contrast_factor is None else f" (factor {results.contrast_factor:.2f})"
-    judgement = {
+    comparison = {
         1: f"clearly less than {name}",
         -1: f"clearly more than {name}",
         0: f"not clearly less than {name}",
     }[direction(gain)]
     if direction(gain) == 0 and direction(results.decided(name, results.primary)) > 0:
-        judgement += ": contrast may explain the gain"
+        comparison += ": contrast may explain the gain"
     moved = f"{results.primary} by {control['difference']:+z.3f} ({_interval(control)})"
-    return f"Contrast alone{by} moves {moved}, {judgement}."
+    return f"Contrast alone{by} moves {moved}, {comparison}."
 
 
 def _won(gain: Figures) -> str:
@@ -104,7 +105,7 @@ def _won(gain: Figures) -> str:
 
 
 def _interval(figures: Figures, sign: int | None = None) -> str:
-    """`sign` turns a one-sided interval into amounts: a fall by .2 to .3."""
+    """With a sign, the interval of the amount: a fall by .2 to .3."""
     if sign is None:
         return f"{INTERVAL} {figures['low']:+z.3f} to {figures['high']:+z.3f}"
     low, high = sorted((sign * figures["low"], sign * figures["high"]))

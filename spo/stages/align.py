@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo.config import Config, ScoringConfig
+from spo.config import Config, SamplerConfig, ScoringConfig
 from spo.core.types import LabelledPairs, Scorer
 from spo.methods.method import Inputs, build_method
 from spo.metrics.metric import build_metrics, score
@@ -121,6 +121,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
         return None
     preference = load_scorer(config, root, policy.device)
     text = preference.encode(prompts)
+    sampler = SamplerConfig(steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale, eta=0.0)
 
     def paint() -> Tensor:
         # full fine-tuning trains a UNet in float32 between parts of half precision
@@ -129,9 +130,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
                 policy,
                 prompts,
                 [image_seed(settings.seed, prompt, 0) for prompt in prompts],
-                steps=config.sampling.steps,
-                guidance_scale=config.sampling.guidance_scale,
-                eta=0.0,
+                sampler=sampler,
                 batch_size=min(BATCH, config.evaluate.batch_size),
                 label="watch",
             )

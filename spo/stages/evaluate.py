@@ -1,8 +1,8 @@
 """Compare base and aligned models on the same held-out prompts, seeds and samplers.
 
-Each training's checkpoint is chosen on the validation prompts by one rule; the scores reported are of the test
-prompts. A control column shows what the best change of contrast alone makes of the base's images. What is finished is
-kept in .cache/evaluate, so that an evaluation that was killed goes on where it was.
+One rule chooses each training's checkpoint on the validation prompts; the reported scores are of the test prompts. The
+control column shows the base's images with the best change of contrast. Finished batches are kept in .cache/evaluate,
+so that an evaluation that was killed resumes with them.
 """
 
 import shutil
@@ -37,7 +37,7 @@ TABLES = ("means.csv", "comparisons.csv", "validation.csv", "validation_scores.c
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     """Write images/, lora/, samples.png, metrics.json and five tables to runs/<profile>/evaluate.
 
-    lora/<method> is, of the method's training seeds, the one that the rule prefers on the validation prompts.
+    lora/<method> holds the training seed's LoRA that the rule prefers on the validation prompts.
     """
     start = time.perf_counter()
     evaluation = Evaluation(config, root)
@@ -49,22 +49,22 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         validation, chosen = evaluation.choose()
         columns, factor = evaluation.compare(chosen, folder / "images")
         metrics = evaluation.write_tables(folder, columns, validation, chosen)
-        for name, subject in evaluation.release(validation, chosen).items():
-            assert subject.checkpoint is not None  # it was chosen among a training's
-            shutil.copytree(subject.checkpoint, folder / "lora" / name)
-            metrics[name]["released"] = f"seed-{subject.training_seed}/{subject.checkpoint.name}"
+        for name, variant in evaluation.release(validation, chosen).items():
+            assert variant.checkpoint is not None  # it was chosen among a training's
+            shutil.copytree(variant.checkpoint, folder / "lora" / name)
+            metrics[name]["released"] = f"seed-{variant.training_seed}/{variant.checkpoint.name}"
         metrics[CONTROL]["factor"] = factor
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_json(folder / "metrics.json", metrics)
         samples = plain_sheet([_first_pictures(folder / "images" / name) for name in (BASE, *config.methods)])
         samples.save(folder / "samples.png")
     if distributed.is_main():
-        evaluation.studio.shelf.tidy()
+        evaluation.image_scorer.cache.tidy()
         _report(tracker, target, metrics, samples, validation)
 
 
 class Evaluation:
-    """The images to be made, and who makes and judges them."""
+    """The images to make, and the scorer that makes and scores them."""
 
     def __init__(self, config: Config, root: Path):
         self.settings = config.evaluate
@@ -76,16 +76,16 @@ class Evaluation:
             for name in config.methods
             for training_seed in config.training_seeds
         }
-        self.validation_scores: list[Row] = []  # an image each, in the metrics that choose
+        self.validation_scores: list[Row] = []  # of each image, in the scores that choose
         self.others = [ModelVariant(name, borrowed=lora) for name, lora in self.settings.loras.items()]
-        self.studio = ImageScorer(config, root)
+        self.image_scorer = ImageScorer(config, root)
 
     def choose(self) -> tuple[list[Row], dict[tuple[str, int], ModelVariant]]:
-        """Score every checkpoint on the validation prompts: a row each, and the choice of each training."""
+        """Score every checkpoint on the validation prompts; return a row for each, and each training's choice."""
         rows = [self._validation_row(ModelVariant(BASE))]
         chosen = {}
         for training, candidates in self.trainings.items():
-            found = [self._validation_row(subject) for subject in candidates]
+            found = [self._validation_row(variant) for variant in candidates]
             best = self._best(found, rows[0])
             found[best]["chosen"] = 1
             chosen[training] = candidates[best]
@@ -95,37 +95,38 @@ class Evaluation:
     def release(
         self, validation: Sequence[Row], chosen: dict[tuple[str, int], ModelVariant]
     ) -> dict[str, ModelVariant]:
-        """Of each method's choices the one to be used, by the same rule on the same prompts."""
+        """Choose among the training seeds of each method, by the same rule on the same prompts."""
         base, *rows = validation
         released = {}
         for name in dict.fromkeys(method for method, _ in chosen):
-            subjects = [subject for (method, _), subject in chosen.items() if method == name]
-            released[name] = subjects[self._best([r for r in rows if r["column"] == name and r["chosen"]], base)]
+            variants = [variant for (method, _), variant in chosen.items() if method == name]
+            released[name] = variants[self._best([r for r in rows if r["column"] == name and r["chosen"]], base)]
         return released
 
     def compare(self, chosen: dict[tuple[str, int], ModelVariant], folder: Path) -> tuple[list[Column], float]:
-        """Base, control, every training's choice and others' LoRAs on the test prompts.
+        """Score the base, the control, every training's choice and others' LoRAs on the test prompts.
 
         The deciding sampler's images go to `folder`.
 
-        Returns the columns, sampler by sampler, and the control's factor of contrast under the deciding one.
+        Returns the columns, sampler by sampler, and the control's factor of contrast with the deciding one.
         """
         columns: list[Column] = []
         factors: list[float] = []
-        for eta in self.settings.etas:
-            keep = folder if eta == self.settings.etas[0] else None
-            columns += self._untrained(eta, keep, factors)
+        for sampler in self.settings.samplers:
+            keep = folder if sampler == self.settings.deciding else None
+            columns += self._untrained(sampler, keep, factors)
             for name in dict.fromkeys(method for method, _ in chosen):
-                of_method = {seed: subject for (method, seed), subject in chosen.items() if method == name}
-                scores = [self._judged(subject, eta, keep) for subject in of_method.values()]
-                columns.append(Column(name, eta, tuple(of_method), _stacked(scores)))
-            columns += [Column(s.column, eta, (None,), _stacked([self._judged(s, eta, keep)])) for s in self.others]
+                of_method = {seed: variant for (method, seed), variant in chosen.items() if method == name}
+                scores = [self._scores(variant, sampler, keep) for variant in of_method.values()]
+                columns.append(Column(name, sampler, tuple(of_method), _stacked(scores)))
+            for other in self.others:
+                columns.append(Column(other.column, sampler, (None,), _stacked([self._scores(other, sampler, keep)])))
         return columns, factors[0]
 
     def write_tables(
         self, folder: Path, columns: Sequence[Column], validation: Sequence[Row], chosen: dict[Any, ModelVariant]
     ) -> dict[str, Any]:
-        """Write the tables; the figures of the verdict."""
+        """Write the tables; return the figures of the verdict."""
         prompts, samples = [task.prompt for task in self.test], self.settings.bootstrap_samples
         means = mean_rows(columns, prompts, samples=samples)
         comparisons = comparison_rows(columns, prompts, samples=samples)
@@ -133,39 +134,40 @@ class Evaluation:
         for name, rows in zip(TABLES, tables, strict=True):
             write_csv(folder / name, rows)
         settings = self.settings
-        seeds = len({seed for _, seed in chosen})
-        counts = {"prompts": len(set(prompts)), "images": len(prompts), "training_seeds": seeds}
-        figures = compact(means, comparisons, primary=settings.primary, guarded=settings.guarded, eta=settings.etas[0])
-        return {**counts, **figures}
+        facts = {"sampler": settings.deciding, "prompts": len(set(prompts)), "images": len(prompts)}
+        facts["training_seeds"] = len({seed for _, seed in chosen})
+        which: dict[str, Any] = {"primary": settings.primary, "guarded": settings.guarded}
+        return {**facts, **compact(means, comparisons, sampler=settings.deciding, **which)}
 
-    def _untrained(self, eta: float, folder: Path | None, factors: list[float]) -> list[Column]:
+    def _untrained(self, sampler: str, folder: Path | None, factors: list[float]) -> list[Column]:
         base = ModelVariant(BASE)
-        batches = list(self.studio.batches(base, self.test, eta, split="test", images=True))
-        factor, control = self.studio.best_contrast(batches)
+        batches = list(self.image_scorer.batches(base, self.test, sampler, split="test", images=True))
+        factor, control = self.image_scorer.best_contrast(batches)
         factors.append(factor)
         if folder is not None:
             for batch in batches:
-                pictures = from_bytes(batch.images)
-                save_images(pictures, batch.tasks, folder / BASE)
-                save_images(self.studio.with_contrast(pictures, factor), batch.tasks, folder / CONTROL)
+                images = from_bytes(batch.images)
+                save_images(images, batch.tasks, folder / BASE)
+                save_images(self.image_scorer.with_contrast(images, factor), batch.tasks, folder / CONTROL)
         own = joined([batch.scores for batch in batches])
-        return [Column(name, eta, (None,), _stacked([scores])) for name, scores in ((BASE, own), (CONTROL, control))]
+        return [
+            Column(name, sampler, (None,), _stacked([scores])) for name, scores in ((BASE, own), (CONTROL, control))
+        ]
 
-    def _judged(self, subject: ModelVariant, eta: float, folder: Path | None) -> Scores:
+    def _scores(self, variant: ModelVariant, sampler: str, folder: Path | None) -> Scores:
         scores = []
-        for batch in self.studio.batches(subject, self.test, eta, split="test", images=folder is not None):
+        for batch in self.image_scorer.batches(variant, self.test, sampler, split="test", images=folder is not None):
             scores.append(batch.scores)
             if folder is not None:
-                save_images(from_bytes(batch.images), batch.tasks, folder / subject.place)
+                save_images(from_bytes(batch.images), batch.tasks, folder / variant.place)
         return joined(scores)
 
-    def _validation_row(self, subject: ModelVariant) -> Row:
-        eta = self.settings.etas[0]
-        scores = self.studio.scores(subject, self.validation, eta, split="validation")
+    def _validation_row(self, variant: ModelVariant) -> Row:
+        scores = self.image_scorer.scores(variant, self.validation, self.settings.deciding, split="validation")
         names = {
-            "column": subject.column,
-            "training_seed": "" if subject.training_seed is None else subject.training_seed,
-            "checkpoint": BASE if subject.checkpoint is None else subject.checkpoint.name,
+            "column": variant.column,
+            "training_seed": "" if variant.training_seed is None else variant.training_seed,
+            "checkpoint": BASE if variant.checkpoint is None else variant.checkpoint.name,
         }
         self.validation_scores += [
             {**names, "prompt_index": task.prompt_index}
@@ -174,7 +176,7 @@ class Evaluation:
         ]
         return {
             **names,
-            **subject.cost(),
+            **variant.cost(),
             "chosen": 0,
             "primary": scores[self.settings.primary].mean().item(),  # under one name in every profile, for dvc's plot
             **{name: values.mean().item() for name, values in scores.items()},
@@ -199,12 +201,12 @@ def save_images(images: Tensor, wanted: Sequence[Task], folder: Path) -> None:
 
 
 def _stacked(of_seeds: Sequence[Scores]) -> Scores:
-    """The scores of training seeds as (seeds, n) each."""
+    """The scores of all training seeds, (seeds, n) each."""
     return {name: torch.stack([scores[name] for scores in of_seeds]) for name in of_seeds[0]}
 
 
 def _first_pictures(folder: Path) -> list[Image.Image]:
-    """Of the first prompts, by the first training seed."""
+    """Images of the first prompts, by the first training seed."""
     if seeds := sorted(folder.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-"))):
         folder = seeds[0]
     return [Image.open(path).copy() for path in sorted(folder.glob("*-0.png"))[:SAMPLE_COLUMNS]]

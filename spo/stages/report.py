@@ -1,12 +1,13 @@
-"""Tell what came of a run: one page that needs nothing else, a few lines for the terminal, and how long it all took.
+"""Report a run: one self-contained page, a short summary for the terminal, and the time taken.
 
-Reads what prepare, train_preference, align and evaluate left under runs/<profile>/ and writes
+Reads the outputs of prepare, train_preference, align and evaluate under runs/<profile>/ and writes
 report/report.html, report/summary.txt and report/metrics.json beside them.
 """
 
 from pathlib import Path
 
 from spo.config import Config
+from spo.errors import DataError
 from spo.report.charts import all_charts
 from spo.report.cost import duels, numbers, sentences
 from spo.report.gallery import gallery
@@ -21,19 +22,19 @@ from spo.workspace import Workspace
 
 
 def run(config: Config, *, root: Path, tracker: Tracker) -> None:
-    """Write the report of the profile's runs; DataError where a stage has not left what it needs."""
+    """Write the report of the profile's runs; DataError if a stage's output is missing."""
     inputs = read_inputs(config, root)
     results = results_of(config, inputs)
     evaluate, shown = config.evaluate, [column for column in results.columns if column != CONTRAST]
-    cards = gallery(inputs.images, inputs.scores, shown, eta=evaluate.etas[0], metric=evaluate.primary)
+    cards = gallery(inputs.images, inputs.scores, shown, sampler=evaluate.deciding, metric=evaluate.primary)
     charts = all_charts(results, inputs)
     costs = duels(
         results,
         inputs.validation,
         inputs.validation_scores,
         tolerance=evaluate.guard_tolerance,
-        judge=inputs.judge,
-        judged=[name for name in config.methods if config.align[name].needs_preference_model],
+        preference_cost=inputs.preference_cost,
+        preference_methods=[name for name in config.methods if config.align[name].needs_preference_model],
     )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
     folder = Workspace(config, root).report
@@ -49,13 +50,18 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
 
 
 def results_of(config: Config, inputs: Inputs) -> Results:
-    """The evaluation's tables, as the profile asks about them."""
+    """The evaluation's tables with the settings of the profile; DataError if another sampler decided."""
     evaluate = config.evaluate
+    if (decided := inputs.evaluation.get("sampler")) != evaluate.deciding:
+        raise DataError(
+            f"evaluate chose checkpoints with {decided}, but the first of evaluate.samplers is {evaluate.deciding}; "
+            "run `python -m spo evaluate` again"
+        )
     return Results(
         inputs.means,
         inputs.comparisons,
         config.methods,
-        evaluate.etas,
+        {name: sampler.description for name, sampler in evaluate.samplers.items()},
         num_prompts=len({row["prompt_index"] for row in inputs.scores}),
         num_seeds=len(config.training_seeds),
         primary=evaluate.primary,

@@ -126,9 +126,10 @@ def _signature(config: Config) -> "ModelSignature":
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    sampler = config.evaluate.samplers[config.evaluate.deciding]
     defaults: dict[str, tuple[DataType, Any]] = {
-        "num_inference_steps": (DataType.integer, config.evaluate.steps),
-        "guidance_scale": (DataType.double, config.evaluate.guidance_scale),
+        "num_inference_steps": (DataType.integer, sampler.steps),
+        "guidance_scale": (DataType.double, sampler.guidance_scale),
         "height": (DataType.integer, config.model.resolution),
         "width": (DataType.integer, config.model.resolution),
         "negative_prompt": (DataType.string, ""),

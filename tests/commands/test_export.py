@@ -80,7 +80,7 @@ def test_a_checkpoint_may_be_named_in_place_of_the_one_that_evaluation_chose(pro
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--format", "kohya", "--out", "new"], "end its name in .safetensors"),
         (["--format", "merged", "--out", "model"], "--out model exists already; remove it"),
@@ -92,12 +92,12 @@ def test_a_checkpoint_may_be_named_in_place_of_the_one_that_evaluation_chose(pro
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
-    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     before = sorted(project.rglob("*"))
     assert main(["export", *arguments]) == 1
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
     assert sorted(project.rglob("*")) == before
 

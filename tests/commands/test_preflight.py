@@ -1,13 +1,14 @@
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from spo.commands import preflight
 from spo.commands.disk_estimate import room, size_of
 from spo.commands.preflight import findings, require
-from spo.config import Config, load_config
+from spo.config import Config, MetricConfig, load_config
+from spo.config.metrics import MetricSection
 from spo.errors import ConfigError
 from spo.workspace import Workspace
 
@@ -38,7 +39,7 @@ def test_the_shipped_default_lacks_nothing(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said", "stage"),
+    ("key", "value", "message", "stage"),
     [
         ("prepare.prompts.source", "no.txt", "no.txt does not exist", "prepare"),
         ("prepare.prompts.source", "data/README.md", "of an unknown kind", "prepare"),
@@ -53,6 +54,8 @@ def test_the_shipped_default_lacks_nothing(
         ("train_preference.processor", "nowhere", "is no folder here", "train_preference"),
         ("evaluate.loras", {"theirs": "nowhere/theirs.safetensors"}, "is no folder here", "evaluate"),
         ("align.spo.scoring.tiny_vae", "nowhere", "is no folder here", "align"),
+        ("evaluate.samplers", {"mine": {"scheduler": "Nothing"}}, "is no scheduler that .* use one of", "evaluate"),
+        ("evaluate.samplers", {"mine": {"options": {"a": 1}}}, "unknown to DDIMScheduler; use some of", "evaluate"),
         ("launch.accelerate_config", "no.yaml", "no.yaml does not exist", "align"),
     ],
 )
@@ -62,13 +65,13 @@ def test_what_is_missing_ends_its_stage_and_is_a_warning_to_the_others(
     capsys: pytest.CaptureFixture[str],
     key: str,
     value: str,
-    said: str,
+    message: str,
     stage: str,
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = changed(config, key, value)
-    with pytest.raises(ConfigError, match=rf"^{key}[.a-z]*: .*{said}") as raised:
+    with pytest.raises(ConfigError, match=rf"^{key}[.a-z]*: .*{message}") as raised:
         require(config, stage, ROOT)
     assert "\n" not in str(raised.value)
     require(config, "report", ROOT)
@@ -85,10 +88,68 @@ def test_a_needed_metrics_model_is_looked_for_and_another_one_is_not(
     clip = {"kind": "clip", "model": "nowhere"}
     config = changed(config, "evaluate.metrics", [{"kind": "oracle"}, {**clip, "name": "a"}, {**clip, "name": "b"}])
     config = changed(changed(config, "promote.tolerance", {}), "evaluate.guarded", ["a"])
-    assert [finding.what for finding in findings(config, ROOT) if not finding.good] == ["evaluate.metrics.a"]
+    assert [finding.what for finding in findings(config, ROOT) if not finding.good] == ["evaluate.metrics.a.model"]
 
 
-def test_a_disk_too_small_is_said_with_both_sizes(
+METRICS = [
+    ({"kind": "clip", "name": "mine", "model": "nowhere"}, "model: nowhere is no folder here"),
+    (
+        {"kind": "clip", "name": "mine", "model": "data/base/tiny-preference", "processor": "nowhere"},
+        "processor: nowhere",
+    ),
+    ({"kind": "hpsv2", "weights": "no.pt", "clip": "data/base/tiny-preference"}, "weights: no.pt is no file here; put"),
+    ({"kind": "hpsv2", "weights": "params.yaml", "clip": "nowhere"}, "clip: nowhere is no folder here"),
+    (
+        {"kind": "hpsv2", "weights": "data/base/hps.pt", "clip": "data/base/tiny-preference"},
+        "weights: data/base/hps.pt is no file",
+    ),
+    ({"kind": "laion_aesthetic", "clip": "data/base/tiny-preference"}, "head: trl-lib/.* is not in the hub's cache"),
+    (
+        {"kind": "laion_aesthetic", "head": "params.yaml", "clip": "data/prompts"},
+        "clip: data/prompts has no config.json",
+    ),
+    (
+        {"kind": "image_reward", "tokenizer": "data/base/tiny-preference"},
+        "weights: THUDM/ImageReward/.* not in the hub",
+    ),
+    (
+        {"kind": "image_reward", "weights": "params.yaml", "tokenizer": "nowhere"},
+        "tokenizer: nowhere is no folder here",
+    ),
+]
+
+
+@pytest.mark.parametrize(("metric", "problem"), METRICS)
+@pytest.mark.parametrize("use", ["primary", "guarded", "watch"])
+def test_a_needed_metric_of_any_kind_must_have_its_files(
+    config: Config, monkeypatch: pytest.MonkeyPatch, metric: dict[str, Any], problem: str, use: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    name = metric.get("name", metric["kind"])
+    config = changed(config, "promote.tolerance", {})
+    if use == "watch":
+        watch = {"every": 1, "metric": metric, "score": name}
+        unneeded = changed(config, "align.spo.watch", watch)
+        config, key = changed(config, "align.spo.watch", watch | {"stop_after_worse": 2}), "align.spo.watch.metric"
+    else:
+        unneeded = changed(config, "evaluate.metrics", [{"kind": "oracle"}, metric])
+        config, key = (
+            changed(unneeded, f"evaluate.{use}", name if use == "primary" else [name]),
+            f"evaluate.metrics.{name}",
+        )
+    assert [finding for finding in findings(unneeded, ROOT) if not finding.good] == []
+    with pytest.raises(ConfigError, match=rf"^{key}.{problem}"):
+        require(config, key.partition(".")[0], ROOT)
+
+
+@pytest.mark.parametrize("kind", get_args(get_args(MetricConfig)[0]))
+def test_every_text_in_a_metrics_settings_is_its_name_or_something_to_check(kind: type[MetricSection]) -> None:
+    fields = {name for name, field in kind.model_fields.items() if field.annotation in (str, str | None)}
+    assert fields - {"name"} == {*kind.models, *kind.tokenizers, *kind.files}
+
+
+def test_a_disk_too_small_is_reported_with_both_sizes(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from spo.commands import promote
-from spo.config import Config, LoraConfig, ModelConfig, load_config
+from spo.config import Config, LoraConfig, ModelConfig, SamplerConfig, load_config
 from spo.errors import ConfigError, DataError
 from spo.models.lora import add_lora, save_lora
 from spo.runtime.tables import write_csv
@@ -19,6 +19,7 @@ from spo.workspace import Workspace
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 
 ROOT = Path(__file__).parents[2]
+SAMPLERS = {name: SamplerConfig(steps=2, eta=eta) for name, eta in (("ddim", 0.0), ("ddim-stochastic", 1.0))}
 PROMPTS = ("a small red cross on a white background", "a large blue circle on a black background")
 
 
@@ -36,7 +37,7 @@ def config(request: pytest.FixtureRequest, root: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(root)
     monkeypatch.setenv("SPO_PIPELINE_RUN", "p1")
     base = load_config(ROOT, "tiny")
-    evaluate = base.evaluate.model_copy(update={"steps": 2, "bootstrap_samples": 200, "batch_size": 4})
+    evaluate = base.evaluate.model_copy(update={"samplers": SAMPLERS, "bootstrap_samples": 200, "batch_size": 4})
     model = ModelConfig(family="sd15", path="model", resolution=RESOLUTION)
     name = request.node.name.removeprefix("test_")[:40]
     values = {"profile": name, "model": model, "evaluate": evaluate, "methods": ("spo",)}
@@ -56,7 +57,7 @@ def write_evaluation(
         {
             "column": column,
             "training_seed": training_seed,
-            "eta": eta,
+            "sampler": sampler,
             "prompt_index": i,
             "image_index": 0,
             "prompt": prompt,
@@ -64,11 +65,13 @@ def write_evaluation(
             "alignment": 0.9 - (fall if column == "spo" else 0),
         }
         for column, training_seed in (("base", ""), ("spo", 0))
-        for eta in config.evaluate.etas
+        for sampler in config.evaluate.samplers
         for i, prompt in enumerate(PROMPTS)
     ]
     write_csv(folder / "scores.csv", rows)
-    (folder / "metrics.json").write_text(json.dumps({"spo": {"released": f"seed-0/step-{seed:06d}"}}))
+    (folder / "metrics.json").write_text(
+        json.dumps({"sampler": "ddim", "spo": {"released": f"seed-0/step-{seed:06d}"}})
+    )
     report = Workspace(config, root).report
     report.mkdir(parents=True, exist_ok=True)
     (report / "summary.txt").write_text("spo raises aesthetic.\n")
@@ -109,7 +112,7 @@ def test_a_challenger_meets_the_champion_and_the_reasons_stand_on_its_version(
     assert loser.tags["promotion"] == "not promoted"
     assert loser.tags["promotion.against"] == "the champion, version 1 (spo)"
     assert loser.tags["promotion.reasons"].startswith(
-        "alignment at eta 0: -0.2000 [-0.2000, -0.2000] does not lie above"
+        "alignment with ddim: -0.2000 [-0.2000, -0.2000] does not lie above"
     )
     assert "spo raises aesthetic." in loser.description
     assert "does not lie above" in loser.description
@@ -118,6 +121,7 @@ def test_a_challenger_meets_the_champion_and_the_reasons_stand_on_its_version(
     assert registry.champion(config).number == 3  # type: ignore[union-attr]
     assert version(config, 3).tags["promotion"] == "promoted"
     assert version(config, 3).tags["evaluation.aesthetic.vs_base"] == "+0.2005"
+    assert version(config, 3).tags["evaluation.sampler"] == "ddim (2 steps, guidance 5, eta 0)"
 
 
 def test_a_champion_evaluated_under_other_conditions_is_evaluated_anew(
@@ -131,6 +135,24 @@ def test_a_champion_evaluated_under_other_conditions_is_evaluated_anew(
     assert decision is not None
     assert decision.checks[0].found.difference > 4.5  # from the oracle's scores of random pictures, not from 0.6
     assert decision.rival == "the champion, version 1 (spo)"
+
+
+def test_a_champion_whose_scores_were_kept_by_eta_is_evaluated_anew(
+    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = Workspace(config, root).evaluate / "scores.csv"
+    write_evaluation(config, root, gain=0.1, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(promote, "fingerprint", lambda base: "of a table with the column eta")
+        released = promote.find_candidate(config, root)
+        old = scores.read_text().replace(",sampler,", ",eta,").replace(",ddim-stochastic,", ",1.0,")
+        scores.write_text(old.replace(",ddim,", ",0.0,"))
+        registry.crown(promote.register(config, released, root), root)
+    with pytest.raises(DataError, match="is of other samplers than the profile's; run `python -m spo evaluate` again"):
+        promote.run(config)
+    write_evaluation(config, root, gain=0.1, seed=2)
+    assert promote.run(config) is not None
+    assert "the champion, was evaluated under other conditions; it is evaluated anew" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -21,7 +21,12 @@ QUICK = {  # the shipped profile with as little work as every stage takes
         "evaluate_timesteps": [1],
         "evaluate_pairs": 4,
     },
-    "evaluate": {"num_prompts": 4, "num_validation_prompts": 2, "steps": 2, "bootstrap_samples": 50},
+    "evaluate": {
+        "num_prompts": 4,
+        "num_validation_prompts": 2,
+        "samplers": {"ddim": {"steps": 2, "eta": 0.0}, "ddim-stochastic": {"steps": 2, "eta": 1.0}},
+        "bootstrap_samples": 50,
+    },
 }
 QUICK_SPO = {
     "epochs": 1,

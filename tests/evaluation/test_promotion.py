@@ -6,20 +6,20 @@ import pytest
 
 from spo.evaluation.promotion import Scored, decide, fingerprint, scored
 
-ETAS = (0.0, 1.0)
+SAMPLERS = ("ddim", "ancestral")
 RNG = np.random.default_rng(0)
-NOISE = {(eta, i): RNG.normal(0, 0.01, 2) for eta in ETAS for i in range(60)}
+NOISE = {(sampler, i): RNG.normal(0, 0.01, 2) for sampler in SAMPLERS for i in range(60)}
 
 
-def system(aesthetic: float, alignment: float, alignment_at_1: float | None = None) -> Scored:
+def system(aesthetic: float, alignment: float, ancestral: float | None = None) -> Scored:
     """Scores of 60 prompts under two samplers, about 0.01 apart from one another."""
     return {
-        (eta, i, 0, f"prompt {i}"): {
-            "aesthetic": aesthetic + NOISE[eta, i][0] * (1 + aesthetic),
-            "alignment": (alignment if eta == 0 or alignment_at_1 is None else alignment_at_1)
-            + NOISE[eta, i][1] * (1 + alignment),
+        (sampler, i, 0, f"prompt {i}"): {
+            "aesthetic": aesthetic + NOISE[sampler, i][0] * (1 + aesthetic),
+            "alignment": (alignment if sampler == "ddim" or ancestral is None else ancestral)
+            + NOISE[sampler, i][1] * (1 + alignment),
         }
-        for eta in ETAS
+        for sampler in SAMPLERS
         for i in range(60)
     }
 
@@ -28,18 +28,18 @@ RIVAL = system(0.5, 0.9)
 
 
 def decision(candidate: Scored, tolerance: float = 0.02) -> Any:
-    rule = {"primary": "aesthetic", "tolerances": {"alignment": tolerance}, "deciding_eta": 0.0, "samples": 500}
+    rule = {"primary": "aesthetic", "tolerances": {"alignment": tolerance}, "deciding": "ddim", "samples": 500}
     return decide(candidate, RIVAL, name="the base", **rule)
 
 
 def test_a_clear_gain_without_a_fall_is_promoted() -> None:
     found = decision(system(0.55, 0.9))
     assert found.promoted
-    assert found.words == "promoted: it beats the base in aesthetic and falls in no guarded score"
-    assert [(check.metric, check.eta) for check in found.checks] == [
-        ("aesthetic", 0.0),
-        ("alignment", 0.0),
-        ("alignment", 1.0),
+    assert found.description == "promoted: it beats the base in aesthetic and falls in no guarded score"
+    assert [(check.metric, check.sampler) for check in found.checks] == [
+        ("aesthetic", "ddim"),
+        ("alignment", "ddim"),
+        ("alignment", "ancestral"),
     ]
 
 
@@ -51,7 +51,7 @@ def test_a_gain_whose_interval_reaches_zero_is_not_promoted() -> None:
     found = decision(noisy)
     assert found.checks[0].found.difference > 0
     assert not found.promoted
-    assert "its interval of aesthetic" in found.words
+    assert "the interval of aesthetic" in found.description
     assert "does not lie above 0" in found.reasons[0]
 
 
@@ -62,13 +62,13 @@ def test_no_model_beats_itself() -> None:
 def test_a_fall_of_a_guarded_score_is_not_promoted_whatever_the_gain() -> None:
     found = decision(system(0.9, 0.87))
     assert not found.promoted
-    assert found.reasons[0].startswith("alignment at eta 0:")
+    assert found.reasons[0].startswith("alignment with ddim:")
 
 
 def test_a_guarded_score_must_hold_under_every_sampler() -> None:
-    found = decision(system(0.9, 0.9, alignment_at_1=0.87))
+    found = decision(system(0.9, 0.9, ancestral=0.87))
     assert not found.promoted
-    assert found.reasons[0].startswith("alignment at eta 1:")
+    assert found.reasons[0].startswith("alignment with ancestral:")
 
 
 def test_a_fall_within_the_tolerance_is_forgiven() -> None:
@@ -95,11 +95,11 @@ def test_a_fingerprint_changes_with_any_score_or_prompt() -> None:
 
 
 def test_a_column_is_read_from_the_rows_of_a_table() -> None:
-    row = {"training_seed": "0", "eta": "1.0", "prompt_index": "2", "image_index": "0", "prompt": "a cross"}
+    row = {"training_seed": "0", "sampler": "ddim", "prompt_index": "2", "image_index": "0", "prompt": "a cross"}
     rows = [
         {"column": "spo", **row, "aesthetic": "0.5"},
         {"column": "spo", **row, "training_seed": "1", "aesthetic": "0.7"},
         {"column": "base", **row, "training_seed": "", "aesthetic": "0.4"},
     ]
-    assert scored(rows, "spo", "0") == {(1.0, 2, 0, "a cross"): {"aesthetic": 0.5}}
-    assert scored(rows, "base") == {(1.0, 2, 0, "a cross"): {"aesthetic": 0.4}}
+    assert scored(rows, "spo", "0") == {("ddim", 2, 0, "a cross"): {"aesthetic": 0.5}}
+    assert scored(rows, "base") == {("ddim", 2, 0, "a cross"): {"aesthetic": 0.4}}

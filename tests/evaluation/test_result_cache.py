@@ -20,20 +20,20 @@ def test_an_entry_of_which_a_bit_has_changed_is_made_anew(tmp_path: Path, damage
         made.append(1)
         return {"scores": torch.arange(3.0), "images": torch.zeros(2, 3, dtype=torch.uint8)}
 
-    shelf = ResultCache(tmp_path)
-    first = shelf.get("key", make)
-    again = shelf.get("key", make)
+    cache = ResultCache(tmp_path)
+    first = cache.get("key", make)
+    again = cache.get("key", make)
     assert list(first) == list(again) == ["scores", "images"]
     assert len(made) == 1
     [file] = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    assert torch.equal(shelf.get("key", make)["scores"], torch.arange(3.0))
+    assert torch.equal(cache.get("key", make)["scores"], torch.arange(3.0))
     assert len(made) == 2
-    shelf.get("key", make)
+    cache.get("key", make)
     assert len(made) == 2
 
 
-def test_a_judges_file_that_was_replaced_under_its_name_is_told_from_the_one_before(tmp_path: Path) -> None:
+def test_a_metrics_file_that_was_replaced_under_its_name_has_another_digest(tmp_path: Path) -> None:
     head = tmp_path / "head.pth"
     metric = AestheticConfig(head=str(head))
     head.write_bytes(b"one")

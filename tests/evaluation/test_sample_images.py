@@ -38,7 +38,7 @@ def config(root) -> Config:
 
 @pytest.fixture(scope="module")
 def sampler(config) -> Sampler:
-    return Sampler.of(config, steps=2, guidance=None, eta=None)
+    return Sampler.of(config, None, steps=2, guidance=None, eta=None)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,15 @@ def made(root, config, sampler, tmp_path_factory):
 def test_a_picture_says_how_it_was_made(made, config):
     facts = Image.open(made[0][1]).text
     assert facts["prompt"] == PROMPT
-    assert {"seed": "8", "steps": "2", "guidance": "5.0", "eta": "0.0", "base": config.model.path}.items() <= (
-        facts.items()
-    )
+    assert {
+        "seed": "8",
+        "sampler": "ddim",
+        "scheduler": "DDIMScheduler",
+        "steps": "2",
+        "guidance": "5.0",
+        "eta": "0.0",
+        "base": config.model.path,
+    }.items() <= facts.items()
     assert facts["model"].startswith("spo, the LoRA in ")
     assert facts["commit"]
 
@@ -87,7 +93,7 @@ def test_a_title_of_any_length_fits_its_sheet():
 def test_nothing_is_evaluated_yet_means_the_base(config, tmp_path):
     source = resolve_model(None, config, tmp_path)
     assert (source.name, source.lora) == ("base", None)
-    assert "no evaluated LoRA yet" in source.told
+    assert "no evaluated LoRA yet" in source.description
 
 
 @pytest.mark.parametrize("wanted", ["spo", "runs/tiny", "runs/tiny/evaluate", f"runs/tiny/evaluate/lora/spo/{WEIGHTS}"])
@@ -115,7 +121,7 @@ def test_a_registered_model_is_fetched_through_tracking(config, root, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("wanted", "message"),
     [
         ("nosuch", r"names nothing here; evaluated: \['spo'\]"),
         ("runs/nosuch", "names nothing here"),
@@ -123,18 +129,18 @@ def test_a_registered_model_is_fetched_through_tracking(config, root, monkeypatc
         ("two", "holds 2 LoRAs; name one of them"),
     ],
 )
-def test_a_name_of_nothing_is_told_with_what_there_is(config, root, tmp_path, monkeypatch, wanted, said):
+def test_a_name_of_nothing_is_answered_with_what_there_is(config, root, tmp_path, monkeypatch, wanted, message):
     (tmp_path / "base-folder").mkdir()
     for name in ("two/a", "two/b"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / WEIGHTS).touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         resolve_model(wanted, config, root)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"prompt": "  "}, "the prompt is empty"),
         ({"num": 0}, "makes no picture"),
@@ -143,9 +149,9 @@ def test_a_name_of_nothing_is_told_with_what_there_is(config, root, tmp_path, mo
         ({"out": Path(__file__)}, "is a file; name a folder"),
     ],
 )
-def test_wrong_options_are_told_before_anything_is_loaded(config, sampler, root, change, said):
+def test_wrong_options_are_refused_before_anything_is_loaded(config, sampler, root, change, message):
     options = {"prompt": PROMPT, "model": None, "seed": 0, "num": 1, "out": Path("pictures"), **change}
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         show_one(config, options.pop("prompt"), **options, sampler=sampler, root=root)
 
 
@@ -158,6 +164,18 @@ def test_a_base_alone_cannot_be_compared(config, sampler, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"guidance": 0.5}, {"eta": 2.0}])
-def test_a_sampler_out_of_range_is_told(config, wrong):
+def test_a_sampler_out_of_range_is_refused(config, wrong):
     with pytest.raises(ConfigError, match="steps must be at least 1"):
-        Sampler.of(config, **{"steps": None, "guidance": None, "eta": None, **wrong})
+        Sampler.of(config, None, **{"steps": None, "guidance": None, "eta": None, **wrong})
+
+
+def test_a_named_sampler_keeps_its_settings_but_those_that_are_given(config):
+    given = {"steps": None, "guidance": None, "eta": None}
+    own = config.evaluate.samplers["ddim-stochastic"]
+    assert Sampler.of(config, "ddim-stochastic", **given).settings == own
+    changed = Sampler.of(config, "ddim-stochastic", **given | {"steps": 7}).settings
+    assert changed == own.model_copy(update={"steps": 7})
+    with pytest.raises(
+        ConfigError, match=r"'ddpm' is not in evaluate.samplers; use one of \['ddim', 'ddim-stochastic'\]"
+    ):
+        Sampler.of(config, "ddpm", **given)

@@ -14,8 +14,7 @@ import torch
 import yaml
 from torch import Generator, Tensor
 
-from experiments import candidate_agreement as judge_order
-from experiments import dpo_curve, methods, share_sweep
+from experiments import candidate_agreement, dpo_curve, methods, share_sweep
 from experiments.pictures import Pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from spo.config import SpoConfig, load_config
@@ -114,12 +113,12 @@ def test_the_saving_is_read_off_the_rows() -> None:
 
     evaluate = load_config(Path(__file__).parents[2], "tiny")
     dpo = [row("diffusion_dpo", 1000, 0.01), row("diffusion_dpo", 2000, 0.05), row("diffusion_dpo", 4000, 0.04)]
-    [line] = dpo_curve.told([*dpo, row("spo", 100, 0.06, fall=0.5), row("spo", 200, 0.05)], evaluate)
+    [line] = dpo_curve.sentences([*dpo, row("spo", 100, 0.06, fall=0.5), row("spo", 200, 0.05)], evaluate)
     assert "with 10 times less compute: 200 UNet forwards against 2,000" in line
     dpo += [row("diffusion_dpo", 3000, 0.055, rate=0.5), row("diffusion_dpo", 500, 0.9, fall=0.5, rate=0.5)]
-    [line] = dpo_curve.told([*dpo, row("spo", 200, 0.05), row("spo", 600, 0.06)], evaluate)
+    [line] = dpo_curve.sentences([*dpo, row("spo", 200, 0.05), row("spo", 600, 0.06)], evaluate)
     assert "with 5 times less compute: 600 UNet forwards against 3,000" in line  # of the better of its two runs
-    [line] = dpo_curve.told([*dpo, row("spo", 100, 0.04)], evaluate)
+    [line] = dpo_curve.sentences([*dpo, row("spo", 100, 0.04)], evaluate)
     assert "does not reach" in line
 
 
@@ -164,7 +163,9 @@ def test_rings_compare_each_picture_with_two_others_of_its_prompt(project: Path)
         assert pictures.prompts[i] == pictures.prompts[j]
 
 
-def test_the_sweep_of_the_base_s_own_pictures_needs_no_judge_for_diffusion_dpo(project: Path, monkeypatch) -> None:
+def test_the_sweep_of_the_base_s_own_pictures_needs_no_preference_model_for_diffusion_dpo(
+    project: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(project)
     command = ["--quick", "--out", "base.csv", "--pairs", "base", "--methods", "diffusion_dpo", "--shares", "0.05"]
     assert share_sweep.main(command) == 0
@@ -191,7 +192,7 @@ def test_the_sweep_has_a_row_for_every_comparison_and_goes_on_where_it_stopped(p
     for row in first:
         assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
     [work] = (project / ".cache" / "bench" / "share_sweep").iterdir()
-    [start] = work.glob("judges/share-0.1*/model.safetensors")
+    [start] = work.glob("preference-models/share-0.1*/model.safetensors")
     assert start.read_bytes() != (work / "sight" / "model.safetensors").read_bytes()
 
     monkeypatch.setattr(align, "run", no_training)
@@ -231,7 +232,7 @@ def test_methods_are_compared_by_their_best_trials_and_no_trial_is_made_twice(pr
     assert methods.main(["--quick", "--methods", "ddpo"]) == 1
 
 
-def test_a_judge_that_is_the_metric_orders_all_candidates_and_its_opposite_none(project: Path, monkeypatch) -> None:
+def test_a_model_that_is_the_metric_orders_all_candidates_and_its_opposite_none(project: Path, monkeypatch) -> None:
     monkeypatch.chdir(project)
     config = load_config()
     prompts = (project / "runs/own/prepare/prompts/validation.txt").read_text().splitlines()[:3]
@@ -251,16 +252,16 @@ def test_a_judge_that_is_the_metric_orders_all_candidates_and_its_opposite_none(
             return self.sign * score(metrics, images, prompts * settings.candidates)["aesthetic"]
 
     for sign, agreement in ((1.0, 1.0), (-1.0, 0.0)):
-        found = judge_order.measure(config, Metric(sign), prompts, settings)
+        found = candidate_agreement.measure(config, Metric(sign), prompts, settings)
         assert [row["t"] for row in found][-2:] == [0, "all"]
         assert found[-1]["pairs"] > len(prompts)
         assert found[-1]["aesthetic"] == agreement
 
 
-def test_the_order_of_the_trained_judge_is_told_and_written(project: Path, monkeypatch, capsys) -> None:
+def test_the_order_of_the_trained_model_is_printed_and_written(project: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(project)
-    assert judge_order.main(["--prompts", "2", "--out", "order.csv"]) == 0
+    assert candidate_agreement.main(["--prompts", "2", "--out", "order.csv"]) == 0
     assert "| all |" in capsys.readouterr().out
     assert {row["model"] for row in rows(project / "order.csv")} == {"runs/own/train_preference/model"}
-    assert judge_order.main(["--method", "d3po"]) == 1
+    assert candidate_agreement.main(["--method", "d3po"]) == 1
     assert "no SPO called d3po" in capsys.readouterr().err

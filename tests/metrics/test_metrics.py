@@ -1,4 +1,4 @@
-"""Judges of real pictures: from files in the published formats to the scores that the published packages give."""
+"""Metrics of real pictures: from files in the published formats to the scores that the published packages give."""
 
 import shutil
 import string
@@ -64,8 +64,8 @@ def head(tmp_path_factory) -> Path:
 
 def test_hps_is_what_open_clip_computes(clip):
     golden = load_file(PUBLISHED / "hps.safetensors")
-    judge = build_metrics([HpsConfig(weights=str(PUBLISHED / "hps.pt"), clip=str(clip))], CPU)
-    found = score(judge, golden["images"], ["a b", "c", "d e f"])["hpsv2"]
+    metrics = build_metrics([HpsConfig(weights=str(PUBLISHED / "hps.pt"), clip=str(clip))], CPU)
+    found = score(metrics, golden["images"], ["a b", "c", "d e f"])["hpsv2"]
     torch.testing.assert_close(found, 100 * golden["cosine"], rtol=1e-4, atol=1e-4)
 
 
@@ -78,29 +78,29 @@ def test_image_reward_is_what_the_published_package_computes(bert):
 
 def test_aesthetic_is_its_layers_on_the_image_alone(clip, head):
     images = torch.rand(3, 3, 40, 40)
-    judge = build_metrics([AestheticConfig(head=str(head), clip=str(clip))], CPU)
-    found = score(judge, images, ["a", "b", "c"])["laion_aesthetic"]
+    metrics = build_metrics([AestheticConfig(head=str(head), clip=str(clip))], CPU)
+    found = score(metrics, images, ["a", "b", "c"])["laion_aesthetic"]
     state = torch.load(head, weights_only=True)
-    x = judge[0].clip.image_features(images)
+    x = metrics[0].clip.image_features(images)
     for i in (0, 2, 4):
         x = x @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
     torch.testing.assert_close(found, x[:, 0])
-    assert torch.equal(found, score(judge, images, ["d", "e", "f"])["laion_aesthetic"])
+    assert torch.equal(found, score(metrics, images, ["d", "e", "f"])["laion_aesthetic"])
 
 
 def test_a_clips_score_is_its_scaled_cosine_and_batches_do_not_matter(clip):
     images = torch.rand(70, 3, 32, 32)
     prompts = ["a b c"[: 1 + 2 * (i % 3)] for i in range(70)]
-    judge = build_metrics([ClipMetricConfig(name="mine", model=str(clip))], CPU)
-    found = score(judge, images, prompts)["mine"]
+    metrics = build_metrics([ClipMetricConfig(name="mine", model=str(clip))], CPU)
+    found = score(metrics, images, prompts)["mine"]
     model = CLIPModel.from_pretrained(clip).eval()
-    seen = nn.functional.normalize(judge[0].clip.image_features(images[69:]), dim=-1)
-    read = nn.functional.normalize(judge[0].clip.text_features(prompts[69:]), dim=-1)
+    seen = nn.functional.normalize(metrics[0].clip.image_features(images[69:]), dim=-1)
+    read = nn.functional.normalize(metrics[0].clip.text_features(prompts[69:]), dim=-1)
     torch.testing.assert_close(found[69:], (model.logit_scale.exp() * (seen * read).sum(-1)).detach())
     assert found.shape == (70,)
 
 
-def test_an_absent_judge_is_left_out_with_a_line_unless_its_score_decides(capsys):
+def test_an_absent_metric_is_left_out_with_a_line_unless_its_score_decides(capsys):
     configs = [
         OracleConfig(),
         HpsConfig(weights="no/such/file.pt", clip="nosuch"),
@@ -115,33 +115,33 @@ def test_an_absent_judge_is_left_out_with_a_line_unless_its_score_decides(capsys
 
 
 @pytest.mark.parametrize(
-    ("state", "said"),
+    ("state", "message"),
     [
-        ({"layers.0.weight": torch.zeros(2, 48), "layers.0.bias": torch.zeros(2)}, "make no score"),
+        ({"layers.0.weight": torch.zeros(2, 48), "layers.0.bias": torch.zeros(2)}, "do not end in a score"),
         ({"layers.x.weight": torch.zeros(1, 48)}, "has no layers"),
         ({"steps": 3}, "holds no named tensors"),
         ({"blip.visual_encoder.x": torch.zeros(1)}, "has no layers"),
     ],
 )
-def test_a_wrong_file_is_told(clip, tmp_path, state, said):
+def test_a_wrong_file_is_named(clip, tmp_path, state, message):
     torch.save(state, tmp_path / "head.pth")
-    with pytest.raises(ModelError, match=said) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         build_metrics([AestheticConfig(head=str(tmp_path / "head.pth"), clip=str(clip))], CPU)
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_another_judge_or_with_code_in_them_are_refused(clip, bert, tmp_path):
+def test_weights_of_another_metric_or_with_code_in_them_are_refused(clip, bert, tmp_path):
     with pytest.raises(ModelError, match="an OpenCLIP checkpoint should hold"):
         build_metrics([HpsConfig(weights=str(PUBLISHED / "image_reward.pt"), clip=str(clip))], CPU)
     with pytest.raises(ModelError, match=r"holds nothing under blip\.visual_encoder"):
         build_metrics([ImageRewardConfig(weights=str(PUBLISHED / "hps.pt"), tokenizer=str(bert))], CPU)
     torch.save({"a": shutil.rmtree}, tmp_path / "bad.pt")
-    with pytest.raises(ModelError, match="cannot be read as tensors alone"):
+    with pytest.raises(ModelError, match="cannot be read as tensors only"):
         build_metrics([ImageRewardConfig(weights=str(tmp_path / "bad.pt"), tokenizer=str(bert))], CPU)
 
 
 @pytest.mark.parametrize("profile", ["sd15", "sdxl"])
-def test_the_profiles_for_real_pictures_have_the_papers_judges(profile):
+def test_the_profiles_for_real_pictures_have_the_papers_metrics(profile):
     config = load_config(Path(__file__).parents[2], profile).evaluate
     scores = [name for metric in config.metrics for name in metric.scores]
     assert scores == ["pickscore", "clipscore", "hpsv2", "image_reward", "laion_aesthetic"]

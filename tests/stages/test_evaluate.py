@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from spo.config import Config, LoraConfig, LoraSource, ModelConfig, load_config
+from spo.config import Config, LoraConfig, LoraSource, ModelConfig, SamplerConfig, load_config
 from spo.errors import DataError, ModelError
-from spo.evaluation import image_scorer as studio
+from spo.evaluation import image_scorer
 from spo.evaluation.image_scorer import ImageScorer
 from spo.evaluation.model_variants import BASE, ModelVariant, tasks
 from spo.evaluation.tables import compared
@@ -33,9 +33,9 @@ TOTAL = 9 + 6 * 2 * 2  # batches: base and 8 checkpoints; base, 4 choices and an
 
 @pytest.fixture(scope="module", autouse=True)
 def few_factors():
-    """Of contrast: each of them has every picture judged again."""
+    """Of contrast: each of them scores every picture again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studio, "FACTORS", (1.0, 1.5))
+        patch.setattr(image_scorer, "FACTORS", (1.0, 1.5))
         yield
 
 
@@ -63,7 +63,8 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(root) -> Config:
     tiny = load_config(Path(__file__).parents[2], "tiny")
-    settings = {"num_prompts": 4, "num_validation_prompts": 3, "steps": 2, "batch_size": 3, "bootstrap_samples": 200}
+    settings = {"num_prompts": 4, "num_validation_prompts": 3, "batch_size": 3, "bootstrap_samples": 200}
+    settings["samplers"] = {name: SamplerConfig(steps=2, eta=eta) for name, eta in (("ddim", 0.0), ("noisy", 1.0))}
     lora = LoraSource(source=str(root / "runs/tiny/align/other/seed-8/checkpoints/step-000004"))
     settings["loras"] = {"published": lora}
     return tiny.model_copy(
@@ -94,7 +95,7 @@ class Tracker(NullTracker):
 def ran(root, config):
     """A run that is killed after five batches, then the run that goes on; how many batches each made."""
     made = []
-    generate = studio.generate
+    generate = image_scorer.generate
     with pytest.MonkeyPatch.context() as patch:
 
         def killed(*arguments, **options):
@@ -103,12 +104,12 @@ def ran(root, config):
             made.append(1)
             return generate(*arguments, **options)
 
-        patch.setattr(studio, "generate", killed)
+        patch.setattr(image_scorer, "generate", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate.run(config, root=root, tracker=Tracker())
         left = sorted(path.name for path in (root / "runs/tiny").iterdir())
         resumed = []
-        patch.setattr(studio, "generate", lambda *a, **o: resumed.append(1) or generate(*a, **o))
+        patch.setattr(image_scorer, "generate", lambda *a, **o: resumed.append(1) or generate(*a, **o))
         tracker = Tracker()
         evaluate.run(config, root=root, tracker=tracker)
     return {"left": left, "made": len(made), "resumed": len(resumed), "tracker": tracker}
@@ -131,7 +132,7 @@ def test_a_killed_run_leaves_no_half_result_and_the_next_makes_what_is_missing(r
 
 def test_every_column_has_the_same_prompts_and_every_score(folder):
     rows = read(folder / "scores.csv")
-    assert list(rows[0])[:6] == ["column", "training_seed", "eta", "prompt_index", "image_index", "prompt"]
+    assert list(rows[0])[:6] == ["column", "training_seed", "sampler", "prompt_index", "image_index", "prompt"]
     assert {"aesthetic", "alignment"} <= set(rows[0])
     expected = {
         ("base", ""),
@@ -139,16 +140,18 @@ def test_every_column_has_the_same_prompts_and_every_score(folder):
         ("published", ""),
         *((name, str(seed)) for name in METHODS for seed in SEEDS),
     }
-    for eta in ("0.0", "1.0"):
+    for sampler in ("ddim", "noisy"):
         for column, seed in expected:
-            own = [r["prompt"] for r in rows if (r["column"], r["training_seed"], r["eta"]) == (column, seed, eta)]
+            own = [
+                r["prompt"] for r in rows if (r["column"], r["training_seed"], r["sampler"]) == (column, seed, sampler)
+            ]
             assert own == PROMPTS[3:7]
     assert len(rows) == len(expected) * 2 * 4
 
 
 def test_scores_can_be_had_again_from_the_kept_images(folder):
     for row in read(folder / "scores.csv"):
-        if row["eta"] != "0.0":
+        if row["sampler"] != "ddim":
             continue
         place = row["column"] + (f"/seed-{row['training_seed']}" if row["training_seed"] else "")
         picture = Image.open(folder / "images" / place / f"{int(row['prompt_index']):04d}-0.png")
@@ -169,7 +172,7 @@ def test_anothers_lora_is_a_column_of_its_own_pictures(folder, root, config):
     made = ImageScorer(config, root)
     images = tasks(Workspace(config, root).prepared, "test", 4, 1, config.evaluate.seed)
     own = ModelVariant("other", 8, root / "runs/tiny/align/other/seed-8/checkpoints/step-000004")
-    [first, _] = made.batches(own, images, 0.0, split="test", images=True)
+    [first, _] = made.batches(own, images, "ddim", split="test", images=True)
     shown = Image.open(folder / "images/published/0000-0.png")
     assert to_picture(from_bytes(first.images[0])).tobytes() == shown.tobytes()
 
@@ -218,11 +221,11 @@ def test_metrics_are_few_and_equal_the_tables(folder):
         "spo_vs_other",
         "seconds",
     } <= (set(metrics))
-    assert metrics["contrast"]["factor"] in studio.FACTORS
+    assert metrics["contrast"]["factor"] in image_scorer.FACTORS
     row = next(
         row
         for row in read(folder / "comparisons.csv")
-        if (row["column"], row["against"], row["metric"], row["eta"]) == ("spo", "other", "aesthetic", "0.0")
+        if (row["column"], row["against"], row["metric"], row["sampler"]) == ("spo", "other", "aesthetic", "ddim")
     )
     assert metrics["spo_vs_other"]["aesthetic_difference"] == pytest.approx(float(row["difference"]), abs=1e-5)
 
@@ -238,24 +241,46 @@ def test_what_is_finished_is_not_made_again_and_a_new_checkpoint_costs_its_own_b
     folder, root, config, monkeypatch
 ):
     before = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
-    monkeypatch.setattr(studio, "build", lambda *_: pytest.fail("no model is needed"))
+    monkeypatch.setattr(image_scorer, "build", lambda *_: pytest.fail("no model is needed"))
     evaluate.run(config, root=root, tracker=NullTracker())
     assert {path.name: path.read_bytes() for path in folder.glob("*.csv")} == before
     monkeypatch.undo()
 
     made = []
-    generate = studio.generate
-    monkeypatch.setattr(studio, "generate", lambda *a, **o: made.append(1) or generate(*a, **o))
+    generate = image_scorer.generate
+    monkeypatch.setattr(image_scorer, "generate", lambda *a, **o: made.append(1) or generate(*a, **o))
     changed = config.model_copy(update={"training_seeds": (3,), "methods": ("spo",)})
     align = root / "runs/tiny/align"
     shutil.copytree(align / "other/seed-8/checkpoints/step-000004", align / "spo/seed-3/checkpoints/step-000006")
-    kept = shelf_size(root)
+    kept = cache_size(root)
     evaluate.run(changed, root=root, tracker=NullTracker())
     assert 1 <= len(made) <= 1 + 4  # scored on validation prompts, and on test prompts if it is chosen
-    assert shelf_size(root) < kept  # what the last run did not need is gone
+    assert cache_size(root) < kept  # what the last run did not need is gone
 
 
-def shelf_size(root: Path) -> int:
+def test_a_renamed_sampler_redoes_nothing_and_a_changed_one_its_own_images(folder, root, config, monkeypatch):
+    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 3, 1, config.evaluate.seed)
+
+    def made(**samplers: SamplerConfig) -> int:
+        calls = []
+        with monkeypatch.context() as patch:
+            generate = image_scorer.generate
+            patch.setattr(image_scorer, "generate", lambda *a, **o: calls.append(1) or generate(*a, **o))
+            settings = config.evaluate.model_copy(update={"samplers": samplers})
+            scorer = ImageScorer(config.model_copy(update={"evaluate": settings}), root)
+            for name in samplers:
+                scorer.scores(ModelVariant(BASE), images, name, split="test")
+        return len(calls)
+
+    own = SamplerConfig(steps=2, eta=0.5)
+    assert made(first=own) == 1
+    assert made(second=own) == 0
+    for change in ({"steps": 3}, {"guidance_scale": 4.0}, {"eta": 0.4}, {"options": {"timestep_spacing": "trailing"}}):
+        assert made(second=own.model_copy(update=change)) == 1
+    assert made(second=SamplerConfig(scheduler="DDPMScheduler", steps=2)) == 1
+
+
+def cache_size(root: Path) -> int:
     return len(list((root / ".cache/evaluate/tiny").glob("*.safetensors")))
 
 
@@ -263,7 +288,8 @@ def test_from_nothing_the_figures_are_those_of_the_killed_run(ran, root, config,
     copy = tmp_path / "project"
     shutil.copytree(root / "runs/tiny/prepare", copy / "runs/tiny/prepare")
     shutil.copytree(root / "runs/tiny/align/other", copy / "runs/tiny/align/other")
-    settings = config.evaluate.model_copy(update={"etas": (0.0,), "loras": {}})
+    one = {"ddim": config.evaluate.samplers["ddim"]}
+    settings = config.evaluate.model_copy(update={"samplers": one, "loras": {}})
     small = config.model_copy(update={"methods": ("other",), "training_seeds": (8,), "evaluate": settings})
     for folder in (root, copy):
         evaluate.run(small, root=folder, tracker=NullTracker())
@@ -275,7 +301,7 @@ def test_from_nothing_the_figures_are_those_of_the_killed_run(ran, root, config,
 def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
     made = ImageScorer(config, root)
     images = tasks(Workspace(config, root).prepared, "test", 4, 1, 7)
-    batches = list(made.batches(ModelVariant(BASE), images, 0.0, split="test", images=True))
+    batches = list(made.batches(ModelVariant(BASE), images, "ddim", split="test", images=True))
     factor, scores = made.best_contrast(batches)
     means = {
         each: torch.cat(
@@ -286,7 +312,7 @@ def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
                 for batch in batches
             ]
         ).mean()
-        for each in studio.FACTORS
+        for each in image_scorer.FACTORS
     }
     assert means[factor] == max(means.values())
     assert scores["aesthetic"].mean() == pytest.approx(means[factor].item())
@@ -295,26 +321,26 @@ def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
 def test_a_damaged_entry_is_made_anew(root, config, monkeypatch):
     images = tasks(Workspace(config, root).prepared, "test", 2, 1, 11)
     made = ImageScorer(config, root)
-    [batch] = made.batches(ModelVariant(BASE), images, 0.0, split="test", images=True)
-    (made.shelf.folder / f"{batch.key}.safetensors").write_bytes(b"half")
-    [again] = made.batches(ModelVariant(BASE), images, 0.0, split="test", images=True)
+    [batch] = made.batches(ModelVariant(BASE), images, "ddim", split="test", images=True)
+    (made.cache.folder / f"{batch.key}.safetensors").write_bytes(b"half")
+    [again] = made.batches(ModelVariant(BASE), images, "ddim", split="test", images=True)
     assert torch.equal(again.images, batch.images)
     assert to_picture(from_bytes(again.images[0])).size == (RESOLUTION, RESOLUTION)
 
 
 @pytest.mark.parametrize(
-    ("missing", "error", "said"),
+    ("missing", "error", "message"),
     [
         ("prepare/prompts/test.txt", DataError, "run `python -m spo prepare`"),
         ("align/spo/seed-8/checkpoints", ModelError, "run `python -m spo align spo --seed 8`"),
     ],
 )
-def test_what_is_missing_is_told_with_its_stage(root, config, tmp_path, missing, error, said):
+def test_what_is_missing_is_named_with_its_stage(root, config, tmp_path, missing, error, message):
     for name in ("prepare", "align"):
         shutil.copytree(root / "runs/tiny" / name, tmp_path / "runs/tiny" / name)
     path = tmp_path / "runs/tiny" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         evaluate.run(config, root=tmp_path, tracker=NullTracker())
     assert not (tmp_path / "runs/tiny/evaluate").exists()
 

@@ -84,7 +84,7 @@ def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generato
 def write_evaluation(runs: Path, methods, prompts, gains, rng, *, seeds, images: int = 2) -> None:
     folder, values = runs / "evaluate", []
     wanted = [Task(i, j, prompt, 0) for i, prompt in enumerate(prompts) for j in range(images)]
-    for eta in (0.0, 1.0):
+    for sampler in ("ddim", "ddim-stochastic"):
         ease = rng.normal(0, 0.05, len(wanted))
         for column in ("base", "contrast", *methods):
             trained = seeds if column in methods else (None,)
@@ -93,12 +93,13 @@ def write_evaluation(runs: Path, methods, prompts, gains, rng, *, seeds, images:
                       "alignment": 0.8 + ease + rng.normal(0, 0.01, shape),
                       "fade": 0.3 - gains[column] + np.zeros(shape)}  # fmt: skip
             scores = {key: torch.from_numpy(value) for key, value in scores.items()}
-            values.append(Column(column, eta, tuple(trained), scores))
+            values.append(Column(column, sampler, tuple(trained), scores))
     groups = [task.prompt for task in wanted]
     means, comparisons = (rows(values, groups, samples=200) for rows in (mean_rows, comparison_rows))
-    figures = compact(means, comparisons, eta=0.0, primary="aesthetic", guarded=("alignment",))
+    figures = compact(means, comparisons, sampler="ddim", primary="aesthetic", guarded=("alignment",))
     figures["contrast"]["factor"] = 1.18
-    write_metrics(folder, {"prompts": len(prompts), "training_seeds": len(seeds), **figures, "seconds": 95.0})
+    facts = {"sampler": "ddim", "prompts": len(prompts), "training_seeds": len(seeds)}
+    write_metrics(folder, {**facts, **figures, "seconds": 95.0})
     write_csv(folder / "means.csv", means)
     write_csv(folder / "comparisons.csv", comparisons)
     write_csv(folder / "scores.csv", score_rows(values, wanted))
@@ -213,17 +214,32 @@ def test_links_within_the_page_lead_somewhere(page):
     assert set(re.findall(r"url\(#([^)]*)\)", page)) <= ids
 
 
+def test_samplers_are_named_and_described(page):
+    for name, eta in (("ddim", 0), ("ddim-stochastic", 1)):
+        assert re.search(rf"{name}\s*<span>20 steps, guidance 5, eta {eta}</span>", page)
+    assert "With ddim." in page
+
+
+def test_the_tables_of_another_deciding_sampler_are_refused(tmp_path):
+    config = write_runs(tmp_path)
+    samplers = dict(reversed(config.evaluate.samplers.items()))
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"samplers": samplers})})
+    with pytest.raises(DataError, match=r"chose checkpoints with ddim, but the first .* is ddim-stochastic; run"):
+        report.run(config, root=tmp_path, tracker=Tracker())
+
+
 def test_chosen_checkpoints_are_told(page):
     assert "spo seed 4: step-000030; spo seed 7: step-000030; dpo seed 4: step-000030; dpo seed 7: step-000030." in page
 
 
 def test_page_says_how_many_training_seeds_it_rests_on(page, tmp_path):
-    assert "Over 5 prompts never trained on and 2 training seeds, whose differences the intervals cover." in page
+    seeds = "2 training seeds; the intervals cover their differences."
+    assert f"Over 5 prompts never trained on, with ddim (20 steps, guidance 5, eta 0) and {seeds}" in page
     assert len(Tags(page).of("tr")) > 4
     config = write_runs(tmp_path)
     report.run(config, root=tmp_path, tracker=Tracker())
     one = (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
-    assert "one training seed; the intervals tell nothing of how another training would turn out" in one
+    assert "one training seed; another training may give other results than the intervals say" in one
 
 
 def test_methods_are_set_against_each_other_with_intervals(page):
@@ -232,7 +248,7 @@ def test_methods_are_set_against_each_other_with_intervals(page):
 
 
 def test_compute_saved_is_told_in_both_currencies_or_that_it_is_not_reached(page):
-    assert "dpo has no checkpoint that is better than the base on validation prompts, so nothing to reach." in page
+    assert "dpo has no checkpoint that is better than the base on validation prompts: nothing to reach." in page
 
 
 def test_a_saving_is_a_number_of_the_metrics(tmp_path):
@@ -241,7 +257,8 @@ def test_a_saving_is_a_number_of_the_metrics(tmp_path):
     folder = tmp_path / "runs/tiny/report"
     found = json.loads((folder / "metrics.json").read_text())["spo_vs_dpo"]
     expected = {"unet_forwards": 2.0, "seconds": 2.0}
-    expected |= {"unet_forwards_with_judge": (60 + 10) / (30 + 10), "seconds_with_judge": (480 + 212) / (240 + 212)}
+    expected |= {"unet_forwards_with_preference_model": (60 + 10) / (30 + 10)}
+    expected |= {"seconds_with_preference_model": (480 + 212) / (240 + 212)}
     for currency, times in expected.items():
         for end in ("", "_low", "_high"):
             assert found[f"times_less_{currency}{end}"] == pytest.approx(times, abs=1e-3)
@@ -249,11 +266,11 @@ def test_a_saving_is_a_number_of_the_metrics(tmp_path):
     goal = "spo reaches dpo&#39;s best validation aesthetic, 0.560 at "
     assert f"{goal}60,000 UNet forwards, with 2.0 times less" in page
     assert f"{goal}70,000 UNet forwards, the preference model&#39;s training included, with 1.8 times less" in page
-    told = (folder / "summary.txt").read_text(encoding="utf-8")
-    assert "70,000 UNet forwards, the preference model's training included" in told
+    text = (folder / "summary.txt").read_text(encoding="utf-8")
+    assert "70,000 UNet forwards, the preference model's training included" in text
     assert (
-        "(30,000; 4.0 times at the most, as checkpoints lie apart) "
-        "[95% interval over prompts: 2.0 times less to 2.0 times less" in page in page
+        "(30,000; at most 4.0 times, between checkpoints) "
+        "[95% interval over prompts: 2.0 times less to 2.0 times less" in page
     )
 
 
@@ -266,16 +283,16 @@ def test_what_was_watched_has_its_charts(tmp_path):
     report.run(config, root=tmp_path, tracker=tracker)
     names = {f"plots/watch-{name}.svg" for name in ("preference-gain", "independent-gain", "gap")}
     assert names == {name for name in tracker.files if "watch" in name}
-    assert "gaming its judge" in (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
+    assert "games the preference model" in (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
 
 
-def test_a_judge_that_was_absent_is_named(tmp_path):
+def test_a_metric_without_weights_is_named(tmp_path):
     config = write_runs(tmp_path)
     metrics = (*config.evaluate.metrics, HpsConfig())
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": metrics})})
     report.run(config, root=tmp_path, tracker=Tracker())
     page = (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
-    assert "as the weights were not there: hpsv2." in page
+    assert "because of missing weights: hpsv2." in page
 
 
 def contrast_ratio(one: str, other: str) -> float:
@@ -328,15 +345,16 @@ def test_summary_is_ten_lines_at_most(made):
     columns = ("a", "b", "c")
     means = [row(name, "aesthetic", mean=0.5) for name in ("base", *columns)]
     gains = [row(name, "aesthetic", against="base", difference=0.1) for name in columns]
-    results = Results(means, gains, columns, (0.0,), 10, guarded=())
+    results = Results(means, gains, columns, {"ddim": ""}, 10, guarded=())
     assert len(summary(results, [], {"evaluate": 1.0}).splitlines()) <= 10
 
 
 def row(column: str, metric: str, half: float = 0.05, **middle) -> dict:
-    """A row of means.csv or comparisons.csv at eta 0."""
+    """A row of means.csv or comparisons.csv with ddim."""
     value = middle.get("mean", middle.get("difference"))
     won = {"win_rate": 0.7, "win_rate_low": 0.6, "win_rate_high": 0.8, "ties": 0, "n": 128}
-    return {"eta": 0.0, "column": column, "metric": metric, "low": value - half, "high": value + half, **won, **middle}
+    names = {"sampler": "ddim", "column": column, "metric": metric}
+    return {**names, "low": value - half, "high": value + half, **won, **middle}
 
 
 def results_of(gain, guard=0.0, contrast=None, over_contrast=0.0) -> Results:
@@ -347,11 +365,11 @@ def results_of(gain, guard=0.0, contrast=None, over_contrast=0.0) -> Results:
         means += [row("contrast", "aesthetic", mean=0.5)]
         gains += [row("contrast", "aesthetic", against="base", difference=contrast),
                   row("spo", "aesthetic", against="contrast", difference=over_contrast)]  # fmt: skip
-    return Results(means, gains, ("spo",), (0.0,), 128, contrast_factor=1.2)
+    return Results(means, gains, ("spo",), {"ddim": ""}, 128, contrast_factor=1.2)
 
 
 @pytest.mark.parametrize(
-    ("gain", "said"),
+    ("gain", "message"),
     [
         (0.2, "spo raises aesthetic by 0.200 (95% interval 0.150 to 0.250) on 128 prompts"),
         (-0.2, "spo lowers aesthetic by 0.200 (95% interval 0.150 to 0.250)"),
@@ -363,35 +381,36 @@ def results_of(gain, guard=0.0, contrast=None, over_contrast=0.0) -> Results:
         (-0.05, "includes zero"),
     ],
 )
-def test_verdict_claims_a_change_only_where_the_interval_leaves_zero_out(gain, said):
-    assert said in verdicts(results_of(gain))["spo"][0]
+def test_verdict_claims_a_change_only_where_the_interval_leaves_zero_out(gain, message):
+    assert message in verdicts(results_of(gain))["spo"][0]
 
 
 @pytest.mark.parametrize(
-    ("guard", "said"), [(-0.2, "alignment with the prompt falls by 0.200"), (0.2, "rises by"), (0.01, "includes zero")]
+    ("guard", "message"),
+    [(-0.2, "alignment with the prompt falls by 0.200"), (0.2, "rises by"), (0.01, "includes zero")],
 )
-def test_verdict_tells_what_became_of_alignment(guard, said):
-    assert said in verdicts(results_of(0.2, guard))["spo"][1]
+def test_verdict_tells_what_became_of_alignment(guard, message):
+    assert message in verdicts(results_of(0.2, guard))["spo"][1]
 
 
 @pytest.mark.parametrize(
-    ("over_contrast", "said"),
+    ("over_contrast", "message"),
     [
         (0.2, "clearly less than spo"),
         (-0.3, "clearly more than spo"),
         (0.04, "not clearly less than spo: contrast may explain the gain"),
     ],
 )
-def test_verdict_weighs_the_gain_against_contrast_alone(over_contrast, said):
+def test_verdict_weighs_the_gain_against_contrast_alone(over_contrast, message):
     sentence = verdicts(results_of(0.2, contrast=0.1, over_contrast=over_contrast))["spo"][2]
     assert sentence.startswith("Contrast alone (factor 1.20) moves aesthetic by +0.100 (95% interval ")
-    assert said in sentence
+    assert message in sentence
 
 
 def test_a_score_that_was_not_measured_is_no_verdict():
     found = results_of(0.2)
     with pytest.raises(DataError, match="evaluate has not measured fidelity, only aesthetic, alignment"):
-        Results(found.means, found.comparisons, ("spo",), (0.0,), 128, primary="aesthetic", guarded=("fidelity",))
+        Results(found.means, found.comparisons, ("spo",), {"ddim": ""}, 128, primary="aesthetic", guarded=("fidelity",))
 
 
 @pytest.mark.parametrize(
@@ -418,8 +437,8 @@ def test_a_missing_file_names_the_stage_to_run(tmp_path, file, stage):
         ("evaluate/metrics.json", "{", "is no valid JSON"),
         ("evaluate/metrics.json", "[]", "holds a list"),
         ("evaluate/means.csv", "", "evaluate has not measured aesthetic, alignment, only nothing"),
-        ("evaluate/comparisons.csv", "", "the tables of evaluate have no spo at eta 0"),
-        ("evaluate/scores.csv", "column,eta\n", "no column training_seed, prompt_index, image_index, prompt"),
+        ("evaluate/comparisons.csv", "", "the tables of evaluate have no spo with ddim"),
+        ("evaluate/scores.csv", "column,sampler\n", "no column training_seed, prompt_index, image_index, prompt"),
         ("align/spo/seed-0/history.csv", "update,loss\n1,low\n", "history.csv line 2: could not convert"),
         ("evaluate/images/base/0000-0.png", "no picture", "is no readable picture"),
     ],
@@ -465,6 +484,8 @@ def test_folder_without_git_is_told_so(tmp_path):
     assert git_commit(tmp_path) == "not in a git repository"
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(1.234, "1.2 s"), (59.4, "59 s"), (480, "8 min"), (7260, "2 h 01 min")])
-def test_durations_read_well(seconds, said):
-    assert duration(seconds) == said
+@pytest.mark.parametrize(
+    ("seconds", "message"), [(1.234, "1.2 s"), (59.4, "59 s"), (480, "8 min"), (7260, "2 h 01 min")]
+)
+def test_durations_read_well(seconds, message):
+    assert duration(seconds) == message

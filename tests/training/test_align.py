@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.config import AlignConfig, LoraConfig, OptimizerConfig, OracleConfig, SafetyConfig, WatchConfig
+from spo.config import AlignConfig, LoraConfig, OptimizerConfig, OracleConfig, SafetyConfig, SamplerConfig, WatchConfig
 from spo.core.types import Loss
 from spo.errors import ConfigError, TrainingError
 from spo.methods.method import Examples, Method
@@ -75,7 +75,7 @@ def train(
 
 def paint(policy: LatentDiffusion) -> torch.Tensor:
     return generate(
-        policy, PROMPTS[:2], [1, 2], steps=2, guidance_scale=5.0, eta=0.0, batch_size=2, label="watch")  # fmt: skip
+        policy, PROMPTS[:2], [1, 2], sampler=SamplerConfig(steps=2), batch_size=2, label="watch")  # fmt: skip
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from spo.config import ModelConfig, SamplingConfig
+from spo.config import ModelConfig, SamplerConfig, SamplingConfig
 from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
 from spo.runtime.files import atomic_path
@@ -29,9 +29,7 @@ class Setting:
     """One way of sampling."""
 
     checkpoint: Path
-    guidance_scale: float
-    steps: int
-    eta: float
+    sampler: SamplerConfig
 
 
 def draw_setting(checkpoints: Sequence[Path], generator: Generator) -> Setting:
@@ -39,9 +37,7 @@ def draw_setting(checkpoints: Sequence[Path], generator: Generator) -> Setting:
     u = torch.rand(4, generator=generator).tolist()
     return Setting(
         checkpoint=checkpoints[int(u[0] * len(checkpoints))],
-        guidance_scale=1.5 + 6 * u[1],
-        steps=8 + int(13 * u[2]),
-        eta=float(u[3] < 0.5),
+        sampler=SamplerConfig(guidance_scale=1.5 + 6 * u[1], steps=8 + int(13 * u[2]), eta=float(u[3] < 0.5)),
     )
 
 
@@ -60,9 +56,7 @@ def sample_pool(
                 model,
                 wanted,
                 [image_seed(0, prompt, round_) for prompt in wanted],
-                steps=setting.steps,
-                guidance_scale=setting.guidance_scale,
-                eta=setting.eta,
+                sampler=setting.sampler,
                 batch_size=chunk,
                 label=f"pictures {round_ + 1}/{per_prompt}",
             )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo.config import Config, ModelConfig, SamplingConfig
+from spo.config import Config, ModelConfig, SamplerConfig, SamplingConfig
 from spo.data.prompts import split_prompts
 from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
@@ -267,9 +267,7 @@ def judge_base(pipeline: Path, prompts: Sequence[str]) -> dict[str, float]:
         model,
         wanted,
         [image_seed(1, prompt, 0) for prompt in wanted],
-        steps=20,
-        guidance_scale=5.0,
-        eta=0.0,
+        sampler=SamplerConfig(eta=0.0),
         batch_size=RECIPE.chunk,
         label="base",
     )

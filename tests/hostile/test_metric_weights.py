@@ -1,4 +1,4 @@
-"""Whatever the file of a judge's weights holds, reading it gives a head or one line."""
+"""Whatever the file of a metric's weights holds, reading it gives a head or one line."""
 
 from pathlib import Path
 from typing import Any
