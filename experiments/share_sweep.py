@@ -100,7 +100,8 @@ class Sweep:
             for split in ("train", "validation")
         }
         if pairs == "base":
-            file, steps = self.work / "base.safetensors", self.config.evaluate.steps
+            evaluate, file = self.config.evaluate, self.work / "base.safetensors"
+            steps = evaluate.samplers[evaluate.deciding].steps
             own = like_pictures(self.base, self.prompts, file, per_prompt=RECIPE.pictures_per_prompt, steps=steps)
             found["train"] = rings(own, Generator().manual_seed(seed))
         return found

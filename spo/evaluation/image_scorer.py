@@ -61,7 +61,7 @@ class ImageScorer:
     def model(self) -> LatentDiffusion:
         model = build(self.config.model, self.config.sampling, self.device)
         for sampler in self.settings.samplers.values():  # so that a wrong one fails before hours of work
-            build_scheduler(sampler, model.pipeline.scheduler.config)
+            build_scheduler(sampler, model.network.pipeline.scheduler.config)
         return model
 
     def batches(

@@ -32,15 +32,15 @@ def generate(
     prompts, seeds: n each; an image depends on its prompt and seed alone, not on its batch. A label shows progress.
     """
     rows = [row.tolist() for row in torch.arange(len(prompts)).split(batch_size)]
-    own = model.pipeline.scheduler
-    model.pipeline.scheduler = build_scheduler(sampler, own.config)
+    own = model.network.pipeline.scheduler
+    model.network.pipeline.scheduler = build_scheduler(sampler, own.config)
     try:
         batches = [
             _batch(model, [prompts[i] for i in row], [seeds[i] for i in row], sampler)
             for row in (rows if label is None else progress(rows, label=label))
         ]
     finally:
-        model.pipeline.scheduler = own
+        model.network.pipeline.scheduler = own
     return torch.cat(batches)
 
 
