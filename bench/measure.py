@@ -3,7 +3,6 @@
 import argparse
 import functools
 import os
-import platform
 import resource
 import sys
 import time
@@ -18,6 +17,7 @@ import psutil
 import torch
 import transformers
 
+from spo.environment import processor
 from spo.errors import SpoError
 from spo.files import write_json
 
@@ -109,10 +109,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
-    )
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
+    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
 
 
 def table(rows: list[list[str]]) -> str:
@@ -159,8 +156,3 @@ def quiet() -> None:
     torch.set_flush_denormal(True)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

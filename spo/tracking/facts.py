@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.config import Config
+from spo.environment import hardware
 
 FLOW_RUN = "SPO_FLOW_RUN"  # environment variable: the Prefect flow run that started the stage
 DIGEST_LENGTH = 32  # hexadecimal digits of a SHA-256; MLflow takes 36 at most
@@ -18,14 +19,13 @@ def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
     import diffusers
     import torch
 
-    cuda = torch.cuda.is_available()
     return {
         "stage": stage,
         "profile": config.profile,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        **hardware(),
         **provenance(root),
     }
 
