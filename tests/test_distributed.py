@@ -1,8 +1,8 @@
 """Two processes come to what one does; and where one of them fails, the other ends.
 
-Their sums are rounded in another order, so each law allows for a rounding and for nothing else. The steps are therefore
-taken without Adam, which turns the rounding of a gradient near 0 into a whole step, and no ratio is clamped, for at the
-clamp a rounding decides whether there is a gradient. What the laws would miss is shown by planted faults.
+Their sums are rounded in another order, so each law allows for a rounding and for nothing else, on any processor. Steps
+are therefore plain ones (tests/training/steps.py), and no ratio is clamped, for at the clamp a rounding decides whether
+there is a gradient. Planted faults show that the laws notice a real difference.
 """
 
 import multiprocessing
@@ -31,6 +31,7 @@ from spo.tracking import NullTracker
 from spo.training.align import align
 from spo.training.preference import StepAwareTraining
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline, shake
+from tests.training.steps import PlainSteps, assert_same_up_to_rounding, flat
 from tests.training.test_preference import make_pairs
 
 PROMPTS = ["a cat", "a dog", "a house", "a tree", "a boat"]
@@ -47,7 +48,6 @@ SETTINGS = {
     "lora": LoraConfig(rank=2),
     "optimizer": OptimizerConfig(learning_rate=1.0),
 }
-ROUNDING = 1e-3  # of a norm: far above the rounding of a sum, and far below a fault
 SECONDS = 300  # until a hang is one
 
 
@@ -59,24 +59,6 @@ class PickyScorer:
 
     def __call__(self, images, text, t):
         return 1e3 * images.mean(dim=(1, 2, 3)) * text[:, 0]
-
-
-class PlainSteps(torch.optim.SGD):
-    """Steps along the gradient, which are as long as it is; remembers each gradient."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float):
-        super().__init__(parameters, lr=learning_rate)
-        self.gradients: list[torch.Tensor] = []
-
-    def step(self, closure: None = None) -> None:
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        self.gradients.append(flat(gradients).clone())
-        super().step()
-
-
-def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def run(pipeline: Path, folder: Path) -> dict[str, Any]:
@@ -242,11 +224,6 @@ def assert_same_steps(ours: dict[str, Any], *others: dict[str, Any]) -> None:
             assert_same_up_to_rounding(mine, theirs)
         assert_same_up_to_rounding(ours["moved"], other["moved"])
         assert torch.equal(other["moved"], others[0]["moved"])
-
-
-def assert_same_up_to_rounding(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert ours.norm() > 0
-    assert (theirs - ours).norm() < ROUNDING * ours.norm()
 
 
 def test_two_processes_collect_the_pairs_of_one_in_its_order(aligned):
