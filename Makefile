@@ -1,4 +1,4 @@
-# make repro: the whole pipeline; make test; make lint; make bench: what is timed; make ui: browse the runs; make format; make clean
+# make repro: the whole pipeline; make test; make test-portable; make lint; make bench: what is timed; make ui: browse the runs; make format; make clean
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 VENV := .venv
@@ -11,13 +11,16 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: repro test bench soak lint ui format clean
+.PHONY: repro test test-portable bench soak lint ui format clean
 
 repro: $(STAMP)
 	@$(BIN)/python -m spo repro
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
+
+test-portable: $(STAMP)  # what computes, as other machines would; servers and text do not depend on a processor
+	TEST_PROCESSES=$(TEST_PROCESSES) $(BIN)/python tests/portable.py
 
 bench: $(STAMP)  # on the CPU; docs/performance.md has the commands for a GPU
 	$(BIN)/python -m bench.profile_step --size tiny
@@ -31,8 +34,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 SOAK_MINUTES ?= 60
-soak: $(STAMP)  # hours: five times the kills, twenty times the hostile input, an hour of alignment
-	SPO_SOAK=1 SPO_KILLS=100 SPO_EXAMPLES=20 $(BIN)/python -m pytest tests/stages/test_resume.py tests/hostile tests/soak
+soak: $(STAMP)  # hours: a hundred kills a stage, twenty times the hostile input, an hour of alignment
+	SPO_SOAK=1 SPO_KILLS=100 SPO_EXAMPLES=20 $(BIN)/python -m pytest tests/stages/test_resume.py tests/stages/test_prepare.py tests/hostile tests/soak
 	PYTHONPATH=. $(BIN)/python tests/soak/memory.py $(SOAK_MINUTES)
 
 ui: $(STAMP)

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import os
-import platform
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, ParamSpec
 import psutil
 import torch
 
+from spo.runtime.environment import processor
 from spo.runtime.exit_codes import exit_code
 from spo.runtime.files import write_json
 
@@ -107,10 +107,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
-    )
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
+    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
 
 
 def table(rows: list[list[str]]) -> str:
@@ -146,8 +143,3 @@ def mistakes_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
         return exit_code(lambda: main(*arguments, **options))
 
     return command
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -47,11 +47,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 PREFECT = "tests/flows/"
+RAN = {"tests/delivery/test_remotes.py", "tests/delivery/test_shown.py"}
 
 
 def _group(nodeid: str) -> str:
-    """A file's tests are a group, and so are all that run flows against the one server of tests/flows/conftest.py."""
+    """A file's tests are a group; so are all that run flows against the one server of tests/flows/conftest.py, and all
+    that look at the one run of tests/delivery/conftest.py."""
     file = nodeid.partition("::")[0]
+    if file in RAN:
+        return min(RAN)
     return PREFECT if file.startswith(PREFECT) and not file.startswith(f"{PREFECT}test_deployment") else file
 
 

@@ -87,7 +87,7 @@ def test_a_run_says_what_it_was_made_with(root: Path, config: Config, monkeypatc
         pass
     tags = runs(root, config)["evaluate"].data.tags
     assert {"stage": "evaluate", "profile": config.profile}.items() <= tags.items()
-    assert {"python", "torch", "diffusers", "hardware", "mlflow.source.git.commit", "git.changed"} <= tags.keys()
+    assert {"python", "torch", "diffusers", "processor", "mlflow.source.git.commit", "git.changed"} <= tags.keys()
     assert tags["dvc.lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()[:32]
     assert tags["prefect.flow_run_id"] == "f1"
 

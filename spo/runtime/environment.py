@@ -11,7 +11,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy",
 
 def environment(root: Path) -> dict[str, str]:
     """Names and values needed to repeat a run."""
-    facts = {"commit": git_commit(root), "machine": machine(), "python": platform.python_version()}
+    facts = {"commit": git_commit(root), **hardware(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
             facts[package] = version(package)
@@ -28,14 +28,23 @@ def git_commit(root: Path) -> str:
     return f"{commit[:12]}, with uncommitted changes" if git(root, "status", "--porcelain") else commit[:12]
 
 
-def machine() -> str:
-    """The GPUs if there are any, else the processor."""
+def hardware() -> dict[str, str]:
+    """`processor`, and `gpu` where there are any: what the last digits of a result depend on."""
     import torch
 
+    kernels = torch.backends.cpu.get_cpu_capability()  # the instruction set that torch's own kernels use
+    facts = {"processor": f"{processor()}, {os.cpu_count()} cores, {kernels}, {platform.system()}"}
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    return f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}"
+        facts["gpu"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return facts
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model, or its architecture where the system does not name the model."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next((name for name in names if name), platform.machine())
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from spo.config import Config
 from spo.pipeline import STAGES
-from spo.runtime.environment import git
+from spo.runtime.environment import git, hardware
 from spo.runtime.hashing import content_digest, text_digest
 from spo.workspace import Workspace
 
@@ -20,14 +20,13 @@ def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
     import diffusers
     import torch
 
-    cuda = torch.cuda.is_available()
     return {
         "stage": stage,
         "profile": config.profile,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        **hardware(),
         **provenance(root),
     }
 

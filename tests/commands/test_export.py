@@ -65,8 +65,8 @@ def test_all_formats_give_plain_diffusers_the_same_images(project: Path, tmp_pat
             pipeline.load_lora_weights(str(out))
         images[format] = image(pipeline)
     assert (images["diffusers"] - images["base"]).abs().max() > 1e-2
-    torch.testing.assert_close(images["kohya"], images["diffusers"])
-    torch.testing.assert_close(images["merged"], images["diffusers"], atol=1e-4, rtol=1e-4)
+    for other in ("kohya", "merged"):
+        torch.testing.assert_close(images[other], images["diffusers"], atol=1e-4, rtol=1e-4)
 
 
 def test_a_checkpoint_may_be_named_in_place_of_the_one_that_evaluation_chose(project: Path, tmp_path: Path) -> None:

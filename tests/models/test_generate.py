@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from spo.models.base import LatentDiffusion
 
 from spo.config import SamplerConfig
 from spo.errors import ConfigError
 from spo.models.generate import generate
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.schedulers import USABLE, build_scheduler
 from tests.models.tiny import FAMILIES, make_tiny_denoiser, make_tiny_pipeline
 

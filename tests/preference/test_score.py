@@ -67,8 +67,8 @@ def test_candidates_are_scored_by_their_decoded_x_0_at_their_own_t_or_at_the_one
 
 def test_prompts_differ_and_equal_prompts_do_not(preference: PreferenceModel):
     text = PreferenceScorer(preference).encode(PROMPTS)
-    assert torch.equal(text[0], text[2])
-    assert not torch.allclose(text[0], text[1])
+    torch.testing.assert_close(text[0], text[2], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(text[0], text[1], rtol=1e-2, atol=1e-2)
 
 
 def test_images_of_any_size_are_scored_and_no_gradient_is_kept(preference: PreferenceModel, timesteps: torch.Tensor):

@@ -1,18 +1,26 @@
-"""Two processes come to what one does; and where one of them fails, the other ends."""
+"""Two processes come to what one does; and where one of them fails, the other ends.
+
+Their sums are rounded in another order, so each law allows for a rounding and for nothing else, on any processor. Steps
+are therefore plain ones (tests/training/steps.py), and no ratio is clamped, for at the clamp a rounding decides whether
+there is a gradient. Planted faults show that the laws notice a real difference.
+"""
 
 import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from spo.config import LoraConfig, OptimizerConfig, SpoConfig, TrainPreferenceConfig
+from spo.core.noise import KeyedNoise
 from spo.core.types import Pairs
 from spo.methods.spo import Spo
 from spo.models.lora import add_lora
@@ -23,6 +31,7 @@ from spo.training.align import align
 from spo.training.preference import StepAwareTraining
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline, shake
+from tests.training.steps import PlainSteps, assert_same_up_to_rounding, flat
 from tests.training.test_preference import make_pairs
 
 PROMPTS = ["a cat", "a dog", "a house", "a tree", "a boat"]
@@ -32,11 +41,12 @@ SETTINGS = {
     "candidates": 2,
     "first_step": 2,
     "threshold": 0.0,
+    "clip_range": None,
     "batch_size": 5,
     "micro_batch_size": 2,
     "checkpoints": 1,
     "lora": LoraConfig(rank=2),
-    "optimizer": OptimizerConfig(learning_rate=1e-3),
+    "optimizer": OptimizerConfig(learning_rate=1.0),
 }
 SECONDS = 300  # until a hang is one
 
@@ -48,15 +58,16 @@ class PickyScorer:
         return torch.tensor([[float(prompt in PROMPTS[2:])] for prompt in prompts])
 
     def __call__(self, candidates):
-        return 1e4 * candidates.images.mean(dim=(2, 3, 4)) * candidates.text[:, 0]
+        return 1e3 * candidates.images.mean(dim=(2, 3, 4)) * candidates.text[:, 0]
 
 
 def run(pipeline: Path, folder: Path) -> dict[str, Any]:
-    """Align once; the pairs of all rounds, the metrics and the adapter's weights."""
+    """Align once; the pairs of all rounds, the metrics, the gradient of each step, and how far the weights moved."""
     policy = make_tiny_denoiser("sd15", pipeline)
     config = SpoConfig(**SETTINGS)
     add_lora(policy.network.module, config.lora, seed=0)
     shake(policy, scale=0.05)
+    start = flat(policy.network.parameters()).clone()
     method = Spo(config, policy, PickyScorer(), PROMPTS, seed=0)
     rounds = []
     collect = method.collect
@@ -67,41 +78,99 @@ def run(pipeline: Path, folder: Path) -> dict[str, Any]:
             yield round_
 
     method.collect = recorded
+    optimizer = PlainSteps(policy.network.parameters(), config.optimizer.learning_rate)
     folder.mkdir()
-    metrics = align(method, policy, config, folder, NullTracker())
+    with mock.patch("spo.training.align.build_optimizer", return_value=optimizer):
+        metrics = align(method, policy, config, folder, NullTracker())
     return {
         "metrics": {name: value for name, value in metrics.items() if name != "seconds"},
         "measured": [dict(round_.measured) for round_ in rounds],
         "pairs": Pairs.cat([round_.examples for round_ in rounds if round_.examples is not None]),
-        "weights": [parameter.detach() for parameter in policy.network.parameters()],
+        "gradients": optimizer.gradients,
+        "moved": flat(policy.network.parameters()) - start,
     }
 
 
 def train_preference(pipeline: Path, clip: Path) -> dict[str, Any]:
-    """Three steps of an odd batch; the model's weights and each step's measurements."""
-    config = TrainPreferenceConfig(start_from="-", steps=3, batch_size=3, learning_rate=1e-3, warmup_steps=0)
+    """Three steps of an odd batch; each one's measurements and gradient, and how far the weights moved."""
+    config = TrainPreferenceConfig(start_from="-", steps=3, batch_size=3, learning_rate=0.1, warmup_steps=0)
     base = make_tiny_denoiser("sd15", pipeline)
     preference = load_clip(clip, generator=torch.Generator().manual_seed(0))
     training = StepAwareTraining(base, preference, config)
+    training.optimizer = optimizer = PlainSteps(preference.model.parameters(), config.learning_rate)
     pairs = replace(make_pairs(training, 8), weight=torch.arange(1.0, 9.0))
     start = flat(preference.model.parameters()).clone()
     rows = list(training.train(pairs, seed=0))
-    return {"rows": rows, "start": start, "weights": flat(preference.model.parameters())}
+    moved = flat(preference.model.parameters()) - start
+    return {"rows": rows, "gradients": optimizer.gradients, "moved": moved}
 
 
-def flat(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in parameters])
+SUM_GRADIENTS, SHARE = distributed.sum_gradients, distributed.share
+
+
+def take_the_mean(parameters: Iterable[torch.nn.Parameter]) -> None:
+    parameters = list(parameters)
+    SUM_GRADIENTS(parameters)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= 2
+
+
+def keep_to_oneself(parameters: Iterable[torch.nn.Parameter]) -> None:
+    pass
+
+
+def lose_a_fiftieth(parameters: Iterable[torch.nn.Parameter]) -> None:
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is not None and distributed.rank() == 1:
+            parameter.grad *= 0.98
+    SUM_GRADIENTS(parameters)
+
+
+def drop_the_last(n: int) -> slice:
+    mine = SHARE(n)
+    return slice(mine.start, max(mine.start, mine.stop - distributed.rank()))
+
+
+def key_by_place(seed: int, epoch: int, prompt_ids: list[int], device: torch.device) -> KeyedNoise:
+    return KeyedNoise(seed, epoch, list(range(len(prompt_ids))), device)
+
+
+FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "gradients are averaged": ("spo.distributed.sum_gradients", take_the_mean),
+    "gradients are not summed": ("spo.distributed.sum_gradients", keep_to_oneself),
+    "a fiftieth of one gradient is lost": ("spo.distributed.sum_gradients", lose_a_fiftieth),
+    "a process drops the last of its share": ("spo.distributed.share", drop_the_last),
+    "noise is keyed to a prompt's place in its process": ("spo.methods.sampled.KeyedNoise", key_by_place),
+}
+OF_GRADIENTS = [fault for fault, (target, _) in FAULTS.items() if target == "spo.distributed.sum_gradients"]
+OF_PAIRS = [fault for fault in FAULTS if fault not in OF_GRADIENTS]
+
+
+@contextmanager
+def planted(fault: str | None) -> Iterator[None]:
+    if fault is None:
+        yield
+    else:
+        with mock.patch(*FAULTS[fault]):
+            yield
 
 
 def process(rank: int, port: int, pipeline: Path, clip: Path, out: Path) -> None:
-    """One of two processes: aligns, then process 1 fails while process 0 waits for it."""
+    """One of two processes: aligns, with each fault, too; then process 1 fails while process 0 waits for it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     distributed.join()
     assert (distributed.rank(), distributed.count()) == (rank, 2)
-    aligned, trained = run(pipeline, out.with_suffix("")), train_preference(pipeline, clip)
-    torch.save({"align": aligned, "preference": trained}, out)
+    made: dict[str | None, Any] = {}
+    for number, fault in enumerate((None, *FAULTS)):
+        with planted(fault):
+            made[fault] = {"align": run(pipeline, out.with_suffix(f".{number}"))}
+            if fault is None or fault in OF_GRADIENTS:
+                made[fault]["preference"] = train_preference(pipeline, clip)
+    torch.save(made, out)
     if rank == 1:
         sys.exit(3)
     try:
@@ -112,7 +181,7 @@ def process(rank: int, port: int, pipeline: Path, clip: Path, out: Path) -> None
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory):
-    """What one process comes to, and each of two; and the two's exit codes."""
+    """What one process comes to, and each of two, without a fault and with each; and the two's exit codes."""
     folder = tmp_path_factory.mktemp("distributed")
     pipeline, clip = make_tiny_pipeline("sd15", folder / "model"), folder / "clip"
     with torch.random.fork_rng(devices=[]):
@@ -138,34 +207,59 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def aligned(outcomes):
     alone, both, _ = outcomes
-    return alone["align"], [other["align"] for other in both]
+    return alone["align"], [other[None]["align"] for other in both]
+
+
+def assert_same_pairs(ours: Pairs, theirs: Pairs) -> None:
+    """In number, in order, and in what they are."""
+    assert torch.equal(theirs.t, ours.t)
+    for name in ("x_t", "x_prev", "margin"):
+        assert_same_up_to_rounding(getattr(ours, name), getattr(theirs, name))
+
+
+def assert_same_steps(ours: dict[str, Any], *others: dict[str, Any]) -> None:
+    """Each step's gradient and all that the weights moved; and of several processes, to the bit."""
+    for other in others:
+        for mine, theirs in zip(ours["gradients"], other["gradients"], strict=True):
+            assert_same_up_to_rounding(mine, theirs)
+        assert_same_up_to_rounding(ours["moved"], other["moved"])
+        assert torch.equal(other["moved"], others[0]["moved"])
 
 
 def test_two_processes_collect_the_pairs_of_one_in_its_order(aligned):
     alone, both = aligned
     for other in both:
-        assert torch.equal(other["pairs"].t, alone["pairs"].t)
-        torch.testing.assert_close(other["pairs"].x_t, alone["pairs"].x_t, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(other["pairs"].x_prev, alone["pairs"].x_prev, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(other["pairs"].margin, alone["pairs"].margin, atol=1e-3, rtol=1e-3)
+        assert_same_pairs(alone["pairs"], other["pairs"])
 
 
 def test_two_processes_come_to_the_adapter_of_one(aligned):
     alone, both = aligned
     assert alone["metrics"]["updates"] >= 3
-    for weights in zip(alone["weights"], *(other["weights"] for other in both), strict=True):
-        torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=0)
-        assert torch.equal(weights[1], weights[2])
+    assert_same_steps(alone, *both)
 
 
 def test_two_processes_train_the_preference_model_of_one(outcomes):
     alone, both, _ = outcomes
-    ours, first, second = (each["preference"]["weights"] for each in (alone, *both))
-    assert torch.equal(first, second)
-    moved = ours - alone["preference"]["start"]
-    assert (first - ours).norm() < 1e-2 * moved.norm()  # Adam turns the rounding of a gradient near 0 into a step
-    for ours, theirs in zip(alone["preference"]["rows"], both[0]["preference"]["rows"], strict=True):
+    both = [other[None]["preference"] for other in both]
+    assert_same_steps(alone["preference"], *both)
+    for ours, theirs in zip(alone["preference"]["rows"], both[0]["rows"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("fault", OF_GRADIENTS)
+@pytest.mark.parametrize("stage", ["align", "preference"])
+def test_two_processes_whose_gradients_differ_from_those_of_one_are_caught(outcomes, stage: str, fault: str):
+    alone, both, _ = outcomes
+    with pytest.raises(AssertionError):
+        assert_same_steps(alone[stage], *(other[fault][stage] for other in both))
+
+
+@pytest.mark.parametrize("fault", OF_PAIRS)
+def test_two_processes_whose_pairs_differ_from_those_of_one_are_caught(outcomes, fault: str):
+    alone, both, _ = outcomes
+    for other in both:
+        with pytest.raises(AssertionError):
+            assert_same_pairs(alone["align"]["pairs"], other[fault]["align"]["pairs"])
 
 
 def test_what_is_recorded_is_of_all_processes(aligned):

@@ -4,8 +4,9 @@
 
 In PROJECT/alone a stage runs once; in PROJECT/killed again and again, until it has been killed KILLS times. Each run is
 a process of its own, forked from this one so that the libraries are imported once, and goes through the command's own
-`main`; only MLflow is left out. A kill is SIGKILL or SIGTERM, at a random one of the file operations and optimiser
-steps or a few milliseconds after it. What became of each run is printed as JSON.
+`main`; only MLflow is left out. A kill is SIGKILL or SIGTERM, at a random one of the optimiser's steps, of all file
+operations or of those of saving, each in turn, or a few milliseconds after it. What became of each run is printed as
+JSON.
 """
 
 import contextlib
@@ -30,13 +31,14 @@ from spo.runtime.checkpoint import StateStore
 from spo.runtime.libraries import set_up_libraries
 from spo.stages import align, prepare, train_preference  # noqa: F401, imported before the forks
 
-MOMENTS = 25  # of a run at most, before it is killed
+MOMENTS = {"saving": 20, "step": 4, "file": 25}  # of a run at most, before it is killed
 
 
 class Killer:
     """Kills its own process at the `moment`-th of the watched calls, and notes where that was."""
 
-    def __init__(self, moment: int, number: int, delay: float, note: Path):
+    def __init__(self, at: str, moment: int, number: int, delay: float, note: Path):
+        self.at = at
         self._left = moment
         self._number = number
         self._delay = delay
@@ -47,7 +49,7 @@ class Killer:
         original: Callable[..., Any] = getattr(owner, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            self._left -= 1
+            self._left -= self.at != "saving" or self._saving > 0
             if self._left == 0:
                 self._kill()
             return original(*arguments, **options)
@@ -90,10 +92,12 @@ def child(arguments: list[str], killer: Killer | None, output: int) -> NoReturn:
         os.dup2(output, 1)
         os.dup2(output, 2)
         if killer is not None:
-            killer.watch(torch.optim.AdamW, "step")
-            for name in ("fsync", "rename", "replace"):
-                killer.watch(os, name)
-            killer.watch(Path, "rename")
+            if killer.at == "step":
+                killer.watch(torch.optim.AdamW, "step")
+            else:
+                for name in ("fsync", "rename", "replace"):
+                    killer.watch(os, name)
+                killer.watch(Path, "rename")
             killer.watch_saving()
         code = main(arguments)
     except BaseException:
@@ -117,10 +121,10 @@ def kill_until(kills: int, seed: int, arguments: list[str]) -> list[dict[str, An
     """Kill `kills` runs, then let one come to its end."""
     chance, note, outcomes = random.Random(seed), Path("where.txt").absolute(), []
     while sum(outcome["code"] != 0 for outcome in outcomes) < kills:
-        number = chance.choice((signal.SIGKILL, signal.SIGTERM))
+        at, number = [*MOMENTS][len(outcomes) % 3], (signal.SIGKILL, signal.SIGTERM)[len(outcomes) % 2]
         delay = chance.choice((0.0, chance.uniform(0, 0.05)))
         note.write_text("")
-        code = run(arguments, Killer(chance.randint(1, MOMENTS), number, delay, note))
+        code = run(arguments, Killer(at, chance.randint(1, MOMENTS[at]), number, delay, note))
         outcomes.append({"code": code, "signal": number.name, "where": note.read_text()})
         if code == 0:
             break

@@ -157,7 +157,7 @@ def test_scores_can_be_had_again_from_the_kept_images(folder):
         picture = Image.open(folder / "images" / place / f"{int(row['prompt_index']):04d}-0.png")
         pixels = torch.tensor(list(picture.tobytes()), dtype=torch.uint8).view(RESOLUTION, RESOLUTION, 3)
         again = oracle_scores(from_bytes(pixels).permute(2, 0, 1)[None], [row["prompt"]])
-        assert float(row["aesthetic"]) == pytest.approx(again["aesthetic"].item(), abs=1e-4)
+        assert float(row["aesthetic"]) == pytest.approx(again["aesthetic"].item(), abs=1e-3)  # there in a batch
 
 
 def test_trainings_differ_and_so_do_their_images(folder):

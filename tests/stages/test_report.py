@@ -1,8 +1,10 @@
 """The report: honest in words, whole in one file, safe with any prompt."""
 
 import csv
+import html
 import itertools
 import json
+import platform
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +21,7 @@ from spo.evaluation.tables import Column, compact, comparison_rows, mean_rows, s
 from spo.report.plots import LIGHT, Line, Span, interval_chart, line_chart, running_mean
 from spo.report.results import Results
 from spo.report.verdict import summary, verdicts
-from spo.runtime.environment import git_commit
+from spo.runtime.environment import git_commit, hardware, processor
 from spo.runtime.text import duration
 from spo.stages import report
 from spo.tracking import NullTracker
@@ -325,6 +327,32 @@ def test_settings_and_stage_times_are_told(page):
     rate = load_config(Path(__file__).parents[2], "tiny").align["spo"].optimizer.learning_rate
     assert f"learning_rate: {rate}" in page
     assert "<dt>align spo (2 seeds)</dt><dd>16 min</dd>" in page
+
+
+def test_the_processor_is_told(page):
+    assert f"<dt>processor</dt><dd>{html.escape(hardware()['processor'])}</dd>" in page
+
+
+def test_a_gpu_is_told_beside_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["A100", "A100", "L4"][i])
+    assert hardware()["gpu"] == "2 x A100, 1 x L4"
+    assert "processor" in hardware()
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC 7B13\n", "AMD EPYC 7B13"),
+        ("processor\t: 0\nCPU architecture: 8\n", platform.machine()),
+        ("model name\t:\n", platform.machine()),
+    ],
+)
+def test_a_processor_that_the_system_does_not_name_is_told_by_its_architecture(tmp_path, told, name):
+    assert processor(tmp_path / "cpuinfo") == platform.machine()
+    (tmp_path / "cpuinfo").write_text(told, encoding="utf-8")
+    assert processor(tmp_path / "cpuinfo") == name
 
 
 def test_metrics_and_charts_reach_the_tracker(made):
