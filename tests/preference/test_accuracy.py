@@ -26,5 +26,3 @@ def test_without_a_decided_pair_the_accuracy_is_nan():
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="must both be"):
         pairwise_accuracy(torch.ones(2), LABELS)
-    with pytest.raises(ValueError, match="clear has shape"):
-        pairwise_accuracy(RIGHT, LABELS, clear=torch.ones(3))
