@@ -35,7 +35,8 @@ lint: $(STAMP)
 
 SOAK_MINUTES ?= 60
 soak: $(STAMP)  # hours: a hundred kills a stage, twenty times the hostile input, an hour of alignment
-	SPO_SOAK=1 SPO_KILLS=100 SPO_EXAMPLES=20 $(BIN)/python -m pytest tests/stages/test_resume.py tests/stages/test_prepare.py tests/hostile tests/soak
+	SPO_SOAK=1 SPO_KILLS=100 SPO_EXAMPLES=20 $(BIN)/python -m pytest tests/stages/test_resume.py \
+		tests/stages/test_prepare.py tests/models/test_denoiser.py tests/hostile tests/soak
 	PYTHONPATH=. $(BIN)/python tests/soak/memory.py $(SOAK_MINUTES)
 
 ui: $(STAMP)
