@@ -13,13 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import diffusers
-import psutil
 import torch
-import transformers
 
 from spo.errors import SpoError
-from spo.files import write_json
 
 P = ParamSpec("P")
 RESULTS = Path("bench/results")
@@ -41,6 +37,7 @@ class Stopwatch:
         self._device = device
         self._open: list[str] = []
         self._last = 0.0
+        self._timed: list[tuple[Any, str, Any, bool]] = []
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -66,7 +63,17 @@ class Stopwatch:
             with self.section(name if isinstance(name, str) else name()):
                 return inner(*args, **kwargs)
 
+        self._timed.append((owner, method, inner, method in vars(owner)))
         setattr(owner, method, timed)
+
+    def restore(self) -> None:
+        """Give back what `time` took: every owner is as before."""
+        while self._timed:
+            owner, method, inner, its_own = self._timed.pop()
+            if its_own:
+                setattr(owner, method, inner)
+            else:
+                delattr(owner, method)
 
 
 class PeakMemory:
@@ -91,6 +98,8 @@ class PeakMemory:
     def _now(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
+        import psutil  # on a GPU it need not be there
+
         return psutil.Process().memory_info().rss
 
 
@@ -122,6 +131,8 @@ def table(rows: list[list[str]]) -> str:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
+    from spo.files import write_json
+
     write_json(path, result)
     print(f"\nall figures: {path}")
 
@@ -156,6 +167,9 @@ def mistakes_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
 
 def quiet() -> None:
     """No talk of the libraries', and no slow arithmetic on denormal numbers."""
+    import diffusers
+    import transformers
+
     torch.set_flush_denormal(True)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()

@@ -93,13 +93,13 @@ def attached(watch: Stopwatch, path: OurPath) -> Iterator[None]:
     watch.time(scorer, "encode", "text towers")
     watch.time(scorer.model, "modulated_features", "rollout: preference model")
     watch.time(scorer, "preprocess", "rollout: preference model")
-    backward, step = torch.Tensor.backward, torch.optim.AdamW.step
     watch.time(torch.Tensor, "backward", "updates: backward")
     watch.time(torch.optim.AdamW, "step", "updates: optimizer")
     try:
         yield
     finally:
-        torch.Tensor.backward, torch.optim.AdamW.step = backward, step  # type: ignore[method-assign]
+        watch.restore()
+        del path.method.loss, policy.reference  # the classes' own stand again
 
 
 def show(result: dict[str, Any]) -> str:

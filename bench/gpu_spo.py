@@ -1,0 +1,212 @@
+"""Batches of SPO on one system: ours against the published way, where the time goes, and what `check` would say."""
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from bench.flops import batch_flops
+from bench.gpu_bench import Bench, Meter, in_use
+from bench.gpu_run import forget
+from bench.measure import Stopwatch
+from bench.ours import OurPath
+from bench.plain import PlainPath
+from bench.profile_step import REST, SECTIONS, attached
+from bench.spo_step import compare
+from bench.systems import SHAPES, System
+from spo.errors import is_out_of_memory
+
+WAYS = {"ours": OurPath, "plain": PlainPath}
+MOST_RUNS = 3  # of each way, while there is time
+CHECKED_PROMPTS, CHECKED_PAIRS = 2, 64  # SAMPLED and PAIRS of spo.stages.check, which imports too much for a bare machine
+UPDATES = tuple(name for name in SECTIONS if name.startswith("updates"))
+GROUPS = {
+    "UNet, sampling": ("rollout: UNet",),
+    "VAE": ("rollout: VAE decode",),
+    "preference model": ("rollout: preference model",),
+    "updates": UPDATES,
+    "rest": ("text towers", REST),
+}
+
+
+def duel(bench: Bench, figures: dict[str, Any], *, family: str, steps: int | None = None) -> None:
+    """One batch by our path and by the published way: same process, weights, noise and order; in turns.
+
+    Where memory is short for updates of the recipe's size, both are measured once more with half of it.
+    """
+    system = _batch(bench, figures, family, steps)
+    figures["shared_bytes"] = in_use(bench.device)  # the system's own, which both ways need
+    for way in WAYS:
+        _run(way, _few(system), bench, rehearsal=True)
+    try:
+        _take_turns(system, bench, figures)
+    except Exception as error:
+        half = system.settings.batch_size // 2
+        if not is_out_of_memory(error) or not half:
+            raise
+        forget(error)
+        figures["at_first"] = {name: figures.pop(name) for name in ("batch_size", "runs")}
+        figures["note"] = f"out of memory with updates of {2 * half} pairs, so they have {half}"
+        bench.tidy()
+        smaller = system.settings.model_copy(update={"batch_size": half})
+        _take_turns(replace(system, settings=smaller), bench, figures)
+
+
+def where(bench: Bench, figures: dict[str, Any], *, family: str, steps: int | None = None) -> None:
+    """Seconds of our batch by what they are for; the GPU is waited for between sections, which costs a little."""
+    system = _batch(bench, figures, family, steps)
+    _run("ours", _few(system), bench, rehearsal=True)
+    watch = Stopwatch(bench.device)
+    with _path("ours", system) as path:
+        with attached(watch, path), Meter(bench.device) as meter:
+            pairs, _ = path.run()
+    seconds = {name: watch.seconds[name] for name in SECTIONS}
+    seconds[REST] = meter.seconds - sum(seconds.values())
+    figures |= {"seconds": meter.seconds, "pairs": len(pairs["t"]), "sections": seconds}
+    figures["groups"] = {name: sum(seconds[each] for each in group) for name, group in GROUPS.items()}
+    figures |= _floor(system, bench, len(pairs["t"]), meter.seconds)
+
+
+def check(bench: Bench, figures: dict[str, Any]) -> None:
+    """What `python -m spo check` would say of a batch, from its miniature, beside what the batch takes.
+
+    check runs two prompts, and updates of as many pairs as are in memory at a time; a forward's share of that time is
+    what every forward is taken to cost. Its memory is that of the miniature, and said to be so.
+    """
+    system = _batch(bench, figures, "sd15", None)
+    _run("ours", _few(system), bench, rehearsal=True)
+    small = replace(
+        system,
+        settings=system.settings.model_copy(update=miniature(system)),
+        prompts=system.prompts[:CHECKED_PROMPTS],
+    )
+    figures["miniature"] = _run("ours", small, bench)
+    metrics = figures["miniature"]["metrics"]
+    forwards = metrics["unet_forwards"] * len(system.prompts) / CHECKED_PROMPTS
+    figures["estimated_seconds"] = forwards * metrics["seconds"] / max(1, metrics["unet_forwards"])
+    figures["estimated_bytes"] = figures["miniature"]["peak_bytes"]
+    found = bench.figures.get("spo-sd15", {}).get("runs", {}).get("ours") or [_run("ours", system, bench)]
+    figures["measured_seconds"] = statistics.median(run["seconds"] for run in found)
+    figures["measured_bytes"] = found[0]["peak_bytes"]
+    figures["estimate_over_measured"] = figures["estimated_seconds"] / figures["measured_seconds"]
+
+
+def miniature(system: System) -> dict[str, Any]:
+    """The settings that spo.stages.check changes for its miniature; a test holds that they are those."""
+    settings = system.settings
+    at_a_time = min(settings.micro_batch_size or settings.batch_size, CHECKED_PAIRS)
+    return {
+        "epochs": 1,
+        "batch_size": at_a_time,
+        "micro_batch_size": None,
+        "checkpoints": 1,
+        "rollouts_per_epoch": 1,
+        "prompts_per_rollout": CHECKED_PROMPTS,
+        "threshold": 0.0,
+    }
+
+
+def _batch(bench: Bench, figures: dict[str, Any], family: str, steps: int | None) -> System:
+    """The family's system with one batch; what it is goes into the figures."""
+    system = bench.system(family)
+    if steps and bench.full:
+        system = replace(system, policy=system.policy.with_sampling(steps=steps))
+    settings = system.settings
+    figures |= {
+        "shape": bench.shape(family),
+        "resolution": SHAPES[bench.shape(family)].resolution,
+        "steps": len(system.policy.timesteps),
+        "recipe_steps": SHAPES[bench.shape(family)].steps,
+        "prompts": len(system.prompts),
+        "candidates": settings.candidates,
+        "branch_steps": settings.branch_steps,
+    }
+    return system
+
+
+def _few(system: System) -> System:
+    """As little as calls every kernel once: two prompts, and steps up to the end of the first segment."""
+    settings, prompts = system.settings, system.prompts[:2]
+    least = settings.first_step + settings.branch_steps
+    settings = settings.model_copy(update={"prompts_per_rollout": len(prompts)})
+    return replace(system, policy=system.policy.with_sampling(steps=least), settings=settings, prompts=prompts)
+
+
+@contextmanager
+def _path(way: str, system: System) -> Iterator[Any]:
+    """A way's path over the system, which is as before afterwards."""
+    try:
+        yield WAYS[way](system, seed=0)
+    finally:
+        if getattr(system.policy.unet, "peft_config", None):
+            system.policy.unet.unload_lora()
+
+
+def _run(way: str, system: System, bench: Bench, *, rehearsal: bool = False) -> dict[str, Any]:
+    """Run a batch once; its seconds, most bytes in use, pairs (on the CPU) and losses."""
+    with _path(way, system) as path:
+        bench.tidy()
+        with Meter(bench.device) as meter:
+            pairs, losses = path.run()
+        if rehearsal:
+            return {}
+        run = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes, "updates": len(losses)}
+        if way == "ours":
+            run["metrics"] = {name: path.metrics[name] for name in ("unet_forwards", "vae_decodes", "seconds")}
+    kept = {name: pairs[name].cpu() for name in ("x_t", "x_prev", "t", "t_prev")}
+    return Measured(run, outcome={"pairs": kept, "losses": losses})
+
+
+class Measured(dict[str, Any]):
+    """A run's figures, and beside them, for no file, what it came to."""
+
+    def __init__(self, figures: dict[str, Any], *, outcome: dict[str, Any]):
+        super().__init__(figures)
+        self.outcome = outcome
+
+
+def _take_turns(system: System, bench: Bench, figures: dict[str, Any]) -> None:
+    """Run both ways in turns while there is time, and compare them; the figures stand after each turn."""
+    runs: dict[str, list[Any]] = {way: [] for way in WAYS}
+    figures |= {"batch_size": system.settings.batch_size, "runs": runs}
+    for _ in range(MOST_RUNS if bench.full else 1):
+        for way in WAYS:
+            runs[way].append(_run(way, system, bench))
+        figures |= _against(runs, system, bench, figures["shared_bytes"])
+        if not bench.deadline.spare(sum(each[-1]["seconds"] for each in runs.values())):
+            break
+
+
+def _against(runs: dict[str, list[Any]], system: System, bench: Bench, shared: int | None) -> dict[str, Any]:
+    """Medians of each way, their ratio, and whether they came to the same."""
+    first = {way: each[0] for way, each in runs.items()}
+    num_pairs = len(first["ours"].outcome["pairs"]["t"])
+    seconds = {way: statistics.median(run["seconds"] for run in each) for way, each in runs.items()}
+    agreement = compare(first["plain"].outcome, first["ours"].outcome, least=0.8 if bench.full else 0.98)
+    found: dict[str, Any] = {"pairs": num_pairs, **agreement, "times_faster": seconds["plain"] / seconds["ours"]}
+    for way, each in runs.items():
+        peak = each[0]["peak_bytes"]
+        found[way] = {
+            "seconds": seconds[way],
+            "seconds_a_pair": seconds[way] / num_pairs,
+            "peak_bytes": peak,
+            "above_shared_bytes": None if peak is None or shared is None else peak - shared,
+            **_floor(system, bench, num_pairs, seconds[way]),
+        }
+    if found["plain"]["peak_bytes"]:
+        found["share_of_peak"] = found["ours"]["peak_bytes"] / found["plain"]["peak_bytes"]
+    return found
+
+
+def _floor(system: System, bench: Bench, num_pairs: int, seconds: float) -> dict[str, float]:
+    """Seconds that our batch's operations take at the rate of a large product, and their share of `seconds`."""
+    shape = SHAPES[_name_of(system, bench)]
+    flops = sum(batch_flops(shape, system.settings, num_pairs, steps=len(system.policy.timesteps)).values())
+    floor = flops / bench.rates()["product_flops_a_second"]
+    return {"floor_seconds": floor, "share_of_floor": floor / seconds}
+
+
+def _name_of(system: System, bench: Bench) -> str:
+    """The system's shape: SDXL's policy pools its text."""
+    return bench.shape("sdxl" if system.policy.unet.config.addition_embed_type else "sd15")
