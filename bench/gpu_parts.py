@@ -11,7 +11,7 @@ ADAMW_PASSES = 7  # over float32 weights: weight, gradient and both moments are 
 
 
 def rates(bench: Bench, figures: dict[str, Any]) -> None:
-    """FLOP/s of a large product, bfloat16 on a GPU, and bytes/s, read and written, of a large copy; the best of some."""
+    """FLOP/s of a large product, bfloat16 on a GPU, and bytes/s, read and written, of a large copy."""
     cuda = bench.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     figures["product_dtype"] = str(dtype).removeprefix("torch.")
@@ -32,7 +32,7 @@ def copy_rate(device: torch.device, num_bytes: int, *, repeats: int = 10) -> flo
 
 
 def preference_step(bench: Bench, figures: dict[str, Any], *, num_pairs: int) -> None:
-    """One step of train_preference on random latents: both images noised, predicted, decoded, judged; all of CLIP trains.
+    """One step of train_preference on random latents: noise, prediction, VAE, and all of CLIP trains.
 
     The preference model's numbers are others afterwards, which no later row's time depends on.
     """

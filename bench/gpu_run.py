@@ -1,4 +1,4 @@
-"""Rows run one after another, each under a guard and all against one deadline; what they found is on the disk at once."""
+"""Rows run one after another, each under a guard, all against one deadline; what is found is on the disk at once."""
 
 import json
 import math
@@ -41,14 +41,13 @@ class Deadline:
         """Whether a repeat of so many seconds takes no time from the rows to come."""
         return self.left() - self.later >= seconds
 
-    def check(self) -> None:
-        """TimeOver at the end; for loops."""
-        if self.left() <= 0:
-            raise TimeOver
+    def limit(self, least: float) -> float:
+        """Seconds that a row may take: it leaves the later rows what they need, but has its own least."""
+        return min(self.left(), max(least, self.left() - self.later))
 
     @contextmanager
-    def alarm(self) -> Iterator[None]:
-        """Within it TimeOver is raised at the end, wherever Python is; only the main thread has alarms."""
+    def alarm(self, seconds: float) -> Iterator[None]:
+        """Within it TimeOver is raised after so long, wherever Python is; only the main thread has alarms."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -57,7 +56,7 @@ class Deadline:
             raise TimeOver
 
         before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(0.01, self.left()), 1.0)  # again, where the first was dropped
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds), 1.0)  # again, where the first was dropped
         try:
             yield
         finally:
@@ -106,11 +105,11 @@ def run_rows(rows: Sequence[Row], bench: Any, results: Results) -> int:
 
 def attempt(row: Row, bench: Any, figures: dict[str, Any]) -> str:
     """Measure a row into `figures`; how it ended, in one line. Whatever it had in memory is let go of if it failed."""
-    left = bench.deadline.left()
-    if left <= 0 or left < row.least * bench.full:
+    left, least = bench.deadline.left(), row.least * bench.full
+    if left <= 0 or left < least:
         return TIME_OVER
     try:
-        with bench.deadline.alarm():
+        with bench.deadline.alarm(bench.deadline.limit(least)):
             row.measure(bench, figures)
     except TimeOver as over:
         forget(over)

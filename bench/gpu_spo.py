@@ -19,7 +19,10 @@ from spo.errors import is_out_of_memory
 
 WAYS = {"ours": OurPath, "plain": PlainPath}
 MOST_RUNS = 3  # of each way, while there is time
-CHECKED_PROMPTS, CHECKED_PAIRS = 2, 64  # SAMPLED and PAIRS of spo.stages.check, which imports too much for a bare machine
+CHECKED_PROMPTS, CHECKED_PAIRS = (
+    2,
+    64,
+)  # SAMPLED and PAIRS of spo.stages.check, which imports too much for a bare machine
 UPDATES = tuple(name for name in SECTIONS if name.startswith("updates"))
 GROUPS = {
     "UNet, sampling": ("rollout: UNet",),

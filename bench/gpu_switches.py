@@ -7,13 +7,14 @@ judge     the preference model, on all candidates
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bench.gpu_around import cast, changed, channels_first, checkpointed, float32_precision, gradients
 from bench.gpu_bench import Bench, Meter
 from bench.systems import System, attach_lora
 from spo.core.types import Pairs
@@ -109,55 +110,54 @@ def in_turns(bench: Bench, figures: dict[str, Any], trials: Iterable[Trial], *, 
 
 
 def with_and_without(
-    bench: Bench, figures: dict[str, Any], parts: Parts, calls: Iterable[str], label: str, make: Callable[[], Any]
+    bench: Bench,
+    figures: dict[str, Any],
+    parts: Parts,
+    calls: Iterable[str],
+    switches: Mapping[str, Callable[[], AbstractContextManager[Any]]],
 ) -> None:
-    """Each call as it is, then under `make()`, then as it is again."""
-    for call in calls:
-        trials: list[Trial] = [
-            (call, getattr(parts, call), nullcontext()),
-            (f"{call}, {label}", getattr(parts, call), make()),
-            (f"{call}, again", getattr(parts, call), nullcontext()),
-        ]
-        in_turns(bench, figures, trials)
+    """Each call as it is, then with each switch alone, then as it is again."""
+    for name in calls:
+        call = getattr(parts, name)
+        trials: list[Trial] = [(name, call, nullcontext())]
+        trials += [(f"{name}, {label}", call, make()) for label, make in switches.items()]
+        in_turns(bench, figures, [*trials, (f"{name}, again", call, nullcontext())])
 
 
 def dtype(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """UNet and VAE in the other half precision; on a CPU, where they are in float32, in bfloat16."""
     other = torch.float16 if bench.full else torch.bfloat16
-    label = str(other).removeprefix("torch.")
-    figures["base"] = str(parts.policy.dtype).removeprefix("torch.")
-    with_and_without(bench, figures, parts, ("sample", "update", "decode"), label, lambda: cast(parts, other))
+    figures["base"] = name_of(parts.policy.dtype)
+    switches = {name_of(other): lambda: cast(parts.policy, other)}
+    with_and_without(bench, figures, parts, ("sample", "update", "decode"), switches)
 
 
 def tf32(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
-    """TF32 in float32's products: of the preference model, and of what else is in float32."""
-    with_and_without(bench, figures, parts, ("judge", "update"), "TF32", float32_precision)
-    half = torch.bfloat16
-    autocast = torch.autocast(bench.device.type, half)
-    in_turns(bench, figures, [("judge", parts.judge, nullcontext()), ("judge, bfloat16", parts.judge, autocast)])
+    """The float32 preference model with TF32 in its products, and in bfloat16 (scoring.dtype, which changes labels)."""
+    half = lambda: torch.autocast(bench.device.type, torch.bfloat16)  # noqa: E731
+    with_and_without(bench, figures, parts, ("judge",), {"TF32": float32_precision, "bfloat16": half})
+    with_and_without(bench, figures, parts, ("update",), {"TF32": float32_precision})
 
 
 def channels_last(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """Convolutions are in channels-last order; the switch takes that away."""
-    calls = ("sample", "update", "decode")
-    with_and_without(bench, figures, parts, calls, "channels first", lambda: channels_first(parts))
+    switches = {"channels first": lambda: channels_first(parts.policy)}
+    with_and_without(bench, figures, parts, ("sample", "update", "decode"), switches)
 
 
 def compiled(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """model.compile: the UNet's transformer blocks; the system is dropped afterwards, for it stays compiled."""
-    calls = [(name, getattr(parts, name)) for name in ("sample", "update")]
-    for name, call in calls:
+    calls = {name: getattr(parts, name) for name in ("sample", "update")}
+    for name, call in calls.items():
         in_turns(bench, figures, [(name, call, nullcontext())])
     try:
         if bench.full:
             compile_blocks(parts.policy.unet)
-        else:  # without a C++ compiler, and in a second
+        else:  # in a second, and without a C++ compiler
             parts.policy.unet.compile_repeated_blocks(dynamic=False, backend="eager")
-        for name, call in calls:
+        for name, call in calls.items():
             in_turns(bench, figures, [(f"{name}, compiled", call, nullcontext())])
-            plain, new = (figures["trials"].get(label, {}) for label in (name, f"{name}, compiled"))
-            if "seconds" in plain and "seconds" in new:
-                new["times_faster"] = plain["seconds"] / max(new["seconds"], 1e-9)
+            _compare(figures, name, f"{name}, compiled")
     finally:
         bench.drop()
         torch._dynamo.reset()
@@ -169,41 +169,45 @@ def fused_adamw(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
         ("LoRA", parts.policy.parameters()),
         ("preference model", list(parts.scorer.model.parameters())),
     ):
-        trials = []
-        for label, fused in ((f"{name}, AdamW", False), (f"{name}, fused AdamW", True)):
+        for kind, fused in (("AdamW", False), ("fused AdamW", True)):
             optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0, fused=fused)
-            trials.append((label, optimizer.step, gradients(weights)))
-            in_turns(bench, figures, trials[-1:])
-            del optimizer, trials[-1:]
-        plain, new = (figures["trials"][f"{name}, {kind}"] for kind in ("AdamW", "fused AdamW"))
-        if "seconds" in plain and "seconds" in new:
-            new["times_faster"] = plain["seconds"] / max(new["seconds"], 1e-9)
+            in_turns(bench, figures, [(f"{name}, {kind}", optimizer.step, gradients(weights))])
+            del optimizer  # its moments are twice the weights
+        _compare(figures, f"{name}, AdamW", f"{name}, fused AdamW")
 
 
 def checkpointing(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """model.gradient_checkpointing: an update's time for its memory."""
-    make = lambda: checkpointed(parts.policy.unet)  # noqa: E731
-    with_and_without(bench, figures, parts, ("update",), "gradient checkpointing", make)
+    switches = {"gradient checkpointing": lambda: checkpointed(parts.policy.unet)}
+    with_and_without(bench, figures, parts, ("update",), switches)
 
 
 def merged(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
-    """The adapter added into the weights while pairs are sampled; in half precision we do not, for it rounds them."""
-    with_and_without(bench, figures, parts, ("sample",), "merged adapter", lambda: merged_adapter(parts.policy.unet))
-    in_turns(bench, figures, [("sample, adapter off", parts.sample, parts.policy.reference())])
+    """The adapter added into the weights while pairs are sampled; not done in half precision, which would round it."""
+    switches = {"merged adapter": lambda: merged_adapter(parts.policy.unet), "adapter off": parts.policy.reference}
+    with_and_without(bench, figures, parts, ("sample",), switches)
 
 
 def slices(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """How many samples the UNet, and how many images the VAE, take at a time without gradients."""
     policy, n = parts.policy, len(parts.latents)
-    for call, name, own in (
-        (parts.sample, "unet_batch_size", policy.unet_batch_size),
-        (parts.decode, "vae_batch_size", policy.vae_batch_size),
-    ):
-        most = 2 * n if name.startswith("unet") else n
-        sizes = sorted({min(most, size) for size in (own // 8, own // 4, own // 2, 2 * own, 4 * own) if size > 0})
-        trials: list[Trial] = [(f"{name} {own} (ours)", call, nullcontext())]
-        trials += [(f"{name} {size}", call, changed(policy, name, size)) for size in sizes if size != own]
-        in_turns(bench, figures, trials)
+    for call, name, most in (("sample", "unet_batch_size", 2 * n), ("decode", "vae_batch_size", n)):
+        own = min(getattr(policy, name), most)
+        sizes = sorted({min(most, size) for size in (own // 4, own // 2, 2 * own, 4 * own) if size} - {own})
+        switches = {f"{size} at a time": lambda name=name, size=size: changed(policy, name, size) for size in sizes}
+        figures[name] = own
+        with_and_without(bench, figures, parts, (call,), switches)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _compare(figures: dict[str, Any], old: str, new: str) -> None:
+    """Say of a trial how much faster it is than another that was timed apart."""
+    one, other = (figures["trials"].get(label, {}) for label in (old, new))
+    if "seconds" in one and "seconds" in other:
+        other["times_faster"] = one["seconds"] / max(other["seconds"], 1e-9)
 
 
 SWITCHES: dict[str, Callable[[Parts, Bench, dict[str, Any]], None]] = {
@@ -216,81 +220,3 @@ SWITCHES: dict[str, Callable[[Parts, Bench, dict[str, Any]], None]] = {
     "slices": slices,
     "compile": compiled,
 }
-
-
-@contextmanager
-def cast(parts: Parts, dtype: torch.dtype) -> Iterator[None]:
-    """The frozen weights of UNet and VAE in another dtype; the very tensors of before stand again afterwards."""
-    policy = parts.policy
-    before, frozen = policy.dtype, _frozen(policy.unet) + _frozen(policy.vae)
-    originals = [weight.data for weight in frozen]
-    try:
-        for weight in frozen:
-            weight.data = weight.data.to(dtype)
-        policy.dtype = dtype
-        yield
-    finally:
-        policy.dtype = before
-        for weight, original in zip(frozen, originals, strict=True):
-            weight.data = original
-
-
-@contextmanager
-def channels_first(parts: Parts) -> Iterator[None]:
-    """Frozen weights in the order of rows; afterwards as before."""
-    frozen = _frozen(parts.policy.unet) + _frozen(parts.policy.vae)
-    originals = [weight.data for weight in frozen]
-    try:
-        for weight in frozen:
-            weight.data = weight.data.contiguous()
-        yield
-    finally:
-        for weight, original in zip(frozen, originals, strict=True):
-            weight.data = original
-
-
-@contextmanager
-def float32_precision() -> Iterator[None]:
-    """TF32 in matrix products; cuDNN's convolutions have it anyway."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def checkpointed(unet: Any) -> Iterator[None]:
-    unet.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        unet.disable_gradient_checkpointing()
-
-
-@contextmanager
-def gradients(weights: list[nn.Parameter]) -> Iterator[None]:
-    """Every weight has a gradient of zeros."""
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.grad = None
-
-
-@contextmanager
-def changed(owner: Any, name: str, value: object) -> Iterator[None]:
-    """An attribute has another value."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def _frozen(module: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in module.parameters() if not weight.requires_grad]
