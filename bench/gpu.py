@@ -16,11 +16,12 @@ A bare machine with torch and numpy lacks these wheels. Collect them for its Pyt
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
         -c constraints.txt --dest wheels \\
-        accelerate annotated-types diffusers huggingface_hub peft pydantic pydantic_core PyYAML regex safetensors \\
-        tokenizers tqdm transformers typing-inspection
+        accelerate annotated-types certifi diffusers h11 httpcore2 httpx2 huggingface_hub idna packaging peft pillow \\
+        psutil pydantic pydantic_core PyYAML regex requests safetensors tokenizers tqdm transformers truststore \\
+        typing-inspection urllib3
 
-and install them there without one: `pip install --no-index --no-deps --target site wheels/*.whl`, then
-`PYTHONPATH=site python -m bench.gpu`.
+They are some 40 MB. Install them there: `pip install --no-index --no-deps --target site wheels/*.whl`,
+and run with `PYTHONPATH=site:.`. A test runs every row with these alone (tests/bench/test_gpu.py).
 """
 
 import argparse
@@ -34,7 +35,7 @@ from bench.gpu_report import write_docs
 from bench.gpu_rows import ROWS, Row, chosen
 from bench.gpu_run import Deadline, Results, run_rows
 from spo.errors import SpoError, one_line
-from spo.stopping import stoppable
+from spo.stopping import Stopped, stoppable
 
 START = time.monotonic()  # the minutes count from here: importing torch takes some of them
 DOCS = Path("docs/performance.md")
@@ -70,8 +71,11 @@ def measure(rows: Sequence[Row], options: argparse.Namespace) -> int:
     bench = Bench(options.device, options.size, deadline)
     results = Results(options.out, {**facts(bench), "minutes": options.minutes})
     print(f"bench.gpu: {results.head['machine']}; {len(rows)} rows in {options.minutes:g} minutes", file=sys.stderr)
-    with stoppable():
-        code = run_rows(rows, bench, results)
+    try:
+        with stoppable():
+            code = run_rows(rows, bench, results)
+    except Stopped as stop:  # between rows
+        code = stop.exit_code
     print(results.markdown())
     print(f"\nall figures: {results.json_file}", file=sys.stderr)
     return code

@@ -52,7 +52,6 @@ def preference_step(bench: Bench, figures: dict[str, Any], *, num_pairs: int) ->
     try:
         seconds, peaks = [], []
         for step in range(4 if bench.full else 2):
-            bench.deadline.check()
             with Meter(bench.device) as meter:
                 training.step(pairs, step, seed=0)
             seconds.append(meter.seconds)

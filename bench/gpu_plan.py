@@ -29,7 +29,7 @@ def estimate(row: Row) -> float:
     """Seconds; of what is no batch and no step of training the least that is planned for it."""
     kind, _, rest = row.name.partition("-")
     if kind in ("spo", "where"):
-        ours, plain = batch_cost(rest, row.options.get("steps"))
+        ours, plain = batch_cost(rest)
         return UTILISATION * (ours + plain * (kind == "spo")) / GPU_RATE
     if kind == "preference":
         flops, _ = step_cost("sd15", int(rest))
@@ -37,10 +37,11 @@ def estimate(row: Row) -> float:
     return row.least
 
 
-def batch_cost(size: str, steps: int | None) -> tuple[float, float]:
+def batch_cost(size: str) -> tuple[float, float]:
     """Operations of a batch by our path and by the published way, which has four forwards a pair; all pairs kept."""
     shape = SHAPES[size]
-    settings, steps, flops = SpoConfig(**shape.settings), steps or shape.steps, count(size, 4)
+    settings, steps = SpoConfig(**shape.settings), shape.steps
+    flops = count(size, settings.lora.rank)
     pairs = settings.prompts_per_rollout * (steps - settings.first_step)
     ours = batch_flops(shape, settings, pairs, steps=steps)
     sampling = sum(value for name, value in ours.items() if name.startswith("rollout"))

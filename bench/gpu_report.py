@@ -139,12 +139,9 @@ SECTIONS: tuple[Callable[[Mapping[str, Figures]], str], ...] = (_rates, _duels, 
 
 
 def _batch(found: Figures) -> str:
-    steps = str(found["steps"])
-    if found["steps"] != found["recipe_steps"]:
-        steps = f"{steps} of {found['recipe_steps']}"
     segments = "" if found["branch_steps"] == 1 else f", segments of {found['branch_steps']}"
     what = f"{found['shape']}, {found['resolution']} px, {found['prompts']} prompts, k = {found['candidates']}"
-    return f"{what}, {steps} steps{segments}"
+    return f"{what}, {found['steps']} steps{segments}"
 
 
 def _note(found: Figures) -> str:

@@ -7,8 +7,6 @@ from typing import Any
 
 from spo.errors import ConfigError
 
-SDXL_STEPS = 12  # of 20: 4 plain ones and 2 segments of 4, so that all rows fit in nine minutes
-
 
 @dataclass(frozen=True)
 class Row:
@@ -35,8 +33,8 @@ def _switch(name: str, least: float) -> Row:
 ROWS = (
     Row("rates", "bench.gpu_parts:rates", 2),
     Row("spo-sd15", "bench.gpu_spo:duel", 40, {"family": "sd15"}),
-    Row("spo-sdxl", "bench.gpu_spo:duel", 50, {"family": "sdxl", "steps": SDXL_STEPS}),
-    Row("where-sdxl", "bench.gpu_spo:where", 20, {"family": "sdxl", "steps": SDXL_STEPS}),
+    Row("spo-sdxl", "bench.gpu_spo:duel", 60, {"family": "sdxl"}),
+    Row("where-sdxl", "bench.gpu_spo:where", 30, {"family": "sdxl"}),
     Row("where-sd15", "bench.gpu_spo:where", 20, {"family": "sd15"}),
     *(Row(f"preference-{n}", "bench.gpu_parts:preference_step", 5, {"num_pairs": n}) for n in (1, 4, 16)),
     _switch("dtype", 6),

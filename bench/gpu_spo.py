@@ -19,10 +19,7 @@ from spo.errors import is_out_of_memory
 
 WAYS = {"ours": OurPath, "plain": PlainPath}
 MOST_RUNS = 3  # of each way, while there is time
-CHECKED_PROMPTS, CHECKED_PAIRS = (
-    2,
-    64,
-)  # SAMPLED and PAIRS of spo.stages.check, which imports too much for a bare machine
+CHECKED_PROMPTS, CHECKED_PAIRS = 2, 64  # as in spo.stages.check, which imports too much for a bare machine
 UPDATES = tuple(name for name in SECTIONS if name.startswith("updates"))
 GROUPS = {
     "UNet, sampling": ("rollout: UNet",),
@@ -33,12 +30,12 @@ GROUPS = {
 }
 
 
-def duel(bench: Bench, figures: dict[str, Any], *, family: str, steps: int | None = None) -> None:
+def duel(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
     """One batch by our path and by the published way: same process, weights, noise and order; in turns.
 
     Where memory is short for updates of the recipe's size, both are measured once more with half of it.
     """
-    system = _batch(bench, figures, family, steps)
+    system = _batch(bench, figures, family)
     figures["shared_bytes"] = in_use(bench.device)  # the system's own, which both ways need
     for way in WAYS:
         _run(way, _few(system), bench, rehearsal=True)
@@ -56,9 +53,9 @@ def duel(bench: Bench, figures: dict[str, Any], *, family: str, steps: int | Non
         _take_turns(replace(system, settings=smaller), bench, figures)
 
 
-def where(bench: Bench, figures: dict[str, Any], *, family: str, steps: int | None = None) -> None:
+def where(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
     """Seconds of our batch by what they are for; the GPU is waited for between sections, which costs a little."""
-    system = _batch(bench, figures, family, steps)
+    system = _batch(bench, figures, family)
     _run("ours", _few(system), bench, rehearsal=True)
     watch = Stopwatch(bench.device)
     with _path("ours", system) as path:
@@ -77,7 +74,7 @@ def check(bench: Bench, figures: dict[str, Any]) -> None:
     check runs two prompts, and updates of as many pairs as are in memory at a time; a forward's share of that time is
     what every forward is taken to cost. Its memory is that of the miniature, and said to be so.
     """
-    system = _batch(bench, figures, "sd15", None)
+    system = _batch(bench, figures, "sd15")
     _run("ours", _few(system), bench, rehearsal=True)
     small = replace(
         system,
@@ -90,7 +87,7 @@ def check(bench: Bench, figures: dict[str, Any]) -> None:
     figures["estimated_seconds"] = forwards * metrics["seconds"] / max(1, metrics["unet_forwards"])
     figures["estimated_bytes"] = figures["miniature"]["peak_bytes"]
     found = bench.figures.get("spo-sd15", {}).get("runs", {}).get("ours") or [_run("ours", system, bench)]
-    figures["measured_seconds"] = statistics.median(run["seconds"] for run in found)
+    figures["measured_seconds"] = statistics.median(run["metrics"]["seconds"] for run in found)
     figures["measured_bytes"] = found[0]["peak_bytes"]
     figures["estimate_over_measured"] = figures["estimated_seconds"] / figures["measured_seconds"]
 
@@ -110,17 +107,14 @@ def miniature(system: System) -> dict[str, Any]:
     }
 
 
-def _batch(bench: Bench, figures: dict[str, Any], family: str, steps: int | None) -> System:
+def _batch(bench: Bench, figures: dict[str, Any], family: str) -> System:
     """The family's system with one batch; what it is goes into the figures."""
     system = bench.system(family)
-    if steps and bench.full:
-        system = replace(system, policy=system.policy.with_sampling(steps=steps))
     settings = system.settings
     figures |= {
         "shape": bench.shape(family),
         "resolution": SHAPES[bench.shape(family)].resolution,
         "steps": len(system.policy.timesteps),
-        "recipe_steps": SHAPES[bench.shape(family)].steps,
         "prompts": len(system.prompts),
         "candidates": settings.candidates,
         "branch_steps": settings.branch_steps,
