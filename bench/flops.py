@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import table
+from bench.markdown import table
 from bench.systems import SHAPES, TOKENS, Shape, make_clip, make_unet, make_vae
 from spo.config import LoraConfig, SpoConfig
 from spo.models.lora import add_lora

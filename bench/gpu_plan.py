@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from bench.flops import GPU_RATE, UTILISATION, batch_flops, count
 from bench.gpu_parts import step_cost
-from bench.gpu_report import table
 from bench.gpu_rows import Row
+from bench.markdown import table
 from bench.systems import SHAPES
 from spo.config import SpoConfig
 

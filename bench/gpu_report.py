@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.markdown import table
 from spo.errors import DataError
 
 BEGIN, END = "<!-- bench.gpu: begin -->", "<!-- bench.gpu: end -->"
@@ -87,6 +88,8 @@ def _where(rows: Mapping[str, Figures]) -> str:
         cells = [(rows[name]["groups"][part], rows[name]["seconds"]) for name in names]
         lines.append([part, *(cell for value, whole in cells for cell in (number(value), f"{value / whole:.1%}"))])
     lines.append(["all", *(cell for name in names for cell in (number(rows[name]["seconds"]), "100%"))])
+    floors = [(rows[name].get("floor_seconds"), rows[name].get("share_of_floor", 0.0)) for name in names]
+    lines.append(["the floor", *(cell for floor, share in floors for cell in (number(floor), f"{share:.1%}"))])
     return f"Where the time of our batch goes ({'; '.join(_batch(rows[name]) for name in names)}):\n\n{table(lines)}"
 
 
@@ -146,12 +149,6 @@ def _batch(found: Figures) -> str:
 
 def _note(found: Figures) -> str:
     return f"; {found['note']}" if "note" in found else ""
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows as a Markdown table, the first its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def number(value: float | None) -> str:

@@ -39,18 +39,17 @@ def duel(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
     figures["shared_bytes"] = in_use(bench.device)  # the system's own, which both ways need
     for way in WAYS:
         _run(way, _few(system), bench, rehearsal=True)
+    whole = system.settings.batch_size
     try:
-        _take_turns(system, bench, figures)
+        return _take_turns(system, bench, figures)
     except Exception as error:
-        half = system.settings.batch_size // 2
-        if not is_out_of_memory(error) or not half:
+        if not is_out_of_memory(error) or whole == 1:
             raise
         forget(error)
-        figures["at_first"] = {name: figures.pop(name) for name in ("batch_size", "runs")}
-        figures["note"] = f"out of memory with updates of {2 * half} pairs, so they have {half}"
-        bench.tidy()
-        smaller = system.settings.model_copy(update={"batch_size": half})
-        _take_turns(replace(system, settings=smaller), bench, figures)
+    figures["at_first"] = {name: figures.pop(name) for name in ("batch_size", "runs")}
+    figures["note"] = f"out of memory with updates of {whole} pairs, so they have {whole // 2}"
+    smaller = system.settings.model_copy(update={"batch_size": whole // 2})
+    _take_turns(replace(system, settings=smaller), bench, figures)
 
 
 def where(bench: Bench, figures: dict[str, Any], *, family: str) -> None:

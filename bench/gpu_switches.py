@@ -146,7 +146,8 @@ def channels_last(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
 
 def compiled(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """model.compile: the UNet's transformer blocks; the system is dropped afterwards, for it stays compiled."""
-    calls = {name: getattr(parts, name) for name in ("sample", "update")}
+    names = ("sample", "update") if bench.full else ("sample",)  # to trace the second takes a CPU ten seconds
+    calls = {name: getattr(parts, name) for name in names}
     for name, call in calls.items():
         in_turns(bench, figures, [(name, call, nullcontext())])
     try:

@@ -124,12 +124,6 @@ def machine(device: torch.device) -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows as a Markdown table, the first its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def save(path: Path, result: dict[str, Any]) -> None:
     from spo.files import write_json
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from bench.flops import batch_flops
-from bench.measure import RESULTS, PeakMemory, Stopwatch, clock, machine, matmul_rate, quiet, save, table
+from bench.markdown import table
+from bench.measure import RESULTS, PeakMemory, Stopwatch, clock, machine, matmul_rate, quiet, save
 from bench.ours import OurPath
 from bench.systems import FULL_SIZE, SHAPES, make_system
 
