@@ -95,7 +95,7 @@ def in_use(device: torch.device) -> int | None:
 
 def facts(bench: Bench) -> dict[str, Any]:
     """What the figures are of: machine, versions, commit, time."""
-    found = {"device": bench.device.type, "machine": machine(bench.device), "size": bench.size}
+    found: dict[str, Any] = {"device": bench.device.type, "machine": machine(bench.device), "size": bench.size}
     found |= {"torch": torch.__version__, "python": platform.python_version(), "commit": _commit()}
     if bench.device.type == "cuda":
         properties = torch.cuda.get_device_properties(bench.device)

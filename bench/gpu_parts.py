@@ -1,6 +1,6 @@
 """The device's own rates, and one step of training the preference model."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,7 +40,7 @@ def preference_step(bench: Bench, figures: dict[str, Any], *, num_pairs: int) ->
     from spo.training.preference import LabelledPairs, StepAwareTraining
 
     system = bench.system("sd15")
-    dtype = "bfloat16" if bench.full else "float32"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if bench.full else "float32"
     config = TrainPreferenceConfig(start_from="random weights", batch_size=num_pairs, dtype=dtype)
     figures |= {"pairs": num_pairs, "dtype": dtype, "start_bytes": in_use(bench.device)}
     training = StepAwareTraining(system.policy, system.preference, config)

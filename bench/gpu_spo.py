@@ -147,7 +147,7 @@ def _run(way: str, system: System, bench: Bench, *, rehearsal: bool = False) -> 
             pairs, losses = path.run()
         if rehearsal:
             return {}
-        run = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes, "updates": len(losses)}
+        run: dict[str, Any] = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes, "updates": len(losses)}
         if way == "ours":
             run["metrics"] = {name: path.metrics[name] for name in ("unet_forwards", "vae_decodes", "seconds")}
     kept = {name: pairs[name].cpu() for name in ("x_t", "x_prev", "t", "t_prev")}

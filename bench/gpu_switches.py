@@ -104,7 +104,11 @@ def in_turns(bench: Bench, figures: dict[str, Any], trials: Iterable[Trial], *, 
             continue
         seconds = statistics.median(runs)
         first = seconds if first is None else first
-        found[label] = {"seconds": seconds, "times_faster": first / max(seconds, 1e-9), "peak_bytes": meter.peak_bytes}
+        found[label] = {
+            "seconds": seconds,
+            "times_faster": first / seconds if seconds else 1.0,
+            "peak_bytes": meter.peak_bytes,
+        }
         found[label]["first_call_seconds"] = first_call.seconds
 
 

@@ -63,9 +63,10 @@ class PlainPath:
             path = [before, self._candidates(transition, i)]  # then (k * b, c, h, w) each
             for j in range(i + 1, end):
                 path.append(sample(self._step(path[-1], grid[j], grid[j + 1]), self._noise(j, k)))
-            ahead = self._step(path[-1], grid[end], grid[end + 1]) if grid[end] else None
+            ahead = self._step(path[-1], grid[end], grid[end + 1]) if end < len(grid) - 1 else None
             scores = self._scores(policy.decode(ahead.x_0 if ahead else path[-1]), tokens, grid[end])
-            kept += [self._pair(*path[j : j + 2], scores, *grid[i + j : i + j + 2]) for j in range(branch)]
+            for j in range(branch):
+                kept.append(self._pair(path[j], path[j + 1], scores, grid[i + j], grid[i + j + 1]))
             if ahead:
                 goes_on = self.noise.choice(i, k) * len(rows) + rows
                 before = path[-1][goes_on]

@@ -96,7 +96,7 @@ SHAPES = {
             "block_out_channels": (16, 32, 32),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 1, 2),
+            "layers_per_block": 1,
             "attention_head_dim": (2, 4, 4),
             "cross_attention_dim": 64,
             "use_linear_projection": True,

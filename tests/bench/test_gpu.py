@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from bench import gpu, gpu_run
+from bench import gpu, gpu_run, gpu_spo, gpu_switches
 from bench.gpu_bench import Bench
 from bench.gpu_report import BEGIN, END, markdown, write_docs
 from bench.gpu_rows import ROWS, Row, chosen
 from bench.gpu_run import TIME_OVER, Deadline, Results
 from bench.gpu_spo import CHECKED_PAIRS, CHECKED_PROMPTS, miniature
+from bench.plain import PlainPath
 from bench.systems import make_system
 from spo.errors import DataError
 from spo.stages import check
@@ -271,6 +274,49 @@ def test_a_row_leaves_the_later_ones_their_time(monkeypatch: pytest.MonkeyPatch)
     assert deadline.limit(least=1000) == 497
     assert deadline.spare(97)
     assert not deadline.spare(98)
+
+
+class ShortOfMemory(PlainPath):
+    """The published way on a card that is too small for updates of more than one pair."""
+
+    def update(self, pairs: dict[str, torch.Tensor], index: torch.Tensor) -> float:
+        if len(index) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().update(pairs, index)
+
+
+def test_where_memory_is_short_both_ways_are_measured_with_smaller_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_spo.WAYS, "plain", ShortOfMemory)
+    monkeypatch.setattr(gpu_spo, "_few", lambda system: replace(system, settings=of_one_pair(system.settings)))
+    bench = Bench("cpu", "small", Deadline(time.monotonic(), 60))
+    figures: dict[str, Any] = {}
+    gpu_spo.duel(bench, figures, family="sd15")
+    assert figures["note"] == "out of memory with updates of 3 pairs, so they have 1"
+    assert figures["at_first"]["batch_size"] == 3
+    assert [len(figures["at_first"]["runs"][way]) for way in ("ours", "plain")] == [1, 0]
+    assert figures["batch_size"] == 1
+    assert figures["identical_pairs"] == 1.0
+    assert "updates of 1" in markdown(
+        {**HEAD, "rows": [{"name": "spo-sd15", "status": "measured", "figures": figures}]}
+    )
+
+
+def of_one_pair(settings: Any) -> Any:
+    return settings.model_copy(update={"batch_size": 1})
+
+
+def test_a_switch_that_fails_costs_itself_alone() -> None:
+    bench = Bench("cpu", "small", Deadline(time.monotonic(), 60))
+    figures: dict[str, Any] = {}
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+
+    gpu_switches.in_turns(bench, figures, [("as it is", list, nullcontext()), ("switched", fail, nullcontext())])
+    assert figures["trials"]["switched"] == {"failed": "OutOfMemoryError: CUDA out of memory."}
+    assert figures["trials"]["as it is"]["times_faster"] == 1
+    text = markdown({**HEAD, "rows": [{"name": "switch-x", "status": "measured", "figures": figures}]})
+    assert "| x | switched | OutOfMemoryError: CUDA out of memory. |" in text
 
 
 def test_only_takes_rows_by_name_or_by_beginning() -> None:
