@@ -18,7 +18,7 @@ A bare machine with torch and numpy lacks these wheels. Collect them for its Pyt
         -c constraints.txt --dest wheels \\
         accelerate annotated-types certifi diffusers h11 httpcore2 httpx2 huggingface_hub idna packaging peft pillow \\
         psutil pydantic pydantic_core PyYAML regex requests safetensors tokenizers tqdm transformers truststore \\
-        typing-inspection urllib3
+        typing-inspection typing_extensions urllib3
 
 They are some 40 MB. Install them there: `pip install --no-index --no-deps --target site wheels/*.whl`,
 and run with `PYTHONPATH=site:.`. A test runs every row with these alone (tests/bench/test_gpu.py).

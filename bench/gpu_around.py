@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from spo.models.base import LatentDiffusion
+from spo.models.merging import merged_adapter
 
 
 @contextmanager
@@ -24,6 +25,13 @@ def cast(policy: LatentDiffusion, dtype: torch.dtype) -> Iterator[None]:
         policy.dtype = before
         for weight, original in zip(frozen, originals, strict=True):
             weight.data = original
+
+
+@contextmanager
+def merged(policy: LatentDiffusion) -> Iterator[None]:
+    """The adapter added into the weights, in the weights' own dtype: a sum with a float32 adapter is float32."""
+    with merged_adapter(policy.unet), cast(policy, policy.dtype):
+        yield
 
 
 @contextmanager

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_around import cast, changed, channels_first, checkpointed, float32_precision, gradients
+from bench import gpu_around as around
 from bench.gpu_bench import Bench, Meter
 from bench.systems import System, attach_lora
 from spo.core.types import Pairs
 from spo.methods.spo import Spo
 from spo.models.load import VARIANTS, compile_blocks
-from spo.models.merging import merged_adapter
 from spo.preference.score import PreferenceScorer
 
 Call = Callable[[], object]
@@ -88,9 +87,9 @@ def in_turns(bench: Bench, figures: dict[str, Any], trials: Iterable[Trial], *, 
     """
     found: dict[str, dict[str, Any]] = figures.setdefault("trials", {})
     first: float | None = None
-    for label, call, around in trials:
+    for label, call, context in trials:
         try:
-            with around:
+            with context:
                 with Meter(bench.device) as first_call:
                     call()
                 runs = []
@@ -131,20 +130,20 @@ def dtype(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """UNet and VAE in the other half precision; on a CPU, where they are in float32, in bfloat16."""
     other = torch.float16 if bench.full else torch.bfloat16
     figures["base"] = name_of(parts.policy.dtype)
-    switches = {name_of(other): lambda: cast(parts.policy, other)}
+    switches = {name_of(other): lambda: around.cast(parts.policy, other)}
     with_and_without(bench, figures, parts, ("sample", "update", "decode"), switches)
 
 
 def tf32(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """The float32 preference model with TF32 in its products, and in bfloat16 (scoring.dtype, which changes labels)."""
     half = lambda: torch.autocast(bench.device.type, torch.bfloat16)  # noqa: E731
-    with_and_without(bench, figures, parts, ("judge",), {"TF32": float32_precision, "bfloat16": half})
-    with_and_without(bench, figures, parts, ("update",), {"TF32": float32_precision})
+    with_and_without(bench, figures, parts, ("judge",), {"TF32": around.float32_precision, "bfloat16": half})
+    with_and_without(bench, figures, parts, ("update",), {"TF32": around.float32_precision})
 
 
 def channels_last(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """Convolutions are in channels-last order; the switch takes that away."""
-    switches = {"channels first": lambda: channels_first(parts.policy)}
+    switches = {"channels first": lambda: around.channels_first(parts.policy)}
     with_and_without(bench, figures, parts, ("sample", "update", "decode"), switches)
 
 
@@ -176,20 +175,20 @@ def fused_adamw(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     ):
         for kind, fused in (("AdamW", False), ("fused AdamW", True)):
             optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0, fused=fused)
-            in_turns(bench, figures, [(f"{name}, {kind}", optimizer.step, gradients(weights))])
+            in_turns(bench, figures, [(f"{name}, {kind}", optimizer.step, around.gradients(weights))])
             del optimizer  # its moments are twice the weights
         _compare(figures, f"{name}, AdamW", f"{name}, fused AdamW")
 
 
 def checkpointing(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """model.gradient_checkpointing: an update's time for its memory."""
-    switches = {"gradient checkpointing": lambda: checkpointed(parts.policy.unet)}
+    switches = {"gradient checkpointing": lambda: around.checkpointed(parts.policy.unet)}
     with_and_without(bench, figures, parts, ("update",), switches)
 
 
 def merged(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     """The adapter added into the weights while pairs are sampled; not done in half precision, which would round it."""
-    switches = {"merged adapter": lambda: merged_adapter(parts.policy.unet), "adapter off": parts.policy.reference}
+    switches = {"merged adapter": lambda: around.merged(parts.policy), "adapter off": parts.policy.reference}
     with_and_without(bench, figures, parts, ("sample",), switches)
 
 
@@ -199,7 +198,9 @@ def slices(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     for call, name, most in (("sample", "unet_batch_size", 2 * n), ("decode", "vae_batch_size", n)):
         own = min(getattr(policy, name), most)
         sizes = sorted({min(most, size) for size in (own // 4, own // 2, 2 * own, 4 * own) if size} - {own})
-        switches = {f"{size} at a time": lambda name=name, size=size: changed(policy, name, size) for size in sizes}
+        switches = {
+            f"{size} at a time": lambda name=name, size=size: around.changed(policy, name, size) for size in sizes
+        }
         figures[name] = own
         with_and_without(bench, figures, parts, (call,), switches)
 
