@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import at_least, mistakes_in_one_line, table
+from bench.markdown import table
+from bench.measure import at_least, mistakes_in_one_line
 from spo.config import Config, SpoConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
