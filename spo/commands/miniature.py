@@ -158,9 +158,10 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
     for name in config.methods:
         method = config.align[name]
-        per_prompt = _cost(config, folder, name)["unet_forwards"] / SAMPLED
         counts[f"align {name}"] = seeds * method.forwards(
-            num_prompts=num_prompts, num_pairs=num_pairs(config, root) or 0, per_prompt=per_prompt
+            num_prompts=num_prompts,
+            num_pairs=num_pairs(config, root) or 0,
+            per_prompt=partial(_forwards_per_prompt, config, folder, name),
         )
     evaluate = config.evaluate
     columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
@@ -175,6 +176,10 @@ def _seconds_a_forward(config: Config, folder: Path) -> float:
     """Seconds for one forward of the slowest method, with the work around the UNet."""
     costs = [_cost(config, folder, name) for name in config.methods]
     return max(cost["seconds"] / max(1, cost["unet_forwards"]) for cost in costs)
+
+
+def _forwards_per_prompt(config: Config, folder: Path, name: str) -> float:
+    return _cost(config, folder, name)["unet_forwards"] / SAMPLED
 
 
 def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:
