@@ -150,3 +150,14 @@ def test_without_its_judges_weights_a_run_goes_on_unwatched_unless_the_watch_may
     left_out, unwatched = capsys.readouterr().out.splitlines()[-2:]
     assert left_out.startswith("laion_aesthetic: left out, ")
     assert unwatched == "align dpo goes on unwatched"
+
+
+def test_changed_labels_are_another_run_to_a_method_that_learns_from_pairs(project: Path, config: Config) -> None:
+    """So a stopped run of Diffusion-DPO never continues on other labels; SPO knows labels by its preference model."""
+    pseudo = {"kind": "pseudo", "model": "nobody/model", "tie_margin": 0.2}
+    other = Config.model_validate({**config.model_dump(), "labels": pseudo})
+    keys = {
+        name: [align.state_store(each, name, 0, project).made_by for each in (config, other)] for name in ("dpo", "spo")
+    }
+    assert keys["dpo"][0] != keys["dpo"][1]
+    assert keys["spo"][0] == keys["spo"][1]
