@@ -82,7 +82,7 @@ def _models(config: Config) -> Iterator[Finding]:
     else:
         yield _repository("train_preference.start_from", preference.start_from, "config.json", ("train_preference",))
         if config.labels.model:
-            key = "train_config.labels.model"
+            key = "labels.model"
             yield _repository(key, config.labels.model, "config.json", ("train_preference",))
         if preference.processor:
             yield _repository("train_preference.processor", preference.processor, None, ("train_preference",))
