@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from spo.errors import DataError
@@ -38,14 +39,12 @@ class Results:
                 f"evaluate has not measured {', '.join(absent)}, only {', '.join(measured) or 'nothing'}; "
                 "name measured scores in evaluate.primary and evaluate.guarded"
             )
-        for sampler in self.samplers:
-            for column in (BASE, *self.methods):
-                known = all((sampler, column, metric) in means for metric in self.main)
-                compared = column == BASE or all((sampler, column, BASE, metric) in gains for metric in self.main)
-                if not known or not compared:
-                    raise DataError(
-                        f"the tables of evaluate have no {column} with {sampler}; run `python -m spo evaluate` again"
-                    )
+        for sampler, column, metric in product(self.samplers, (BASE, *self.methods), self.main):
+            compared = column == BASE or (sampler, column, BASE, metric) in gains
+            if (sampler, column, metric) not in means or not compared:
+                raise DataError(
+                    f"the tables of evaluate have no {column} with {sampler}; run `python -m spo evaluate` again"
+                )
 
     @property
     def deciding(self) -> str:
