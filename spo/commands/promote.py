@@ -54,7 +54,7 @@ def run(
     version = register(config, candidate, root)
     present = None if against_base else registry.champion(config, root)
     if present is not None and present.tags["spo.digest"] == version.tags["spo.digest"]:
-        registry.crown(version, root)  # the same LoRA, perhaps evaluated anew
+        registry.make_champion(version, root)  # the same LoRA, perhaps evaluated anew
         print(f"{version.name}: {version.description} is the champion already")
         return None
     name, rival = "the base", candidate.base
@@ -117,7 +117,7 @@ def register(config: Config, candidate: Candidate, root: Path = Path()) -> regis
 def register_released(config: Config, root: Path = Path()) -> None:
     """Register the LoRA that was just evaluated and reported; if that fails, only print a warning."""
     try:
-        with tracking.spoken(root):
+        with tracking.store_errors(root):
             version = register(config, find_candidate(config, root), root)
         print(f"registered as {version.uri}; `python -m spo promote` decides whether it becomes champion", flush=True)
     except SpoError as error:
@@ -178,7 +178,7 @@ def _record(
     text = f"{_description(candidate, config, root)}\n\n**{decision.description}**\n\n{reasons}"
     registry.describe(version, root, tags=tags, description=text)
     if decision.promoted:
-        registry.crown(version, root)
+        registry.make_champion(version, root)
 
 
 def _headline(candidate: Candidate, config: Config) -> dict[str, str]:

@@ -12,7 +12,7 @@ from spo.runtime.hashing import content_digest, text_digest
 from spo.workspace import Workspace
 
 FLOW_RUN = "SPO_FLOW_RUN"  # environment variable: the Prefect flow run that started the stage
-CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # MLflow's names of the sides
+CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # names that MLflow uses
 
 
 def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
@@ -45,12 +45,13 @@ def provenance(root: Path) -> dict[str, str]:
 
 
 def inputs(config: Config, stage: str, root: Path) -> list[dict[str, Any]]:
-    """The data sets that a stage reads, each with the hash of its contents; for a hub's data set, of its name."""
+    """The data sets that a stage reads, each with a hash of its contents; for a data set of the hub, of its name."""
     prepared = Workspace(config).prepared
     found = [(f"{kind} {side}", str(prepared.file(kind, side)), CONTEXTS[side]) for kind, side in STAGES[stage].inputs]
     if stage == "prepare":
         found = [("prompts", config.prepare.prompts.source, "source")]
-        found += [("preferences", each.source, "source") for each in [config.prepare.preferences] if each]
+        if config.prepare.preferences:
+            found.append(("preferences", config.prepare.preferences.source, "source"))
     return [
         {"name": name, "context": context, "source": source, **_content(root, source)}
         for name, source, context in found

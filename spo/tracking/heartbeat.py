@@ -27,9 +27,9 @@ class Heartbeat(threading.Thread):
             self._sender.send()
 
     def stop(self, seconds: float | None = None) -> None:
-        """End the thread after one more measurement; the caller sends the rest.
+        """End the thread and measure once more; the caller sends the rest.
 
-        It waits for a server that hangs, at most `seconds` where they are given.
+        It waits at most `seconds` for a server that hangs; None: without a limit.
         """
         self._over.set()
         self.join(seconds)

@@ -12,7 +12,7 @@ from spo.tracking.facts import inputs, provenance, tags
 from spo.tracking.heartbeat import Heartbeat
 from spo.tracking.journal import Journal, unsent
 from spo.tracking.sender import Sender, send_unsent
-from spo.tracking.store import away, connect, pipeline_id, run_url, unusable
+from spo.tracking.store import connect, is_temporary, pipeline_id, run_url, unusable
 from spo.tracking.tracker import JournalTracker, NullTracker, Tracker
 
 STOPPED_SECONDS = 5.0  # a stopped stage waits this long for a server that hangs, twice
@@ -22,10 +22,9 @@ STOPPED_SECONDS = 5.0  # a stopped stage waits this long for a server that hangs
 def start(
     config: Config, stage: str, root: Path = Path(), *, method: str | None = None, seed: int | None = None
 ) -> Iterator[Tracker]:
-    """A tracker for one stage's run; the run ends FAILED where the block raises or is interrupted.
+    """A tracker for one stage's run. The run is FAILED if the block raises or is interrupted.
 
-    An unreachable server does not stop a stage: a later stage sends its journal. ConfigError where the store cannot be
-    used at all.
+    An unreachable server does not stop a stage: a later stage sends its journal. ConfigError if the store is unusable.
     """
     if int(os.environ.get("RANK", "0")):  # only the first process of a distributed run reports
         yield NullTracker()
@@ -47,7 +46,7 @@ def start(
     if sender.send():
         print(f"tracked at {run_url(root, sender.state['experiment'], sender.state['parent'])}", flush=True)
         send_unsent(root)
-    elif (problem := sender.problem) is not None and not away(root, problem):
+    elif (problem := sender.problem) is not None and not is_temporary(root, problem):
         journal.remove()
         raise unusable(root, problem) from problem
     journal.append("inputs", inputs=inputs(config, stage, root))
