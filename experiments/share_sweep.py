@@ -40,7 +40,7 @@ from spo.stages import align
 from spo.stages import train_preference as preference_stage
 from spo.tracking import NullTracker
 from spo.workspace import Prepared, Workspace
-from spo.world.pretraining.preference import Opinion
+from spo.world.opinion import Opinion
 from spo.world.pretraining.recipe import RECIPE
 
 METHODS = ("spo", "diffusion_dpo")
