@@ -60,16 +60,26 @@ def run(
     name, rival = "the base", candidate.base
     if present is not None:
         name, rival = f"the champion, {present.description}", _scores_of(present, candidate, config, root)
+    evaluate, tolerance = config.evaluate, config.promote.tolerance
     decision = decide(
         candidate.scores,
         rival,
         name=name,
-        primary=config.evaluate.primary,
-        tolerances=tolerances(config),
-        deciding=config.evaluate.deciding,
-        samples=config.evaluate.bootstrap_samples,
+        primary=evaluate.primary,
+        tolerances={metric: tolerance.get(metric, evaluate.guard_tolerance) for metric in evaluate.guarded},
+        deciding=evaluate.deciding,
+        samples=evaluate.bootstrap_samples,
     )
-    _record(decision, version, present, candidate, config, root)
+    tags = {
+        "promotion": "promoted" if decision.promoted else "not promoted",
+        "promotion.against": decision.rival,
+        "promotion.reasons": "\n".join(decision.reasons),
+    }
+    reasons = "\n".join(f"- {reason}" for reason in decision.reasons)
+    text = f"{_description(candidate, config, root)}\n\n**{decision.description}**\n\n{reasons}"
+    registry.describe(version, root, tags=tags, description=text)
+    if decision.promoted:
+        registry.make_champion(version, root)
     print(f"{version.name}: {version.description} {decision.description}")
     for reason in decision.reasons:
         print(f"  {reason}")
@@ -124,13 +134,6 @@ def register_released(config: Config, root: Path = Path()) -> None:
         print(f"warning: not registered: {error}", file=sys.stderr, flush=True)
 
 
-def tolerances(config: Config) -> dict[str, float]:
-    """How far the interval of each guarded score may reach below zero."""
-    return {
-        name: config.promote.tolerance.get(name, config.evaluate.guard_tolerance) for name in config.evaluate.guarded
-    }
-
-
 def _scores_of(champion: registry.Version, candidate: Candidate, config: Config, root: Path) -> Scored:
     """The champion's scores of the candidate's images: the kept ones, or new ones if conditions have changed."""
     folder = tracking.fetch_model(champion.uri, root)
@@ -160,37 +163,18 @@ def _scores_of(champion: registry.Version, candidate: Candidate, config: Config,
     return found
 
 
-def _record(
-    decision: Decision,
-    version: registry.Version,
-    present: registry.Version | None,
-    candidate: Candidate,
-    config: Config,
-    root: Path,
-) -> None:
-    """Write the decision on the version, and give it the alias if it was promoted."""
-    tags = {
-        "promotion": "promoted" if decision.promoted else "not promoted",
-        "promotion.against": decision.rival,
-        "promotion.reasons": "\n".join(decision.reasons),
-    }
-    reasons = "\n".join(f"- {reason}" for reason in decision.reasons)
-    text = f"{_description(candidate, config, root)}\n\n**{decision.description}**\n\n{reasons}"
-    registry.describe(version, root, tags=tags, description=text)
-    if decision.promoted:
-        registry.make_champion(version, root)
-
-
 def _headline(candidate: Candidate, config: Config) -> dict[str, str]:
     """Tags: means and differences from the base with the deciding sampler."""
     sampler = config.evaluate.deciding
     tags = {"evaluation.sampler": f"{sampler} ({config.evaluate.samplers[sampler].description})"}
     for metric in (config.evaluate.primary, *config.evaluate.guarded):
-        values = [scores[metric] for image, scores in candidate.scores.items() if image[0] == sampler]
-        base = [scores[metric] for image, scores in candidate.base.items() if image[0] == sampler]
-        mean = sum(values) / len(values)
+        values, base_values = (
+            [scores[metric] for image, scores in of_images.items() if image[0] == sampler]
+            for of_images in (candidate.scores, candidate.base)
+        )
+        mean, base = sum(values) / len(values), sum(base_values) / len(base_values)
         tags[f"evaluation.{metric}"] = f"{mean:.4f}"
-        tags[f"evaluation.{metric}.vs_base"] = f"{mean - sum(base) / len(base):+.4f}"
+        tags[f"evaluation.{metric}.vs_base"] = f"{mean - base:+.4f}"
     return tags
 
 

@@ -16,9 +16,9 @@ from spo.commands.preflight import require
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.pipeline import STAGES, Stage
-from spo.runtime.launch import LAUNCHED, launch
 from spo.runtime.libraries import set_up_libraries
 from spo.runtime.locking import locked
+from spo.runtime.processes import LAUNCHED, launch
 from spo.workspace import Workspace
 
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what a stopped run had saved.")]

@@ -25,7 +25,7 @@ FIELDS = ("prompt", "caption", "text", "Prompt")  # tried where no field is name
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
-Row = tuple[int, object]  # the row's number from 1, and what should be its prompt
+Row = tuple[int, object]  # the row's number from 1, and its prompt, unchecked
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def check_prompt(value: object) -> str:
     if "Cc" in categories:
         raise RowError("control character", repr(value))
     prompt = " ".join(unicodedata.normalize("NFC", value).split())
-    if categories <= {"Cf", "Zs", "Zl", "Zp"}:  # nothing to see
+    if categories <= {"Cf", "Zs", "Zl", "Zp"}:  # no visible character
         raise RowError("empty", prompt)
     if len(prompt) > MAX_CHARACTERS:
         raise RowError("too long", f"{len(prompt)} characters, at most {MAX_CHARACTERS}: {prompt}")

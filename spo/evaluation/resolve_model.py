@@ -1,4 +1,4 @@
-"""Find the model that a name of the user's means: the base, or a LoRA by method, run, path, hub name or MLflow URI."""
+"""Find the model that the user names: the base, or a LoRA by method, run, path, hub name or MLflow URI."""
 
 import re
 from dataclasses import dataclass
@@ -33,7 +33,12 @@ def resolve_model(wanted: str | None, config: Config, root: Path = Path()) -> So
     if wanted == BASE:
         return Source(BASE, None, f"the base, {config.model.path}")
     if wanted is None:
-        return _default(config, evaluated)
+        names = _evaluated(evaluated)
+        if not names:
+            missing = f"profile {config.profile} has no evaluated LoRA yet"
+            return Source(BASE, None, f"the base, {config.model.path}: {missing}")
+        name = next((name for name in config.methods if name in names), names[0])
+        return _of_folder(name, evaluated / name)
     if _holds_lora(evaluated / wanted):
         return _of_folder(wanted, evaluated / wanted)
     if wanted.startswith("models:/"):
@@ -65,14 +70,6 @@ def lora_within(folder: Path) -> Path:
     if not found:
         raise ModelError(f"{folder} holds no {WEIGHTS}; give a folder that has one")
     raise ModelError(f"{folder} holds {len(found)} LoRAs; name one of them, such as {found[0]}")
-
-
-def _default(config: Config, evaluated: Path) -> Source:
-    names = _evaluated(evaluated)
-    for name in (*config.methods, *names):
-        if name in names:
-            return _of_folder(name, evaluated / name)
-    return Source(BASE, None, f"the base, {config.model.path}: profile {config.profile} has no evaluated LoRA yet")
 
 
 def _of_folder(name: str, folder: Path) -> Source:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Config
 from spo.runtime.hashing import content_digest
-from spo.tracking.facts import provenance
-from spo.tracking.run import experiment_name
+from spo.tracking.run import experiment_name, provenance
 from spo.tracking.store import connect, make_parent_run, pipeline_id
 
 if TYPE_CHECKING:

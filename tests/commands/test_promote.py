@@ -12,7 +12,7 @@ from spo.commands import promote
 from spo.config import Config, LoraConfig, ModelConfig, SamplerConfig, load_config
 from spo.errors import ConfigError, DataError
 from spo.models.lora import add_lora, save_lora
-from spo.runtime.tables import write_csv
+from spo.runtime.files import write_csv
 from spo.tracking import registry
 from spo.tracking.store import connect
 from spo.workspace import Workspace

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.overrides import override, parse
+from flows.settings import override, parse
 from spo.config import load_config
 from spo.errors import ConfigError
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.profile import use_profile
+from flows.settings import use_profile
 from spo.errors import ConfigError
 
 
