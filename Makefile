@@ -1,4 +1,8 @@
-# make repro: the whole pipeline; make test; make test-portable; make lint; make bench: what is timed; make ui: browse the runs; make format; make clean
+# make repro          run the pipeline              make test     run all tests
+# make ui             browse the tracked runs       make lint     ruff, mypy, import contracts
+# make bench          measure time and memory       make format   format the code
+# make test-portable  numerical tests as on other   make clean    remove caches
+#                     processors                    make soak     tests that take hours
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 VENV := .venv
@@ -19,7 +23,7 @@ repro: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
-test-portable: $(STAMP)  # what computes, as other machines would; servers and text do not depend on a processor
+test-portable: $(STAMP)  # only numerical tests; the others do not depend on the processor
 	TEST_PROCESSES=$(TEST_PROCESSES) $(BIN)/python tests/portable.py
 
 bench: $(STAMP)  # on the CPU; docs/performance.md has the commands for a GPU
@@ -34,8 +38,9 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 SOAK_MINUTES ?= 60
-soak: $(STAMP)  # hours: a hundred kills a stage, twenty times the hostile input, an hour of alignment
-	SPO_SOAK=1 SPO_KILLS=100 SPO_EXAMPLES=20 $(BIN)/python -m pytest tests/stages/test_resume.py tests/stages/test_prepare.py tests/hostile tests/soak
+soak: $(STAMP)  # takes hours: a hundred kills per stage, twenty times the hostile input, an hour of alignment
+	SPO_SOAK=1 SPO_KILLS=100 SPO_EXAMPLES=20 $(BIN)/python -m pytest tests/stages/test_resume.py \
+		tests/stages/test_prepare.py tests/models/test_denoiser.py tests/hostile tests/soak
 	PYTHONPATH=. $(BIN)/python tests/soak/memory.py $(SOAK_MINUTES)
 
 ui: $(STAMP)
@@ -45,7 +50,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean:  # caches only; runs/, mlflow/ and the environment stay
+clean:  # removes caches; keeps runs/, mlflow/ and the environment
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find spo flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import table
+from bench.markdown import table
 from bench.systems import SHAPES, TOKENS, Shape, make_clip, make_unet, make_vae
 from spo.config import LoraConfig, SpoConfig
 from spo.models.lora import add_lora
@@ -113,7 +113,10 @@ def weights() -> str:
 def _unet_inputs(shape: Shape, unet: nn.Module) -> dict[str, Any]:
     more: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, TOKENS, unet.config.cross_attention_dim)}
     if unet.config.addition_embed_type == "text_time":
-        more["added_cond_kwargs"] = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        more["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, shape.text[1]["projection_dim"]),
+            "time_ids": torch.empty(1, 6),
+        }
     return {"timestep": torch.ones(1, dtype=torch.long), "more": more}
 
 

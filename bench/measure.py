@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import psutil
 import torch
 
 from spo.runtime.environment import processor
 from spo.runtime.exit_codes import exit_code
-from spo.runtime.files import write_json
 
 P = ParamSpec("P")
 RESULTS = Path("bench/results")
@@ -39,6 +37,7 @@ class Stopwatch:
         self._device = device
         self._open: list[str] = []
         self._last = 0.0
+        self._timed: list[tuple[Any, str, Any, bool]] = []
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -64,7 +63,17 @@ class Stopwatch:
             with self.section(name if isinstance(name, str) else name()):
                 return inner(*args, **kwargs)
 
+        self._timed.append((owner, method, inner, method in vars(owner)))
         setattr(owner, method, timed)
+
+    def restore(self) -> None:
+        """Give back what `time` took: every owner is as before."""
+        while self._timed:
+            owner, method, inner, its_own = self._timed.pop()
+            if its_own:
+                setattr(owner, method, inner)
+            else:
+                delattr(owner, method)
 
 
 class PeakMemory:
@@ -89,6 +98,8 @@ class PeakMemory:
     def _now(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
+        import psutil  # on a GPU it need not be there
+
         return psutil.Process().memory_info().rss
 
 
@@ -110,13 +121,9 @@ def machine(device: torch.device) -> str:
     return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows as a Markdown table, the first its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def save(path: Path, result: dict[str, Any]) -> None:
+    from spo.runtime.files import write_json
+
     write_json(path, result)
     print(f"\nall figures: {path}")
 

@@ -4,6 +4,7 @@ import csv
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class OurPath:
         self.scorer = PreferenceScorer(system.preference, device=system.policy.device)
         self.method = Spo(system.settings, system.policy, self.scorer, system.prompts, seed=seed)
         self.pairs: list[Pairs] = []
+        self.metrics: dict[str, Any] = {}  # align's own, of the last run
         collect = self.method.collect
 
         def recorded(epoch: int, *, skip: int = 0) -> Iterator[Round]:
@@ -48,7 +50,7 @@ class OurPath:
     def run(self) -> tuple[dict[str, Tensor], list[float]]:
         """Align for one batch: its pairs (x_t, x_prev, t, t_prev) and each update's loss."""
         with tempfile.TemporaryDirectory() as folder:
-            align(self.method, self.policy, self.settings, Path(folder), NullTracker(), seed=self.seed)
+            self.metrics = align(self.method, self.policy, self.settings, Path(folder), NullTracker(), seed=self.seed)
             with (Path(folder) / "history.csv").open(newline="", encoding="utf-8") as file:
                 losses = [float(row["loss"]) for row in csv.DictReader(file)]
         (pairs,) = self.pairs

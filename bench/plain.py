@@ -47,40 +47,42 @@ class PlainPath:
 
     @torch.no_grad()
     def sample(self) -> dict[str, Tensor]:
-        policy, k, first = self.policy, self.settings.candidates, self.settings.first_step
+        policy, settings = self.policy, self.settings
+        k, first, branch = settings.candidates, settings.first_step, settings.branch_steps
         grid = [*policy.timesteps.tolist(), 0]
         self.cond = policy.encode(self.prompts).tensors
         rows = torch.arange(len(self.prompts), device=self.device)
         tokens = self._tokens(k)
         kept: list[dict[str, Tensor]] = []
-        x_t = self._noise(-1, 1)  # (k * b, c, h, w)
-        before, candidates = x_t, x_t
-        for i in range(len(grid) - 1):
-            wide = rows.repeat(len(x_t) // len(rows))
-            t, t_prev = (torch.full((len(x_t),), grid[j], device=self.device) for j in (i, i + 1))
-            transition = policy.transition(self._predict(self.unet, x_t, t, wide), x_t, t, t_prev)
-            if i > first:
-                scores = self._scores(policy.decode(transition.x_0), tokens, grid[i])
-                kept.append(self._pair(before, candidates, scores, grid[i - 1], grid[i]))
-                index = self.noise.choice(i - 1, k) * len(rows) + rows
-                before = candidates[index]
-                transition = Transition(transition.mean[index], transition.std[index], transition.x_0[index])
-            elif i == first:
-                before = x_t
-            width = k if i >= first else 1
-            noise = self._noise(i, width).unflatten(0, (width, -1))
-            x_t = candidates = sample(transition, noise).flatten(0, 1)
-        scores = self._scores(policy.decode(candidates), tokens, 0)
-        kept.append(self._pair(before, candidates, scores, grid[-2], 0))
+        before = self._noise(-1, 1)  # (b, c, h, w)
+        for i in range(first):
+            before = sample(self._step(before, grid[i], grid[i + 1]), self._noise(i, 1))
+        transition = self._step(before, grid[first], grid[first + 1])
+        for i in range(first, len(grid) - 1, branch):
+            end = i + branch
+            path = [before, self._candidates(transition, i)]  # then (k * b, c, h, w) each
+            for j in range(i + 1, end):
+                path.append(sample(self._step(path[-1], grid[j], grid[j + 1]), self._noise(j, k)))
+            ahead = self._step(path[-1], grid[end], grid[end + 1]) if end < len(grid) - 1 else None
+            scores = self._scores(policy.decode(ahead.x_0 if ahead else path[-1]), tokens, grid[end])
+            for j in range(branch):
+                kept.append(self._pair(path[j], path[j + 1], scores, grid[i + j], grid[i + j + 1]))
+            if ahead:
+                index = self.noise.choice(i, k) * len(rows) + rows
+                before = path[-1][index]
+                transition = Transition(ahead.mean[index], ahead.std[index], ahead.x_0[index])
+        width = max(part["x_t"].shape[1] for part in kept)
+        kept = [{**part, "x_t": part["x_t"].expand(-1, width, -1, -1, -1)} for part in kept]
         return {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
 
     def update(self, pairs: dict[str, Tensor], index: Tensor) -> float:
         x_t, x_prev, t, t_prev, row = (pairs[name][index] for name in ("x_t", "x_prev", "t", "t_prev", "row"))
         ratios = []
         for which in (0, 1):  # win and lose, each through both networks, though they share x_t
-            log_p = self._log_prob(self.unet, x_t, x_prev[:, which], t, t_prev, row)
+            start = x_t[:, min(which, x_t.shape[1] - 1)]
+            log_p = self._log_prob(self.unet, start, x_prev[:, which], t, t_prev, row)
             with torch.no_grad():
-                log_p_ref = self._log_prob(self.reference, x_t, x_prev[:, which], t, t_prev, row)
+                log_p_ref = self._log_prob(self.reference, start, x_prev[:, which], t, t_prev, row)
             clip = self.settings.clip_range
             ratios.append((log_p - log_p_ref).exp().clamp(1 - clip, 1 + clip).log())
         losses = -F.logsigmoid(self.settings.beta * (ratios[0] - ratios[1]))
@@ -88,6 +90,17 @@ class PlainPath:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return losses.mean().item()
+
+    def _step(self, x_t: Tensor, t: int, t_prev: int) -> Transition:
+        """From x_t, a whole number of batches, at one timestep to the next."""
+        rows = torch.arange(len(x_t), device=self.device) % len(self.prompts)
+        times = [torch.full((len(x_t),), time, device=self.device) for time in (t, t_prev)]
+        return self.policy.transition(self._predict(self.unet, x_t, times[0], rows), x_t, *times)
+
+    def _candidates(self, transition: Transition, i: int) -> Tensor:
+        """(k * b, c, h, w), drawn from one transition of b."""
+        k = self.settings.candidates
+        return sample(transition, self._noise(i, k).unflatten(0, (k, -1))).flatten(0, 1)
 
     def _noise(self, i: int, k: int) -> Tensor:
         return self.noise.normal(i, (k, *self.policy.latent_shape)).transpose(0, 1).flatten(0, 1)
@@ -118,10 +131,13 @@ class PlainPath:
         features = self.clip.modulated_features(self.preference.preprocess(images), each)
         return self.clip.score(features, self.clip.text_features(tokens)).unflatten(0, (-1, len(self.prompts)))
 
-    def _pair(self, before: Tensor, candidates: Tensor, scores: Tensor, t: int, t_prev: int) -> dict[str, Tensor]:
-        row = torch.arange(len(before), device=self.device)
+    def _pair(self, x_t: Tensor, candidates: Tensor, scores: Tensor, t: int, t_prev: int) -> dict[str, Tensor]:
+        """Win and lose of one step: x_t (b or k * b, ...), their candidates (k * b, ...), scores (k, b)."""
+        row = torch.arange(len(self.prompts), device=self.device)
+        win, lose = scores.argmax(0), scores.argmin(0)
         x_prev = candidates.unflatten(0, scores.shape)
-        win, lose = x_prev[scores.argmax(0), row], x_prev[scores.argmin(0), row]
+        starts = [x_t] if len(x_t) == len(row) else [x_t.unflatten(0, scores.shape)[each, row] for each in (win, lose)]
         full = {"t": t, "t_prev": t_prev}
         times = {name: torch.full((len(row),), value, device=self.device) for name, value in full.items()}
-        return {"x_t": before, "x_prev": torch.stack([win, lose], dim=1), "row": row, **times}
+        x_prev = torch.stack([x_prev[win, row], x_prev[lose, row]], dim=1)
+        return {"x_t": torch.stack(starts, dim=1), "x_prev": x_prev, "row": row, **times}

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from bench.flops import batch_flops
-from bench.measure import RESULTS, PeakMemory, Stopwatch, clock, machine, matmul_rate, save, table
+from bench.markdown import table
+from bench.measure import RESULTS, PeakMemory, Stopwatch, clock, machine, matmul_rate, save
 from bench.ours import OurPath
 from bench.systems import FULL_SIZE, SHAPES, make_system
 from spo.runtime.libraries import set_up_libraries
@@ -96,13 +97,13 @@ def attached(watch: Stopwatch, path: OurPath) -> Iterator[None]:
     watch.time(scorer, "encode", "text towers")
     watch.time(scorer.model, "modulated_features", "rollout: preference model")
     watch.time(scorer, "preprocess", "rollout: preference model")
-    backward, step = torch.Tensor.backward, torch.optim.AdamW.step
     watch.time(torch.Tensor, "backward", "updates: backward")
     watch.time(torch.optim.AdamW, "step", "updates: optimizer")
     try:
         yield
     finally:
-        torch.Tensor.backward, torch.optim.AdamW.step = backward, step  # type: ignore[method-assign]
+        watch.restore()
+        del path.method.loss, policy.reference  # the classes' own stand again
 
 
 def show(result: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.measure import RESULTS, PeakMemory, clock, machine, save, table
+from bench.markdown import table
+from bench.measure import RESULTS, PeakMemory, clock, machine, save
 from bench.ours import OurPath
 from bench.plain import PlainPath
 from bench.systems import FULL_SIZE, SHAPES, make_system

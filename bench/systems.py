@@ -1,6 +1,6 @@
 """Whole systems to be timed, by size: the embedded default, and Stable Diffusion's shapes with random weights.
 
-mini    seconds on a CPU: for trying the benchmarks out
+mini    seconds on a CPU: for trying the benchmarks out; mini-sdxl likewise
 tiny    the embedded default, as shipped
 small   Stable Diffusion v1.5 in small: four levels, 6.2 million parameters, 16 x 16 latents
 sd15    Stable Diffusion v1.5 at 512 px with PickScore's CLIP; needs a GPU
@@ -70,6 +70,9 @@ class Shape:
     settings: dict[str, Any] = field(default_factory=lambda: {"prompts_per_rollout": 10, "batch_size": 10})
 
 
+SMALL_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
 def _small_clip(width: int, layers: int, image_size: int) -> dict[str, Any]:
     tower = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4}
     return {
@@ -89,6 +92,33 @@ SHAPES = {
         resolution=64,
         steps=4,
         settings={"prompts_per_rollout": 2, "batch_size": 3, "first_step": 1},
+    ),
+    "mini-sdxl": Shape(
+        unet={
+            "block_out_channels": (16, 32, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": (2, 4, 4),
+            "cross_attention_dim": 64,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 80,
+            "norm_num_groups": 8,
+        },
+        vae=(8, 8, 8, 8),
+        vae_layers=1,
+        **{**_small_clip(32, 2, 32), "text": (SMALL_TOWER, {**SMALL_TOWER, "projection_dim": 32})},
+        resolution=64,
+        steps=8,
+        settings={
+            "prompts_per_rollout": 2,
+            "candidates": 2,
+            "branch_steps": 4,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+        },
     ),
     "small": Shape(
         unet={"block_out_channels": (32, 64, 96, 112), "cross_attention_dim": 64, "norm_num_groups": 8},

@@ -1,4 +1,4 @@
-"""Make the named buckets of the S3-compatible store that AWS_ENDPOINT_URL names; those that exist stay as they are."""
+"""Create buckets in the S3-compatible store at AWS_ENDPOINT_URL; existing ones stay as they are."""
 
 import sys
 

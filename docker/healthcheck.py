@@ -1,10 +1,10 @@
-"""End 0 where the service of this container answers, 1 with the reason where it does not.
+"""Exit with 0 if the service of this container answers, else with 1 and the reason.
 
     python healthcheck.py [prefect-server|mlflow-server|worker]
 
-Without a name, of what entrypoint.sh started; a container that runs any other command is well as long as it runs.
-The servers are asked for rows of their database: their own health pages answer without one, and for MLflow also where
-its list of allowed hosts turns every client away.
+Without a name it checks the service that entrypoint.sh started. A container that runs any other command is healthy as
+long as it runs. The check asks the servers for rows of their database, because their own health pages answer without a
+database, and MLflow's answers even if its list of allowed hosts rejects every client.
 """
 
 import json
@@ -24,7 +24,7 @@ def ask(port: str, path: str, body: object = None, **headers: str) -> None:
 
 
 def check(service: str) -> None:
-    """OSError where the service does not answer."""
+    """Raise OSError if the service does not answer."""
     setting = os.environ.get
     match service:
         case "prefect-server":

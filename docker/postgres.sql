@@ -1,3 +1,3 @@
--- The databases of the two servers, made as Postgres starts on an empty volume.
+-- The databases of the two servers. Postgres creates them when it starts with an empty volume.
 CREATE DATABASE prefect;
 CREATE DATABASE mlflow;

@@ -1,5 +1,5 @@
-"""Print what pyproject.toml asks for, a requirement a line: `python requirements.py project s3` its dependencies and
-those of the extra `s3`; `python requirements.py server` those of the extra `server` alone."""
+"""Print requirements of pyproject.toml, one per line. `python requirements.py project s3` prints the project's
+dependencies and those of the extra `s3`; `python requirements.py server` prints only those of the extra `server`."""
 
 import sys
 import tomllib

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from bench.measure import RESULTS, clock, machine, save, table
+from bench.markdown import table
+from bench.measure import RESULTS, clock, machine, save
 from bench.systems import FULL_SIZE, SHAPES, System, attach_lora, make_system
 from spo.core.types import Pairs
 from spo.methods.spo import Spo

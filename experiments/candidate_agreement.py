@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import at_least, mistakes_in_one_line, table
+from bench.markdown import table
+from bench.measure import at_least, mistakes_in_one_line
 from spo.config import Config, SpoConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
@@ -26,7 +27,6 @@ from spo.core.selection import select_pairs, take
 from spo.core.types import Candidates, Scorer, Selection
 from spo.errors import SpoError
 from spo.evaluation.statistics import mean_interval
-from spo.methods.spo import BlindScorer
 from spo.metrics.metric import Scores, build_metrics
 from spo.metrics.metric import score as metric_scores
 from spo.models.load import build
@@ -140,9 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompts = workspace.prepared.prompts("validation", options.prompts)
     everything: list[Row] = []
     for folder in options.models or [workspace.preference_model]:
-        scorer: Scorer = PreferenceScorer(load_preference_model(folder), device=best_device())
-        fixed = 0 if config.train_preference.blind else settings.judged_at
-        scorer = scorer if fixed is None else BlindScorer(scorer, fixed)
+        timestep = 0 if config.train_preference.blind else settings.scoring.timestep
+        scorer = PreferenceScorer(load_preference_model(folder), device=best_device(), timestep=timestep)
         rows = measure(config, scorer, prompts, settings)
         everything += [{"model": str(folder), **row} for row in rows]
         print(f"{folder}\n\n{show(rows, (config.evaluate.primary, *config.evaluate.guarded))}\n")

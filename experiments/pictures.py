@@ -82,7 +82,7 @@ def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt:
             model,
             wanted,
             [image_seed(2, prompt, i % per_prompt) for i, prompt in enumerate(wanted)],
-            sampler=SamplerConfig(steps=steps, guidance_scale=model.guidance_scale, eta=model.eta),
+            sampler=SamplerConfig(steps=steps, guidance_scale=5.0, eta=1.0),
             batch_size=RECIPE.chunk,
             label="pictures of the base",
         )

@@ -4,17 +4,18 @@ What a researcher needs is importable from `spo`; each name is loaded when it is
 
     Config, load_config      the settings of a profile
     Workspace                where a profile's files are
-    build                    a diffusion model behind DDIM, from its settings
+    build                    a diffusion model with its DDIM sampler, from its settings
     load_policy              load a trained LoRA, or whole UNet, into that model
     load_preference_model    a trained step-aware preference model, from its folder
     PreferenceScorer         scores images by it: higher is better
     KeyedNoise               random numbers keyed by seed, epoch and prompt
-    rollout                  sample prompts and yield step-wise preference pairs (the paper's algorithm 1)
-    Spo, D3po, DiffusionDpo  the methods: they collect pairs and give the loss
+    rollout                  sample prompts and yield scored candidates, step by step (the paper's algorithm 1)
+    Spo, D3po, DiffusionDpo  the methods: each collects examples and computes their loss
 
 For example, in a project in which `python -m spo repro` has run:
 
     import spo
+    from spo.methods.sampled import keep_pairs
 
     config = spo.load_config()
     workspace = spo.Workspace(config)
@@ -29,11 +30,11 @@ For example, in a project in which `python -m spo repro` has run:
         candidates=4,
         first_step=1,
         branch_steps=1,
-        threshold=0.0,
         noise=spo.KeyedNoise(0, 0, range(len(prompts))),
     )
     for segment in segments:
-        print(f"t={segment.t}: {segment.num_kept} pairs, mean score {segment.score:.3f}")
+        kept = keep_pairs(segment, threshold=0.0)
+        print(f"t={kept.times[0]}: {kept.num_kept} pairs, mean score {kept.score:.3f}")
 """
 
 import importlib

@@ -18,21 +18,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TESTS = (
     "tests/bench/test_bench.py",
+    "tests/commands/test_export.py",
     "tests/core",
     "tests/data",
     "tests/evaluation",
     "tests/golden",
     "tests/methods",
+    "tests/metrics",
     "tests/models",
     "tests/preference",
-    "tests/pretrain",
+    "tests/report",
+    "tests/runtime/test_checkpoint.py",
+    "tests/runtime/test_distributed.py",
     "tests/stages",
-    "tests/training",
-    "tests/test_checkpoint.py",
-    "tests/test_distributed.py",
     "tests/test_embedded.py",
-    "tests/test_export.py",
     "tests/test_pipeline.py",
+    "tests/training",
+    "tests/world",
 )
 BUSY = "busy"
 SETTINGS = {  # what torch's, oneDNN's and MKL's kernels are told

@@ -74,7 +74,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         (lambda v: v["evaluate"]["samplers"]["ddim"].update(eta=2), r"evaluate\.samplers\.ddim\.eta: .* got 2"),
         (lambda v: v["evaluate"].update(etas=[0]), r"evaluate\.etas: unknown key"),
         (lambda v: v["evaluate"].update(metrics=[]), r"evaluate\.metrics: .*at least 1 item"),
-        (lambda v: v["train_preference"].update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
+        (lambda v: v.update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
         (
             lambda v: v["align"]["spo"].update(watch={"every": 2, "metric": {"kind": "oracle"}, "score": "beauty"}),
             r"align\.spo\.watch: watch\.score must be one of .*'beauty'",
@@ -111,7 +111,7 @@ def test_a_profile_must_be_named(tmp_path: Path) -> None:
 
 
 def test_a_key_stands_in_one_place(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"\['seed'\] stand in both"):
+    with pytest.raises(ConfigError, match=r"\['seed'\] are in both"):
         load_config(project(tmp_path, params="profile: mine\nseed: 3\n"))
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Propose what retrain.sh made: a pull request with the new dvc.lock and figures, the report as its comment, and the
-# report on the pull request, if any, that brought this commit.
+# Open a pull request with the dvc.lock and figures from retrain.sh, and comment the report on it. If a pull request
+# brought this commit, comment the report there, too.
 #
-# usage: propose.sh FOLDER     in a clean checkout of the commit that was retrained; FOLDER as retrain.sh left it
-# environment: BASE, the branch to merge into (default: main); GH_TOKEN for gh
+# usage: propose.sh FOLDER     in a clean checkout of the retrained commit; FOLDER is the one that retrain.sh wrote
+# environment: BASE, the branch to merge into (default: main); GH_TOKEN, for gh
 set -euo pipefail
 folder=${1:?usage: propose.sh FOLDER}
 base=${BASE:-main}
@@ -15,7 +15,7 @@ base=${BASE:-main}
 head=$(git rev-parse HEAD)
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
-head -c 60000 "$folder/report.md" >"$report" # a comment holds 65536 characters
+head -c 60000 "$folder/report.md" >"$report" # a comment has at most 65536 characters
 for number in $(gh api "repos/{owner}/{repo}/commits/$head/pulls" --jq '.[].number'); do
     gh pr comment "$number" --body-file "$report"
 done
@@ -26,7 +26,7 @@ if [[ ! -s $folder/changes.patch ]]; then
 fi
 branch=retrain/${head:0:12}
 git switch --quiet --create "$branch"
-# whatever else the patch may hold is left out
+# ignores everything else in the patch
 git apply --index --include=dvc.lock --include=params.yaml --include='runs/*' "$folder/changes.patch"
 git -c user.name="github-actions[bot]" -c user.email="41898282+github-actions[bot]@users.noreply.github.com" \
     commit --quiet --message "Retrain at ${head:0:12}"

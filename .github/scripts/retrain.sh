@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Retrain in this checkout: fetch what DVC has, run what has changed, store what came of it.
+# Retrain in this checkout: fetch from the DVC remote, run the stages that have changed, store the results.
 #
 # usage: retrain.sh FOLDER
-#   FOLDER gets report.md, report.html and changes.patch: the new dvc.lock and figures, empty where nothing has changed.
+#   Writes report.md, report.html and changes.patch to FOLDER. The patch has the new dvc.lock and figures. It is empty
+#   if nothing has changed.
 # environment:
-#   ENGINE    dvc: without a server (default); prefect: spo/full, on the server that PREFECT_API_URL names and a worker
+#   ENGINE    dvc: run without a server (default). prefect: run spo/full on the server at PREFECT_API_URL, with a worker
 #             on this machine
-#   PROFILE   one of configs/*.yaml, written to params.yaml (default: the one that stands there)
+#   PROFILE   one of configs/*.yaml; it is written to params.yaml (default: the one in params.yaml)
 set -euo pipefail
 folder=${1:?usage: retrain.sh FOLDER}
 engine=${ENGINE:-dvc}
@@ -20,7 +21,7 @@ case $engine in dvc | prefect) ;; *) fail "ENGINE is '$engine'; use dvc or prefe
 [[ -f dvc.yaml && -f params.yaml ]] || fail "$PWD has no dvc.yaml or no params.yaml; run from the project's folder"
 [[ -z $profile || -f configs/$profile.yaml ]] || fail "PROFILE is '$profile'; configs/$profile.yaml is missing"
 for name in PREFECT_API_URL MLFLOW_TRACKING_URI AWS_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do
-    [[ -n ${!name:-} ]] || unset "$name" # a workflow's empty variable means none
+    [[ -n ${!name:-} ]] || unset "$name" # a workflow passes an unset variable as empty
 done
 [[ $engine == dvc || -n ${PREFECT_API_URL:-} ]] || fail "ENGINE=prefect needs PREFECT_API_URL, such as http://127.0.0.1:4200/api"
 
@@ -34,11 +35,11 @@ if [[ -n $(dvc config core.remote 2>/dev/null || true) ]]; then
     dvc pull --allow-missing
 else
     remote=
-    echo "There is no default DVC remote: nothing is fetched before and nothing stored after."
+    echo "There is no default DVC remote, so nothing is fetched or stored."
 fi
 
 if [[ $engine == prefect ]]; then
-    prefect --no-prompt deploy --all # runs happen in this checkout
+    prefect --no-prompt deploy --all # so that runs use this checkout
     prefect deployment run spo/full --watch
 else
     SPO_PIPELINE_RUN=${GITHUB_RUN_ID:+github-$GITHUB_RUN_ID} dvc repro

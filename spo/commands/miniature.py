@@ -158,9 +158,10 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
     for name in config.methods:
         method = config.align[name]
-        per_prompt = _cost(config, folder, name)["unet_forwards"] / SAMPLED
         counts[f"align {name}"] = seeds * method.forwards(
-            num_prompts=num_prompts, num_pairs=num_pairs(config, root) or 0, per_prompt=per_prompt
+            num_prompts=num_prompts,
+            num_pairs=num_pairs(config, root) or 0,
+            per_prompt=lambda name=name: _cost(config, folder, name)["unet_forwards"] / SAMPLED,
         )
     evaluate = config.evaluate
     columns = 1 + len(config.methods) * seeds + len(evaluate.loras)

@@ -1,6 +1,7 @@
 """The methods, and what each trains with."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -90,8 +91,8 @@ class AlignConfig(Section):
         small = {"epochs": 1, "batch_size": at_a_time, "micro_batch_size": None, "checkpoints": 1}
         return small | ({"watch": self.watch.model_dump() | {"num_prompts": 2}} if self.watch else {})
 
-    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: float) -> float:
-        """Samples that a training puts through the network; per_prompt: measured for a prompt sampled once."""
+    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:
+        """Samples that a training puts through the network; per_prompt: of a prompt sampled once, measured."""
         return 0.0
 
 
@@ -123,9 +124,9 @@ class SampledConfig(AlignConfig):
         small = super().miniature(examples=examples, prompts=prompts)
         return small | {"rollouts_per_epoch": 1, "prompts_per_rollout": prompts}
 
-    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: float) -> float:
+    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:
         most = (self.rollouts_per_epoch or num_prompts) * self.prompts_per_rollout
-        return self.epochs * min(num_prompts, most) * per_prompt
+        return self.epochs * min(num_prompts, most) * per_prompt()
 
 
 class PairConfig(SampledConfig):
@@ -204,7 +205,7 @@ class DiffusionDpoConfig(AlignConfig):
     def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
         return super().miniature(examples=examples, prompts=prompts) | {"updates_per_epoch": 1}
 
-    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: float) -> float:
+    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:
         """Two images a pair, through policy and reference."""
         most = self.updates_per_epoch * self.batch_size if self.updates_per_epoch else math.inf
         return 4.0 * self.epochs * min(num_pairs, most)

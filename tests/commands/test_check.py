@@ -11,7 +11,6 @@ from spo.commands import miniature as check
 from spo.commands.miniature import forwards, miniature
 from spo.config import Config, SampledConfig, load_config
 from spo.errors import DataError
-from spo.runtime.files import write_json
 from spo.stages import prepare
 from spo.tracking import NullTracker
 from spo.workspace import Workspace
@@ -106,8 +105,6 @@ def test_every_profile_has_a_miniature_with_the_same_models_and_samplers(profile
 def test_the_time_of_diffusion_dpo_is_told_from_the_pairs_there_are(tmp_path: Path) -> None:
     config = load_config(ROOT, "tiny").model_copy(update={"methods": ("diffusion_dpo",)})
     share = 1 - config.prepare.validation_fraction - config.prepare.test_fraction
-    folder = Workspace(config, tmp_path).aligned("diffusion_dpo", config.training_seeds[0])
-    write_json(folder / "metrics.json", {"unet_forwards": 1.0})  # of the miniature
     whole = forwards(config, ROOT, tmp_path)["align diffusion_dpo"]
     assert whole == pytest.approx(4 * config.align["diffusion_dpo"].epochs * 4608 * share)
     fewer = config.model_dump()

@@ -3,11 +3,12 @@
 import os
 import shutil
 import sysconfig
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from spo.config import LoraConfig, SamplingConfig
 from spo.core.types import Conditioning
@@ -234,10 +235,16 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_folder):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+LONG = pytest.mark.skipif(not os.environ.get("SPO_SOAK"), reason="compiles for a minute; `make soak` runs it")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of what torch does to compile
 @pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a C++ compiler and Python's headers")
-def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=LONG)])  # traced alike, then compiled
+def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder, monkeypatch, backend):
+    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", partialmethod(compile_blocks, backend=backend))
     found = []
     for compiled in (False, True):
         denoiser = make_tiny_denoiser("sd15", tiny_folder("sd15"), compile=compiled)

@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_state_before_whole_and_says_so(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(TrainingError, match=r"state of 2 cannot be saved.*No space left.*the state of 1 is whole"):
+    with pytest.raises(TrainingError, match=r"state of 2 cannot be saved.*No space left.*the state of 1 is intact"):
         store.save(state(2))
     monkeypatch.undo()
     assert names(store.folder) == ["00000001"]
@@ -146,7 +146,7 @@ def test_a_file_size_limit_of_the_system_is_one_line_too(store: StateStore) -> N
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(TrainingError, match=r"state of 2 cannot be saved.*the state of 1 is whole"):
+        with pytest.raises(TrainingError, match=r"state of 2 cannot be saved.*the state of 1 is intact"):
             store.save(State(2, {"w": torch.zeros(100_000)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -69,7 +69,7 @@ def test_a_method_leaves_checkpoints_with_their_cost_and_its_history(project: Pa
 
 
 @pytest.mark.slow
-def test_a_preference_model_that_was_trained_blind_to_t_judges_blindly(project: Path, config: Config) -> None:
+def test_a_preference_model_that_was_trained_blind_to_t_scores_blindly(project: Path, config: Config) -> None:
     with contextlib.chdir(project):
         preference = config.train_preference.model_copy(update={"blind": True})
         seeing = align.load_scorer(config, Path(), torch.device("cpu"))
@@ -77,12 +77,12 @@ def test_a_preference_model_that_was_trained_blind_to_t_judges_blindly(project: 
     with torch.no_grad():  # what three steps of training left is too little to tell
         for parameter in seeing.model.final_modulation.parameters():
             parameter.add_(0.1)
-        blind.scorer.model.load_state_dict(seeing.model.state_dict())
+        blind.model.load_state_dict(seeing.model.state_dict())
     images, text = torch.rand(2, 3, 16, 16), seeing.encode(["a cat", "a dog"])
     early, late = torch.full((2,), 900), torch.zeros(2, dtype=torch.long)
-    assert torch.equal(blind(images, text, early), blind(images, text, late))
-    assert torch.equal(blind(images, text, early), seeing(images, text, late))
-    assert not torch.equal(seeing(images, text, early), seeing(images, text, late))
+    assert torch.equal(blind.score_images(images, text, early), blind.score_images(images, text, late))
+    assert torch.equal(blind.score_images(images, text, early), seeing.score_images(images, text, late))
+    assert not torch.equal(seeing.score_images(images, text, early), seeing.score_images(images, text, late))
 
 
 @pytest.mark.slow
@@ -150,3 +150,14 @@ def test_without_its_judges_weights_a_run_goes_on_unwatched_unless_the_watch_may
     left_out, unwatched = capsys.readouterr().out.splitlines()[-2:]
     assert left_out.startswith("laion_aesthetic: left out, ")
     assert unwatched == "align dpo goes on unwatched"
+
+
+def test_changed_labels_are_another_run_to_a_method_that_learns_from_pairs(project: Path, config: Config) -> None:
+    """So a stopped run of Diffusion-DPO never continues on other labels; SPO knows labels by its preference model."""
+    pseudo = {"kind": "pseudo", "model": "nobody/model", "tie_margin": 0.2}
+    other = Config.model_validate({**config.model_dump(), "labels": pseudo})
+    keys = {
+        name: [align.state_store(each, name, 0, project).made_by for each in (config, other)] for name in ("dpo", "spo")
+    }
+    assert keys["dpo"][0] != keys["dpo"][1]
+    assert keys["spo"][0] == keys["spo"][1]

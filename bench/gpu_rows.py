@@ -1,0 +1,60 @@
+"""What `bench.gpu` measures, a row each, in the order of value; nothing is imported before its row runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from spo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to measure.
+
+    call: "module:function" of function(bench, figures, **options), which fills `figures` as it goes
+    least: seconds at full size below which it is not begun
+    """
+
+    name: str
+    call: str
+    least: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def measure(self, bench: Any, figures: dict[str, Any]) -> None:
+        module, _, function = self.call.partition(":")
+        getattr(import_module(module), function)(bench, figures, **self.options)
+
+
+def _switch(name: str, least: float) -> Row:
+    return Row(f"switch-{name}", "bench.gpu_switches:switch", least, {"name": name})
+
+
+ROWS = (
+    Row("rates", "bench.gpu_parts:rates", 2),
+    Row("spo-sd15", "bench.gpu_spo:duel", 40, {"family": "sd15"}),
+    Row("spo-sdxl", "bench.gpu_spo:duel", 60, {"family": "sdxl"}),
+    Row("where-sdxl", "bench.gpu_spo:where", 30, {"family": "sdxl"}),
+    Row("where-sd15", "bench.gpu_spo:where", 20, {"family": "sd15"}),
+    *(Row(f"preference-{n}", "bench.gpu_parts:preference_step", 5, {"num_pairs": n}) for n in (1, 4, 16)),
+    _switch("dtype", 6),
+    _switch("tf32", 6),
+    _switch("channels-last", 6),
+    _switch("fused-adamw", 4),
+    _switch("checkpointing", 6),
+    _switch("merged", 4),
+    _switch("slices", 8),
+    Row("check", "bench.gpu_spo:check", 8),
+    _switch("compile", 60),  # last: it takes longest, and leaves a system that no other row may use
+)
+
+
+def chosen(only: Sequence[str] | None) -> list[Row]:
+    """The rows of these names, or of names that begin so: `switch` is every switch-...; all of them for None."""
+    if only is None:
+        return list(ROWS)
+    found = {name: [row for row in ROWS if row.name == name or row.name.startswith(f"{name}-")] for name in only}
+    unknown = [name for name, rows in found.items() if not rows]
+    if unknown:
+        raise ConfigError(f"--only: there is no row {', '.join(unknown)}; rows: {' '.join(row.name for row in ROWS)}")
+    return [row for row in ROWS if any(row in rows for rows in found.values())]
