@@ -89,7 +89,7 @@ def _put(document: Any, path: list[str], value: Any, key: str) -> Any:
 
 
 def _validate(profile: str, texts: Mapping[Path, str], root: Path) -> None:
-    """Load the changed configuration from a temporary folder; ConfigError where it is invalid."""
+    """Load the changed configuration from a temporary folder; ConfigError if it is invalid."""
     with tempfile.TemporaryDirectory() as temporary:
         for path in (root / "params.yaml", *(root / "configs").glob("*.yaml")):
             place = path.relative_to(root)

@@ -9,8 +9,8 @@ from pathlib import Path
 from spo.config import Config
 from spo.workspace import Workspace
 
-CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, where it is on the hub
-UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # where it is on the hub
+CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, if it is on the hub
+UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # if the base is on the hub
 LATENT_BYTES = 4 * 4 / 8**2  # of a pixel of an encoded picture: four channels of four bytes, an eighth of the sides
 PICTURE_BYTES = 2 + 3  # of a pixel: as a PNG, and raw until `evaluate` has ended
 STATES = 9  # times the weights: three states, each of weights and two moments; the third is being written
@@ -28,7 +28,7 @@ class DiskEstimate:
 def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     """Estimates by stage, in running order. A LoRA's states and checkpoints are small and not counted.
 
-    Files in DVC's cache count twice, since it copies them where the file system cannot share.
+    Files in DVC's cache count twice, since it copies them if the file system cannot share them.
     """
     preferences, training, evaluate = config.prepare.preferences, config.train_preference, config.evaluate
     seeds, resolution = len(config.training_seeds), config.model.resolution
@@ -89,7 +89,7 @@ def size_of(place: Path) -> int:
 
 
 def _unet(config: Config) -> int:
-    """Bytes of the UNet in float32, in which it is trained."""
+    """Bytes of the UNet in float32, its dtype in training."""
     folder = Path(config.model.path) / "unet"
     if not folder.is_dir():
         return UNET_BYTES[config.model.family]

@@ -37,18 +37,18 @@ PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
 GIB = 2**30
 
 
-def check_all(config: Config, root: Path, say: Callable[[Finding], None], *, quick: bool = False) -> bool:
-    """Pass each finding to `say`; returns whether all are good. `quick` skips the miniature."""
+def check_all(config: Config, root: Path, show: Callable[[Finding], None], *, quick: bool = False) -> bool:
+    """Pass each finding to `show`; returns whether all are good. `quick` skips the miniature."""
     found = findings(config, root)
     for finding in found:
-        say(finding)
+        show(finding)
     if quick or not all(finding.good for finding in found):
         return all(finding.good for finding in found)
     with tempfile.TemporaryDirectory(prefix="spo-check-") as folder:
-        return _run_miniature(config, root, Path(folder), say)
+        return _run_miniature(config, root, Path(folder), show)
 
 
-def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Finding], None]) -> bool:
+def _run_miniature(config: Config, root: Path, folder: Path, show: Callable[[Finding], None]) -> bool:
     small = miniature(config, root)
     tracker = NullTracker()
     seed = config.training_seeds[0]
@@ -66,16 +66,16 @@ def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Find
             if stage == "prepare":
                 _shorten(Workspace(small, folder).prepared)
         except SpoError as error:
-            say(Finding(f"{stage} in miniature", False, str(error)))
+            show(Finding(f"{stage} in miniature", False, str(error)))
             return False
-        say(Finding(f"{stage} in miniature", True, f"{time.perf_counter() - start:.1f} s"))
-    say(Finding("time", True, _time(config, root, folder)))
-    say(Finding("memory", True, _memory(memory)))
+        show(Finding(f"{stage} in miniature", True, f"{time.perf_counter() - start:.1f} s"))
+    show(Finding("time", True, _time(config, root, folder)))
+    show(Finding("memory", True, _memory(memory)))
     return True
 
 
 def _prepare(small: Config, config: Config, folder: Path) -> None:
-    """Read a few pairs, or all where a side would get none, as in a file sorted by caption."""
+    """Read a few pairs, or all if a side would get none, as with a file sorted by caption."""
     try:
         prepare.run(small, root=folder, tracker=NullTracker())
     except DataError:
@@ -112,7 +112,7 @@ def miniature(config: Config, root: Path) -> Config:
 
 
 def _shorten(prepared: Prepared) -> None:
-    """Keep as many pairs as a batch has, decided ones first, since some must be decided."""
+    """Keep as many pairs as a batch has, decided ones first, since training needs some."""
     for path in [path for side in ("train", "validation") if (path := prepared.pairs_file(side)).exists()]:
         pairs = sorted(read_pairs(path), key=lambda pair: pair.is_tie)[:PAIRS]
         shorter = path.with_suffix(".short")
@@ -157,11 +157,14 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     training, seeds = config.train_preference, len(config.training_seeds)
     counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
     for name in config.methods:
+
+        def per_prompt(name: str = name) -> float:
+            return _cost(config, folder, name)["unet_forwards"] / SAMPLED
+
+        pairs = num_pairs(config, root) or 0
         method = config.align[name]
         counts[f"align {name}"] = seeds * method.forwards(
-            num_prompts=num_prompts,
-            num_pairs=num_pairs(config, root) or 0,
-            per_prompt=lambda name=name: _cost(config, folder, name)["unet_forwards"] / SAMPLED,
+            num_prompts=num_prompts, num_pairs=pairs, per_prompt=per_prompt
         )
     evaluate = config.evaluate
     columns = 1 + len(config.methods) * seeds + len(evaluate.loras)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from spo.commands.options import Profile
+from spo.commands.stage import Profile
 from spo.config import load_config
 from spo.errors import SpoError
 from spo.runtime.libraries import set_up_libraries

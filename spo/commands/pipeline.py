@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from spo.commands.options import Profile
 from spo.commands.preflight import Finding
+from spo.commands.stage import Profile
 from spo.config import load_config
 from spo.errors import SpoError
 from spo.runtime.libraries import set_up_libraries

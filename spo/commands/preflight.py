@@ -133,7 +133,7 @@ def _samplers(config: Config) -> Iterator[Finding]:
 
 
 def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...]) -> Finding:
-    """A folder that has `file`, a name of the hub, or, where no `file` is needed, a file."""
+    """A folder that has `file`, a name of the hub, or a file if no `file` is needed."""
     path = Path(name)
     if path.is_dir() or (file is None and path.is_file()):
         good = file is None or (path / file).is_file()

@@ -9,7 +9,7 @@ from spo.errors import TrainingError, is_out_of_memory, one_line
 
 
 def best_device() -> torch.device:
-    """The current GPU, or the CPU where there is none."""
+    """The current GPU, or the CPU if there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -22,7 +22,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The rename replaces what was at `path`. If the block raises, `path` stays and the temporary is removed. It has the
     suffix of `path`. Missing parent folders are made, and what killed processes of this machine left is removed.
-    FileNotFoundError where the block writes nothing.
+    FileNotFoundError if the block writes nothing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ _NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def is_name(source: str | Path) -> bool:
-    """Whether `source` has the form OWNER/NAME; False where a file or folder has that name."""
+    """Whether `source` has the form OWNER/NAME; False if a file or folder has that name."""
     path = Path(source)
     return _NAME.fullmatch(str(source)) is not None and path.suffix not in FILES and not path.exists()
 

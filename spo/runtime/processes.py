@@ -56,7 +56,7 @@ def launch(settings: LaunchConfig, arguments: Sequence[str]) -> int:
 
 
 def await_group(leader: subprocess.Popen[bytes], seconds: float = float("inf")) -> bool:
-    """Wait until the leader's group has no process left; False where that takes more than `seconds`."""
+    """Wait until the leader's group has no process left; False if that takes more than `seconds`."""
     deadline = time.monotonic() + seconds
     while alive := signal_group(leader, 0):
         if time.monotonic() > deadline:
@@ -66,7 +66,7 @@ def await_group(leader: subprocess.Popen[bytes], seconds: float = float("inf")) 
 
 
 def signal_group(leader: subprocess.Popen[bytes], number: int) -> bool:
-    """Send a signal (0: none) to the group of `leader`; False where the group has no process left."""
+    """Send a signal (0: none) to the group of `leader`; False if the group has no process left."""
     leader.poll()  # a child that has ended but was not awaited still counts as a process
     try:
         os.killpg(leader.pid, number)

@@ -46,7 +46,7 @@ class Heartbeat(threading.Thread):
 
 
 def _monitors() -> list[Any]:
-    """MLflow's monitors of processor and memory, disk, network, and GPUs where there are any."""
+    """MLflow's monitors of processor and memory, disk, network, and GPUs if there are any."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

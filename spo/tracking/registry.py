@@ -48,7 +48,7 @@ def model_name(config: Config) -> str:
 
 
 def champion(config: Config, root: Path = Path()) -> Version | None:
-    """The version that has the alias `champion`; None where there is none."""
+    """The version that has the alias `champion`; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     client = connect(root)

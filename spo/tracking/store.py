@@ -36,7 +36,7 @@ def store(root: Path = Path()) -> str:
 
 
 def connect(root: Path) -> "MlflowClient":
-    """A client of the store; ConfigError where the URI is unknown or a local store cannot be opened."""
+    """A client of the store; ConfigError if the URI is unknown or a local store cannot be opened."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",

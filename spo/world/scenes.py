@@ -50,7 +50,7 @@ def _with_article(description: str) -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a prompt; None where the prompt leaves it open."""
+    """The content of a prompt; None if the prompt leaves it open."""
 
     colour: str
     shape: str

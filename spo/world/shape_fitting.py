@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spo.world.scenes import OFFSET, REFERENCE_SIDE, SHAPES, coverage, pixel_grid, signed_distance
 
-BANK_SIDE, FIT_SIDE = 16, 32  # where the search for a start and the comparison of shapes are done
+BANK_SIDE, FIT_SIDE = 16, 32  # sides of the search for a start and of the comparison of shapes
 FIT_STEPS, FINE_STEPS = 5, 2
 NOISE_RATIO = 0.1  # lambda at 64 px: variance of a pixel's error over that of a blotch
 RADII, SOFTNESSES = (0.10, 0.42), (0.25, 9.0)  # what a fit may reach
@@ -113,7 +113,7 @@ def _draw(shape: Tensor, parameters: Tensor, side: int) -> Tensor:
 def _step(shape: Tensor, parameters: Tensor, target: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Misfit (n,) at the parameters and the damped Gauss-Newton step (n, 4) from there; target (n, side^2) is whitened.
 
-    Misfit: what the constant and the drawing leave of the target, over what the constant alone leaves.
+    Misfit: the residual of constant and drawing, as a share of the residual of the constant alone.
     """
     columns = _draw(shape, parameters, side).flatten(2)
     shares = columns @ blotch_fields(side)[0]

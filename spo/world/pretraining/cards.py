@@ -1,4 +1,4 @@
-"""The cards that lie beside the embedded default's models and data, with the figures of the run that made them."""
+"""The cards of the embedded default's models and data, with the figures of the run that made them."""
 
 from collections.abc import Mapping
 

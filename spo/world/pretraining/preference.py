@@ -24,7 +24,7 @@ from spo.world.scenes import Scene, draw_attributes, draw_quality, render
 
 SCHEDULE = {"warm_up": 50, "floor": 0.05, "weight_decay": 1e-2}
 GROUP = 8  # pictures of one prompt that are compared with one another
-OTHER = (0.1, 0.1, 0.35, 0.1)  # chance that a drawn picture has another size, colour, shape, background than was asked
+OTHER = (0.1, 0.1, 0.35, 0.1)  # chance that a drawn picture differs from its prompt in size, colour, shape, background
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Stock:
-    """Drawn pictures to see with."""
+    """Drawn pictures, from which the CLIP learns to see."""
 
     pictures: Tensor  # (n, 3, 64, 64) of 8 bits
-    scene: Tensor  # (n,) index of what was asked for
+    scene: Tensor  # (n,) index of the prompt's scene
     flaws: Tensor  # (n, 4) fade, softness, blotch and distance off centre, each of mean 0 and deviation 1
 
 
@@ -65,7 +65,7 @@ def draw_stock(
 
 @torch.no_grad()
 def through(vae: AutoencoderKL, pictures: Tensor, generator: Generator, *, noise: float = 0.0) -> Tensor:
-    """What the autoencoder makes of pictures (n, 3, h, w) in [0, 1], each latent with noise of up to a deviation."""
+    """Encode and decode pictures (n, 3, h, w) in [0, 1]; each latent gets noise of up to `noise` deviations."""
     latents = vae.encode(2 * pictures - 1).latent_dist.mean
     if noise:
         strength = noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
@@ -97,7 +97,7 @@ def train_sight(
 
 
 def mirror(pictures: Tensor, generator: Generator) -> Tensor:
-    """Every other picture, at random, left to right."""
+    """Mirror half of the pictures, chosen at random."""
     flipped = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
     return torch.where(flipped, pictures.flip(-1), pictures)
 
@@ -132,11 +132,11 @@ def score_groups(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, pr
 
 
 def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: float) -> Callable[[Generator], Group]:
-    """Freshly drawn groups of `num` prompts, through the autoencoder; some show something else than was asked."""
+    """Freshly drawn groups of `num` prompts, through the autoencoder; some differ from their prompt."""
 
     def draw(generator: Generator) -> Group:
-        asked = [scenes[i] for i in torch.randint(len(scenes), (num,), generator=generator).tolist()]
-        repeated = [scene for scene in asked for _ in range(GROUP)]
+        drawn = [scenes[i] for i in torch.randint(len(scenes), (num,), generator=generator).tolist()]
+        repeated = [scene for scene in drawn for _ in range(GROUP)]
         attributes = draw_attributes(repeated, generator)
         strangers = [scenes[i] for i in torch.randint(len(scenes), (len(repeated),), generator=generator).tolist()]
         swap = torch.rand(attributes.shape, generator=generator) < torch.tensor(OTHER)
@@ -149,7 +149,7 @@ def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: f
         finish = -(quality[:, :3] / torch.tensor([0.6, 4.0, 0.18])).sum(dim=1)
         utility = combine(finish, right, -quality[:, 3:].norm(dim=1), share=share)
         pictures = through(vae, render(shown, quality, generator), generator)
-        return Group(pictures, [scene.prompt for scene in asked], utility)
+        return Group(pictures, [scene.prompt for scene in drawn], utility)
 
     return draw
 

@@ -36,7 +36,7 @@ class Recipe:
     sight_steps: int = 4000
     sight_batch: int = 96
     sight_rate: float = 2e-3
-    lessons_per_prompt: int = 22  # pictures of the training prompts beside the shipped pairs
+    lessons_per_prompt: int = 22  # further pictures of the training prompts
     preference_steps: int = 2700
     preference_prompts: int = 12  # a step, with 8 pictures each
     preference_rate: float = 1e-3
