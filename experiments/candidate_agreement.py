@@ -33,8 +33,8 @@ from spo.models.load import build
 from spo.preference.checkpoint import load_preference_model
 from spo.preference.score import PreferenceScorer
 from spo.runtime.device import best_device
+from spo.runtime.files import write_csv
 from spo.runtime.libraries import set_up_libraries
-from spo.runtime.tables import write_csv
 from spo.workspace import Workspace
 
 Row = dict[str, Any]

@@ -21,9 +21,8 @@ from experiments.workbench import QUICK, Ruler, adopt, cells, means_of, place
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.report.compute_saving import Point, saving
-from spo.runtime.files import read_json
+from spo.runtime.files import read_json, write_csv
 from spo.runtime.libraries import set_up_libraries
-from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.tracking import NullTracker
 from spo.workspace import Workspace

@@ -22,9 +22,8 @@ from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.evaluation.checkpoint_selection import choose_checkpoint
 from spo.metrics.metric import Scores
-from spo.runtime.files import read_json
+from spo.runtime.files import read_json, write_csv
 from spo.runtime.libraries import set_up_libraries
-from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.tracking import NullTracker
 from spo.workspace import Workspace

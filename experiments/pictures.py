@@ -66,8 +66,9 @@ def lessons(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int) 
     What `python -m spo pretrain` teaches preferences by beside the pairs, but of the finished base.
     """
     if not file.exists():
-        made = list(sample_pool([base], prompts, per_prompt=per_prompt, chunk=RECIPE.chunk, generator=generator(7)))
-        _keep(file, torch.cat([pictures for _, pictures in made]), torch.cat([rows for rows, _ in made]))
+        random = generator(7)
+        rows, pictures = sample_pool([base], prompts, per_prompt=per_prompt, chunk=RECIPE.chunk, generator=random)
+        _keep(file, pictures, rows)
     return scored(*_kept(file, prompts))
 
 

@@ -14,8 +14,7 @@ from torch import Generator, Tensor
 from experiments.pictures import Pictures
 from spo.data.preferences import PairWriter, PreferencePair, PreferencePairs
 from spo.runtime.files import atomic_path
-from spo.world.opinion import label
-from spo.world.pretraining.preference import Opinion
+from spo.world.opinion import Opinion
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,8 @@ def write_pairs(splits: Mapping[str, Comparisons], target: Path, opinion: Opinio
         for number, (split, compared) in enumerate(splits.items()):
             pictures, one, other = compared.pictures, compared.one, compared.other
             utility, content = pictures.utility(opinion.share), pictures.utility(0.0)
-            labels = label(
-                utility[one],
-                utility[other],
-                temperature=opinion.temperature,
-                tie=opinion.tie,
-                generator=Generator().manual_seed(1000 * seed + number),
-            )
+            generator = Generator().manual_seed(1000 * seed + number)
+            labels = opinion.label(utility[one], utility[other], generator)
             with PairWriter(folder / f"{split}.parquet") as writer:
                 for i, j, first in zip(one.tolist(), other.tolist(), labels.tolist(), strict=True):
                     caption, images = pictures.prompts[i], (pictures.images[i], pictures.images[j])

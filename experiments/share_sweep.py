@@ -33,14 +33,13 @@ from experiments.teacher import Effort, Teacher
 from experiments.workbench import Ruler, adopt, place, quickened
 from spo.config import Config, load_config
 from spo.errors import SpoError
-from spo.runtime.files import atomic_path, read_json, write_json
+from spo.runtime.files import atomic_path, read_json, write_csv, write_json
 from spo.runtime.libraries import set_up_libraries
-from spo.runtime.tables import write_csv
 from spo.stages import align
 from spo.stages import train_preference as preference_stage
 from spo.tracking import NullTracker
 from spo.workspace import Prepared, Workspace
-from spo.world.pretraining.preference import Opinion
+from spo.world.opinion import Opinion
 from spo.world.pretraining.recipe import RECIPE
 
 METHODS = ("spo", "diffusion_dpo")

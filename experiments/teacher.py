@@ -5,7 +5,7 @@ training prompts, those of the prepared pairs and more of the base's, and drawn 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from experiments.pictures import Pictures
 from spo.runtime.files import atomic_path
+from spo.world.opinion import Opinion
 from spo.world.pretraining import parts
 from spo.world.pretraining.clip import save_clip
-from spo.world.pretraining.preference import GROUP, Group, Opinion, drawn_groups, generated_groups
+from spo.world.pretraining.preference import GROUP, Group, drawn_groups, generated_groups
 from spo.world.pretraining.recipe import RECIPE
 from spo.world.scenes import Scene
 
@@ -48,11 +49,12 @@ class Teacher:
         if not self.folder.exists():
             torch.manual_seed(0)  # of the fresh weights
             random = Generator().manual_seed(0)
-            size = {"num_pictures": effort.sight_pictures, "steps": effort.sight_steps}
-            _save(*parts.see(self.vae, self.prompts, random, **size), self.folder)
+            recipe = replace(RECIPE, sight_pictures=effort.sight_pictures, sight_steps=effort.sight_steps)
+            _save(*parts.train_to_see(self.vae, self.prompts, recipe, random), self.folder)
         clip, tokenizer = CLIPModel.from_pretrained(self.folder).train(), CLIPTokenizer.from_pretrained(self.folder)
         random = Generator().manual_seed(seed)
-        parts.prefer(clip, tokenizer, self._sources(opinion.share), opinion, random, steps=effort.preference_steps)
+        recipe = replace(RECIPE, preference_steps=effort.preference_steps)
+        parts.train_to_prefer(clip, tokenizer, self._sources(opinion.share), opinion, recipe, random)
         _save(clip, tokenizer, target)
 
     def _sources(self, share: float) -> list[Callable[[Generator], Group]]:

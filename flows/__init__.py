@@ -1,7 +1,7 @@
-"""Prefect around the pipeline: it starts DVC's stages, shows what they say, and knows no more of them than their names.
+"""Prefect around the pipeline: it starts DVC's stages by their names and shows their output.
 
-What is set here has to be set before prefect is imported: no telemetry, a private server where none is named by
-PREFECT_API_URL, and time for it to start on a slow machine.
+These settings must come before prefect is imported: no telemetry, a private server unless PREFECT_API_URL names one,
+and time for it to start on a slow machine.
 """
 
 import os

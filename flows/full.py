@@ -6,23 +6,25 @@ runs it in the current folder, the project's, without a server; `prefect.yaml` d
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows.artifacts import publish_promotion, publish_report, publish_stages
-from flows.overrides import override, parse
-from flows.profile import use_profile
+from flows.settings import override, parse, use_profile
 from flows.stages import Stage, promote_released, run_stage
 from spo.config import load_config
 from spo.errors import SpoError
 from spo.pipeline import PIPELINE
+from spo.runtime.text import flatten
 from spo.workspace import Workspace
 
 
@@ -51,14 +53,34 @@ def full(
         start = time.monotonic()
         state = run_stage(stage, force=force)
         outcomes[str(stage)] = str(state.name)
-        rows.append((stage, str(state.name), state.message or "", time.monotonic() - start))
-    publish_stages(rows)
+        row = {"stage": stage, "outcome": state.name, "items": state.message or ""}
+        rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
+    create_table_artifact(key="stages", table=rows, description="What ran, and what has not changed")
     if "report" in outcomes:
         publish_report(name, Workspace(load_config()).report)
     if promote:
-        publish_promotion(decision := promote_released())
+        decision = promote_released()
+        first_line = decision.partition("\n")[0]
+        create_markdown_artifact(key="promotion", markdown=f"```\n{decision}\n```", description=first_line)
         tag_run("kept" if "not promoted" in decision else "promoted")
     return outcomes
+
+
+def publish_report(profile: str, report: Path) -> None:
+    """Show the report's verdict and figures with the run, and where its page is."""
+    summary = (report / "summary.txt").read_text(encoding="utf-8").strip()
+    metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
+    rows = "\n".join(
+        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in flatten(metrics).items()
+    )
+    create_markdown_artifact(
+        key="report",
+        markdown=f"# Profile {profile}\n\n```\n{summary}\n```\n\n| metric | value |\n|---|---|\n{rows}\n",
+        description=summary.partition("\n")[0],
+    )
+    page = (report / "report.html").resolve()
+    create_link_artifact(key="report-page", link=page.as_uri(), link_text=str(page), description="The whole report")
 
 
 def tag_run(*tags: str) -> None:
@@ -70,31 +92,19 @@ def tag_run(*tags: str) -> None:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flows.full", description="Run the pipeline as a Prefect flow.")
-    parser.add_argument("--profile", help="one of configs/*.yaml, written to params.yaml (default: the one there)")
-    parser.add_argument("--stage", dest="stages", nargs="+", action="extend", choices=PIPELINE, help="(default: all)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting to change first",
-    )
-    parser.add_argument("--force", action="store_true", help="run stages although nothing has changed")
-    parser.add_argument("--promote", action="store_true", help="make the LoRA champion if it beats the present one")
+    add = parser.add_argument
+    add("--profile", help="one of configs/*.yaml, written to params.yaml (default: the one there)")
+    add("--stage", dest="stages", nargs="+", action="extend", choices=PIPELINE, help="(default: all)")
+    add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting to change first")
+    add("--force", action="store_true", help="run stages although nothing has changed")
+    add("--promote", action="store_true", help="make the LoRA champion if it beats the present one")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
     try:
-        full(
-            profile=options.profile,
-            stages=options.stages,
-            overrides=parse(options.overrides),
-            force=options.force,
-            promote=options.promote,
-        )
+        full(**vars(options) | {"overrides": parse(options.overrides)})
     except (SpoError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,15 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from spo.commands.check import check
-from spo.commands.compare import compare
-from spo.commands.export import export
-from spo.commands.export_preference_model import export_preference_model
-from spo.commands.generate import generate
-from spo.commands.import_preference_model import import_preference_model
-from spo.commands.mlflow_ui import mlflow_ui
-from spo.commands.promote_command import promote
-from spo.commands.repro import repro
+from spo.commands.models import compare, export, export_preference_model, generate, import_preference_model
+from spo.commands.pipeline import check, mlflow_ui, promote, repro
 from spo.commands.stage import stage_command
 from spo.pipeline import STAGES
 from spo.runtime.exit_codes import exit_code

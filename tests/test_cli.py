@@ -265,7 +265,7 @@ def test_exports_method_and_checkpoint_exclude_each_other() -> None:
 
 def test_a_stages_settings_are_its_own_sections() -> None:
     config = load_config(ROOT, "tiny")
-    assert set(settings(config, "train_preference")) == {"seed", "model", "sampling", "train_preference"}
+    assert set(settings(config, "train_preference")) == {"seed", "model", "sampling", "labels", "train_preference"}
     assert settings(config, "align", "spo")["align"]["method"] == "spo"
     assert settings(config, "report") == {}
 
@@ -277,7 +277,7 @@ def repro_with(code: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         calls.append({"command": command, "env": environment})
         return code
 
-    monkeypatch.setattr("spo.commands.repro.run_group", run_group)
+    monkeypatch.setattr("spo.commands.pipeline.run_group", run_group)
     return calls
 
 

@@ -14,7 +14,7 @@ from spo.__main__ import main
 from spo.commands.stage import settings
 from spo.config import load_config
 from spo.runtime.environment import environment
-from spo.tracking.facts import tags
+from spo.tracking.run import tags
 from spo.tracking.store import run_url, unusable
 
 ROOT = Path(__file__).parents[1]

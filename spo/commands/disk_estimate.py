@@ -9,8 +9,8 @@ from pathlib import Path
 from spo.config import Config
 from spo.workspace import Workspace
 
-CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, where it is on the hub
-UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # where it is on the hub
+CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, if it is on the hub
+UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # if the base is on the hub
 LATENT_BYTES = 4 * 4 / 8**2  # of a pixel of an encoded picture: four channels of four bytes, an eighth of the sides
 PICTURE_BYTES = 2 + 3  # of a pixel: as a PNG, and raw until `evaluate` has ended
 STATES = 9  # times the weights: three states, each of weights and two moments; the third is being written
@@ -18,7 +18,7 @@ STATES = 9  # times the weights: three states, each of weights and two moments; 
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes of a stage: its outputs (kept), its temporary files (passing), and what is there of both."""
+    """Bytes of a stage: its outputs (kept), its temporary files (passing), and what exists of both (there)."""
 
     kept: float
     passing: float
@@ -28,51 +28,52 @@ class DiskEstimate:
 def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     """Estimates by stage, in running order. A LoRA's states and checkpoints are small and not counted.
 
-    Files in DVC's cache count twice, since it copies them where the file system cannot share.
+    Files in DVC's cache count twice, since it copies them if the file system cannot share them.
     """
     preferences, training, evaluate = config.prepare.preferences, config.train_preference, config.evaluate
     seeds, resolution = len(config.training_seeds), config.model.resolution
-    source = root / preferences.source if preferences and not preferences.max_pairs else None
+    source = size_of(root / preferences.source) if preferences and not preferences.max_pairs else 0
     start = Path(training.start_from)
     clip = 0 if training.checkpoint else size_of(start) if start.is_dir() else CLIP_BYTES
     latents = 2 * (num_pairs(config, root) or 0) * resolution**2 * LATENT_BYTES
-    whole = [config.align[name] for name in config.methods if config.align[name].full_fine_tuning]
+    whole = [config.align[name].checkpoints for name in config.methods if config.align[name].full_fine_tuning]
     unet = _unet(config) if whole else 0
-    most = max((method.checkpoints for method in whole), default=0)  # copied as they become the output
     columns = 2 + len(config.methods) * seeds + len(evaluate.loras)
     pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * resolution**2
-    jobs = {
-        "prepare": (2 * size_of(source) if source else 0, 0),
+    kept_and_passing = {
+        "prepare": (2 * source, 0),
         "train_preference": (2 * clip + latents, STATES * clip),
-        "align": (2 * unet * sum(method.checkpoints for method in whole) * seeds, (STATES + most) * unet),
+        # the checkpoints of one training are copied as they become the output
+        "align": (2 * unet * sum(whole) * seeds, (STATES + max(whole, default=0)) * unet),
         "evaluate": (pictures * PICTURE_BYTES, 0),
     }
     workspace = Workspace(config, root)
     caches = {"train_preference": [workspace.latents_cache], "evaluate": [workspace.evaluation_cache]}
-    rooms = {}
-    for stage, (kept, passing) in jobs.items():
+    estimates = {}
+    for stage, bytes_ in kept_and_passing.items():
         places = [workspace.output(stage), workspace.state(stage), *caches.get(stage, [])]
-        rooms[stage] = DiskEstimate(kept, passing, sum(size_of(place) for place in places))
-    return rooms
+        estimates[stage] = DiskEstimate(*bytes_, sum(map(size_of, places)))
+    return estimates
 
 
 def num_pairs(config: Config, root: Path) -> float | None:
-    """The approximate number of training pairs; None where they are not downloaded or a file is broken."""
+    """The approximate number of training pairs; None if they are not downloaded or a file is broken."""
     from pyarrow import ArrowException  # slow to import, and every command would
 
     preferences = config.prepare.preferences
-    if preferences is None or (preferences.source.startswith("hub:") and not preferences.max_pairs):
+    if preferences is None:
         return None
-    counted = math.inf
-    if not preferences.source.startswith("hub:"):
+    if preferences.source.startswith("hub:"):
+        counted = math.inf
+    else:
         source = root / preferences.source
         files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
         try:
-            counted = sum(_num_rows(file) for file in files)
+            counted = sum(map(_num_rows, files))
         except (OSError, ArrowException):
             return None
-    share = 1 - config.prepare.validation_fraction - config.prepare.test_fraction
-    return min(counted, preferences.max_pairs or math.inf) * share
+    used = min(counted, preferences.max_pairs or math.inf)
+    return None if used == math.inf else used * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
 
 
 def size_of(place: Path) -> int:
@@ -88,7 +89,7 @@ def size_of(place: Path) -> int:
 
 
 def _unet(config: Config) -> int:
-    """Bytes of the UNet in float32, in which it is trained."""
+    """Bytes of the UNet in float32, its dtype in training."""
     folder = Path(config.model.path) / "unet"
     if not folder.is_dir():
         return UNET_BYTES[config.model.family]

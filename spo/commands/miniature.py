@@ -1,8 +1,8 @@
 """Find in a minute what would end a run after hours.
 
-First the checks without a model: settings, files, models and disk. Then all stages run in miniature, in a temporary
-folder, with the profile's own models and data: a few prompts and pairs, one rollout, one step or update, with as many
-pairs at a time as in training. The time of the whole run is estimated from it.
+First come the checks without a model. Then all stages run in miniature, in a temporary folder, with the profile's own
+models and data: a few prompts and pairs, one rollout, one step or update, with as many pairs at a time as in training.
+The time of the whole run is estimated from it.
 """
 
 import importlib
@@ -37,22 +37,22 @@ PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
 GIB = 2**30
 
 
-def check_all(config: Config, root: Path, say: Callable[[Finding], None], *, quick: bool = False) -> bool:
-    """Pass each finding to `say`; returns whether all are good. `quick` skips the miniature."""
+def check_all(config: Config, root: Path, show: Callable[[Finding], None], *, quick: bool = False) -> bool:
+    """Pass each finding to `show`; returns whether all are good. `quick` skips the miniature."""
     found = findings(config, root)
     for finding in found:
-        say(finding)
+        show(finding)
     if quick or not all(finding.good for finding in found):
         return all(finding.good for finding in found)
     with tempfile.TemporaryDirectory(prefix="spo-check-") as folder:
-        return _run_miniature(config, root, Path(folder), say)
+        return _run_miniature(config, root, Path(folder), show)
 
 
-def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Finding], None]) -> bool:
+def _run_miniature(config: Config, root: Path, folder: Path, show: Callable[[Finding], None]) -> bool:
     small = miniature(config, root)
     tracker = NullTracker()
     seed = config.training_seeds[0]
-    taken = {}
+    memory = {}
     jobs: list[tuple[Any, ...]] = []
     for name in PIPELINE:
         jobs += [(name, method, seed) for method in config.methods] if STAGES[name].per_method else [(name,)]
@@ -62,30 +62,29 @@ def _run_miniature(config: Config, root: Path, folder: Path, say: Callable[[Find
         run = partial(module.run, small, *job, root=folder, tracker=tracker)
         start = time.perf_counter()
         try:
-            taken[stage] = _taken(partial(_prepare, small, config, folder) if stage == "prepare" else run)
+            memory[stage] = _peak_memory(partial(_prepare, small, config, folder) if stage == "prepare" else run)
             if stage == "prepare":
                 _shorten(Workspace(small, folder).prepared)
         except SpoError as error:
-            say(Finding(f"{stage} in miniature", False, str(error), ()))
+            show(Finding(f"{stage} in miniature", False, str(error)))
             return False
-        say(Finding(f"{stage} in miniature", True, f"{time.perf_counter() - start:.1f} s", ()))
-    say(Finding("time", True, _time(config, root, folder), ()))
-    say(Finding("memory", True, _memory(taken), ()))
+        show(Finding(f"{stage} in miniature", True, f"{time.perf_counter() - start:.1f} s"))
+    show(Finding("time", True, _time(config, root, folder)))
+    show(Finding("memory", True, _memory(memory)))
     return True
 
 
 def _prepare(small: Config, config: Config, folder: Path) -> None:
-    """Read a few pairs, or all where a side would get none, as in a file sorted by caption."""
+    """Read a few pairs, or all if a side would get none, as with a file sorted by caption."""
     try:
         prepare.run(small, root=folder, tracker=NullTracker())
     except DataError:
-        few, wanted = small.prepare.preferences, config.prepare.preferences
-        if few is None or wanted is None:
+        few, all_pairs = small.prepare.preferences, config.prepare.preferences
+        if few is None or all_pairs is None:
             raise
-        section = small.prepare.model_copy(
-            update={"preferences": few.model_copy(update={"max_pairs": wanted.max_pairs})}
-        )
-        prepare.run(small.model_copy(update={"prepare": section}), root=folder, tracker=NullTracker())
+        section = {"preferences": few.model_copy(update={"max_pairs": all_pairs.max_pairs})}
+        larger = small.model_copy(update={"prepare": small.prepare.model_copy(update=section)})
+        prepare.run(larger, root=folder, tracker=NullTracker())
 
 
 def miniature(config: Config, root: Path) -> Config:
@@ -113,7 +112,7 @@ def miniature(config: Config, root: Path) -> Config:
 
 
 def _shorten(prepared: Prepared) -> None:
-    """Keep as many pairs as a batch has, decided ones first, since some must be decided."""
+    """Keep as many pairs as a batch has, decided ones first, since training needs some."""
     for path in [path for side in ("train", "validation") if (path := prepared.pairs_file(side)).exists()]:
         pairs = sorted(read_pairs(path), key=lambda pair: pair.is_tie)[:PAIRS]
         shorter = path.with_suffix(".short")
@@ -124,13 +123,14 @@ def _shorten(prepared: Prepared) -> None:
 
 
 def _time(config: Config, root: Path, folder: Path) -> str:
-    parts = {stage: count for stage, count in forwards(config, root, folder).items() if count}
-    rate = _seconds_a_forward(config, folder)
-    return "at most about: " + ", ".join(f"{stage} {duration(count * rate)}" for stage, count in parts.items())
+    costs = [_cost(config, folder, name) for name in config.methods]
+    rate = max(cost["seconds"] / max(1, cost["unet_forwards"]) for cost in costs)  # with the work around the UNet
+    parts = [f"{stage} {duration(n * rate)}" for stage, n in forwards(config, root, folder).items() if n]
+    return f"at most about: {', '.join(parts)}"
 
 
-def _taken(stage: Callable[[], object]) -> int:
-    """Run a stage; returns the peak bytes of tensors on the GPU, or of the process so far where there is none."""
+def _peak_memory(stage: Callable[[], object]) -> int:
+    """Run a stage; returns the peak bytes of tensors on the GPU, or without a GPU of the process so far."""
     if not torch.cuda.is_available():
         stage()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -139,14 +139,14 @@ def _taken(stage: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def _memory(taken: dict[str, int]) -> str:
-    stage = max(taken, key=taken.__getitem__)
+def _memory(peaks: dict[str, int]) -> str:
+    stage = max(peaks, key=peaks.__getitem__)
     if torch.cuda.is_available():
-        there, whose = torch.cuda.get_device_properties(0).total_memory, "the GPU's"
+        total, whose = torch.cuda.get_device_properties(0).total_memory, "the GPU's"
     else:
-        there, whose = psutil.virtual_memory().total, "this machine's"
+        total, whose = psutil.virtual_memory().total, "this machine's"
     how = f"with as many pairs at a time as in training (at most {PAIRS}), but rollouts of {SAMPLED} prompts"
-    return f"{stage} took {taken[stage] / GIB:.1f} of {whose} {there / GIB:.1f} GiB, {how}"
+    return f"{stage} took {peaks[stage] / GIB:.1f} of {whose} {total / GIB:.1f} GiB, {how}"
 
 
 def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
@@ -157,11 +157,14 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     training, seeds = config.train_preference, len(config.training_seeds)
     counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
     for name in config.methods:
+
+        def per_prompt(name: str = name) -> float:
+            return _cost(config, folder, name)["unet_forwards"] / SAMPLED
+
+        pairs = num_pairs(config, root) or 0
         method = config.align[name]
         counts[f"align {name}"] = seeds * method.forwards(
-            num_prompts=num_prompts,
-            num_pairs=num_pairs(config, root) or 0,
-            per_prompt=partial(_forwards_per_prompt, config, folder, name),
+            num_prompts=num_prompts, num_pairs=pairs, per_prompt=per_prompt
         )
     evaluate = config.evaluate
     columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
@@ -170,16 +173,6 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     steps = {name: len(build_scheduler(sampler).timesteps) for name, sampler in evaluate.samplers.items()}
     sampled = test * sum(steps.values()) + validation * (1 + checkpoints) * steps[evaluate.deciding]
     return {**counts, "evaluate": 2.0 * sampled}
-
-
-def _seconds_a_forward(config: Config, folder: Path) -> float:
-    """Seconds for one forward of the slowest method, with the work around the UNet."""
-    costs = [_cost(config, folder, name) for name in config.methods]
-    return max(cost["seconds"] / max(1, cost["unet_forwards"]) for cost in costs)
-
-
-def _forwards_per_prompt(config: Config, folder: Path, name: str) -> float:
-    return _cost(config, folder, name)["unet_forwards"] / SAMPLED
 
 
 def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:

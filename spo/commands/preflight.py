@@ -1,6 +1,6 @@
-"""What can be known of a run before it starts and without loading a model: whether what it names is there.
+"""Checks of a run before it starts, without loading a model: do the files and models that it names exist?
 
-`require` stands at the start of every stage, so that a mistake in a later stage's settings shows in the first minute.
+Every stage calls `require` at its start, so that a mistake in a later stage's settings shows in the first minute.
 """
 
 import os
@@ -22,16 +22,16 @@ PROMPTS, PAIRS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"), (".jso
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one thing that was looked at."""
+    """The result of one check."""
 
-    what: str  # a setting's dotted name, or what else was looked at
+    what: str  # a setting's dotted name, or what else was checked
     good: bool
     detail: str
-    stages: tuple[str, ...]  # that cannot run without it
+    stages: tuple[str, ...] = ()  # that cannot run without it
 
 
 def require(config: Config, stage: str, root: Path) -> None:
-    """ConfigError where something is missing that the stage reads; a warning for each thing that a later one does."""
+    """ConfigError if something is missing that the stage reads; a warning for each thing that a later stage reads."""
     missing = [finding for finding in findings(config, root) if not finding.good]
     for finding in missing:
         if stage in finding.stages:
@@ -41,7 +41,7 @@ def require(config: Config, stage: str, root: Path) -> None:
 
 
 def findings(config: Config, root: Path) -> list[Finding]:
-    """All there is to say about the profile's files, models and disk."""
+    """The results of all checks of the profile's files, models and disk."""
     return [*_data(config, root), *_models(config), *_samplers(config), *_disk(config, root)]
 
 
@@ -82,8 +82,7 @@ def _models(config: Config) -> Iterator[Finding]:
     else:
         yield _repository("train_preference.start_from", preference.start_from, "config.json", ("train_preference",))
         if config.labels.model:
-            key = "labels.model"
-            yield _repository(key, config.labels.model, "config.json", ("train_preference",))
+            yield _repository("labels.model", config.labels.model, "config.json", ("train_preference",))
         if preference.processor:
             yield _repository("train_preference.processor", preference.processor, None, ("train_preference",))
     needed = {evaluate.primary, *evaluate.guarded}
@@ -97,17 +96,11 @@ def _models(config: Config) -> Iterator[Finding]:
         if method.watch and method.watch.stop_after_worse:  # else the training goes on without the metric
             yield from _metric(f"align.{name}.watch.metric", method.watch.metric, "align")
     for name, lora in evaluate.loras.items():
-        path = Path(lora.source)
-        if path.is_file():
-            yield Finding(
-                f"evaluate.loras.{name}", True, f"{path} is there, {_size(path.stat().st_size)}", ("evaluate",)
-            )
-        else:
-            yield _repository(f"evaluate.loras.{name}", lora.source, None, ("evaluate",))
+        yield _repository(f"evaluate.loras.{name}", lora.source, None, ("evaluate",))
     if config.launch.accelerate_config:
-        path = Path(config.launch.accelerate_config)
-        good, detail = _file(path, (".yaml", ".yml", ".json"))
-        yield Finding("launch.accelerate_config", good, f"{path} {detail}", DISTRIBUTED)
+        source = config.launch.accelerate_config
+        good, detail = _file(Path(source), (".yaml", ".yml", ".json"))
+        yield Finding("launch.accelerate_config", good, f"{source} {detail}", DISTRIBUTED)
 
 
 def _metric(what: str, metric: MetricConfig, stage: str) -> Iterator[Finding]:
@@ -118,10 +111,9 @@ def _metric(what: str, metric: MetricConfig, stage: str) -> Iterator[Finding]:
                 yield _repository(f"{what}.{field}", source, file, (stage,))
     for field in metric.files:
         source = getattr(metric, field)
-        path, on_hub = Path(source), split_hub_file(source)
-        if path.is_file():
-            good, detail = True, f"is there, {_size(path.stat().st_size)}"
-        elif on_hub is not None:
+        if Path(source).is_file():
+            good, detail = True, f"is there, {_size(size_of(Path(source)))}"
+        elif (on_hub := split_hub_file(source)) is not None:
             good, detail = _hub(*on_hub)
         else:
             good, detail = False, "is no file here; put one there, or name one of the hub as OWNER/NAME/FILE"
@@ -141,9 +133,9 @@ def _samplers(config: Config) -> Iterator[Finding]:
 
 
 def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...]) -> Finding:
-    """A folder that has `file`, if that is given, or else a name of the hub."""
+    """A folder that has `file`, a name of the hub, or a file if no `file` is needed."""
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() or (file is None and path.is_file()):
         good = file is None or (path / file).is_file()
         detail = f"is there, {_size(size_of(path))}" if good else f"has no {file}; it is no model's folder"
     elif is_name(name):
@@ -165,11 +157,11 @@ def _hub(name: str, file: str | None = None) -> tuple[bool, str]:
 
 
 def _disk(config: Config, root: Path) -> Iterator[Finding]:
-    """DiskEstimate for each stage beside what those before it will leave; what is there of them is not wanted again."""
+    """Whether each stage has room beside the outputs of those before it; existing files are not counted again."""
     free, left = shutil.disk_usage(root).free, 0.0
-    for stage, wanted in room(config, root).items():
-        needed = left + max(0.0, wanted.kept + wanted.passing - wanted.there)
-        left += 0.0 if wanted.there else wanted.kept
+    for stage, estimate in room(config, root).items():
+        needed = left + max(0.0, estimate.kept + estimate.passing - estimate.there)
+        left += 0.0 if estimate.there else estimate.kept
         remedy = "" if free > needed else "; make room, or move the project"
         detail = f"{_size(free)} are free, about {_size(needed)} will be needed{remedy}"
         yield Finding(f"disk for {stage}", free > needed, detail, (stage,))

@@ -54,22 +54,32 @@ def run(
     version = register(config, candidate, root)
     present = None if against_base else registry.champion(config, root)
     if present is not None and present.tags["spo.digest"] == version.tags["spo.digest"]:
-        registry.crown(version, root)  # the same LoRA, perhaps evaluated anew
+        registry.make_champion(version, root)  # the same LoRA, perhaps evaluated anew
         print(f"{version.name}: {version.description} is the champion already")
         return None
     name, rival = "the base", candidate.base
     if present is not None:
         name, rival = f"the champion, {present.description}", _scores_of(present, candidate, config, root)
+    evaluate, tolerance = config.evaluate, config.promote.tolerance
     decision = decide(
         candidate.scores,
         rival,
         name=name,
-        primary=config.evaluate.primary,
-        tolerances=tolerances(config),
-        deciding=config.evaluate.deciding,
-        samples=config.evaluate.bootstrap_samples,
+        primary=evaluate.primary,
+        tolerances={metric: tolerance.get(metric, evaluate.guard_tolerance) for metric in evaluate.guarded},
+        deciding=evaluate.deciding,
+        samples=evaluate.bootstrap_samples,
     )
-    _record(decision, version, present, candidate, config, root)
+    tags = {
+        "promotion": "promoted" if decision.promoted else "not promoted",
+        "promotion.against": decision.rival,
+        "promotion.reasons": "\n".join(decision.reasons),
+    }
+    reasons = "\n".join(f"- {reason}" for reason in decision.reasons)
+    text = f"{_description(candidate, config, root)}\n\n**{decision.description}**\n\n{reasons}"
+    registry.describe(version, root, tags=tags, description=text)
+    if decision.promoted:
+        registry.make_champion(version, root)
     print(f"{version.name}: {version.description} {decision.description}")
     for reason in decision.reasons:
         print(f"  {reason}")
@@ -117,18 +127,11 @@ def register(config: Config, candidate: Candidate, root: Path = Path()) -> regis
 def register_released(config: Config, root: Path = Path()) -> None:
     """Register the LoRA that was just evaluated and reported; if that fails, only print a warning."""
     try:
-        with tracking.spoken(root):
+        with tracking.store_errors(root):
             version = register(config, find_candidate(config, root), root)
         print(f"registered as {version.uri}; `python -m spo promote` decides whether it becomes champion", flush=True)
     except SpoError as error:
         print(f"warning: not registered: {error}", file=sys.stderr, flush=True)
-
-
-def tolerances(config: Config) -> dict[str, float]:
-    """How far the interval of each guarded score may reach below zero."""
-    return {
-        name: config.promote.tolerance.get(name, config.evaluate.guard_tolerance) for name in config.evaluate.guarded
-    }
 
 
 def _scores_of(champion: registry.Version, candidate: Candidate, config: Config, root: Path) -> Scored:
@@ -160,37 +163,18 @@ def _scores_of(champion: registry.Version, candidate: Candidate, config: Config,
     return found
 
 
-def _record(
-    decision: Decision,
-    version: registry.Version,
-    present: registry.Version | None,
-    candidate: Candidate,
-    config: Config,
-    root: Path,
-) -> None:
-    """Write the decision on the version, and give it the alias if it was promoted."""
-    tags = {
-        "promotion": "promoted" if decision.promoted else "not promoted",
-        "promotion.against": decision.rival,
-        "promotion.reasons": "\n".join(decision.reasons),
-    }
-    reasons = "\n".join(f"- {reason}" for reason in decision.reasons)
-    text = f"{_description(candidate, config, root)}\n\n**{decision.description}**\n\n{reasons}"
-    registry.describe(version, root, tags=tags, description=text)
-    if decision.promoted:
-        registry.crown(version, root)
-
-
 def _headline(candidate: Candidate, config: Config) -> dict[str, str]:
     """Tags: means and differences from the base with the deciding sampler."""
     sampler = config.evaluate.deciding
     tags = {"evaluation.sampler": f"{sampler} ({config.evaluate.samplers[sampler].description})"}
     for metric in (config.evaluate.primary, *config.evaluate.guarded):
-        values = [scores[metric] for image, scores in candidate.scores.items() if image[0] == sampler]
-        base = [scores[metric] for image, scores in candidate.base.items() if image[0] == sampler]
-        mean = sum(values) / len(values)
+        values, base_values = (
+            [scores[metric] for image, scores in of_images.items() if image[0] == sampler]
+            for of_images in (candidate.scores, candidate.base)
+        )
+        mean, base = sum(values) / len(values), sum(base_values) / len(base_values)
         tags[f"evaluation.{metric}"] = f"{mean:.4f}"
-        tags[f"evaluation.{metric}.vs_base"] = f"{mean - sum(base) / len(base):+.4f}"
+        tags[f"evaluation.{metric}.vs_base"] = f"{mean - base:+.4f}"
     return tags
 
 

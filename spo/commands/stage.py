@@ -11,16 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from spo.commands.options import Profile
 from spo.commands.preflight import require
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.pipeline import STAGES, Stage
-from spo.runtime.launch import LAUNCHED, launch
 from spo.runtime.libraries import set_up_libraries
 from spo.runtime.locking import locked
+from spo.runtime.processes import LAUNCHED, launch
 from spo.workspace import Workspace
 
+Profile = Annotated[
+    str | None, typer.Option(metavar="NAME", help="One of configs/*.yaml (default: the one in params.yaml).")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what a stopped run had saved.")]
 
 
@@ -85,7 +87,7 @@ def run_stage(
 
 
 def only_one(config: Config, job: Sequence[str], root: Path) -> AbstractContextManager[None]:
-    """Lock a job (stage, method, seed) while it runs; LockedError where another process has the lock.
+    """Lock a job (stage, method, seed) while it runs; LockedError if another process has the lock.
 
     Of the processes of one run only the first takes the lock.
     """

@@ -1,4 +1,4 @@
-"""Where preference pairs come from: JSON Lines beside image files, parquet, or a data set of the Hugging Face hub.
+"""Sources of preference pairs: JSON Lines beside image files, parquet, or a data set of the Hugging Face hub.
 
 Every source yields raw rows in one shape, a few at a time, whatever the size of the files.
 """
@@ -36,7 +36,7 @@ class RawRow:
     """An unchecked row: its fields by the keys of NAMES, or why it has none."""
 
     source: str
-    number: int | None  # from 1; None where a whole file is meant
+    number: int | None  # from 1; None for a whole file
     fields: Mapping[str, object] | RowError
 
 
@@ -110,7 +110,7 @@ def _parquet_rows(file: Path | BinaryIO, source: str, buffer_size: int) -> Itera
     """Rows of one parquet file, read `buffer_size` bytes of a column at a time; OSError passes through."""
     number = 0
     try:
-        # pre_buffer, pyarrow's default, would hold whole row groups, and those of the file that it has passed
+        # pre_buffer, pyarrow's default, would keep whole row groups in memory, the ones already read included
         with pq.ParquetFile(file, buffer_size=buffer_size, pre_buffer=False) as parquet:
             names = _find_names(parquet.schema_arrow.names, "column missing")
             for batch in parquet.iter_batches(batch_size=16, columns=list(names.values()), use_threads=False):
@@ -137,7 +137,7 @@ def _find_names(names: Sequence[str], reason: str) -> dict[str, str]:
 
 def _hub_rows(name: str, split: str) -> Iterator[RawRow]:
     """Stream NAME or NAME@REVISION: its parquet files, or those that the hub made of it."""
-    from huggingface_hub import HfFileSystem  # only where it is asked for: it takes a second
+    from huggingface_hub import HfFileSystem  # slow to import
 
     hub.connect()
     system = HfFileSystem()

@@ -1,8 +1,8 @@
 """Preference pairs: two pictures of one caption, and which one people prefer.
 
-`read_preferences` checks a user's pairs one at a time; `PairWriter` writes them in Pick-a-Pic's parquet layout
-(caption, jpg_0, jpg_1, label_0, label_1); `read_pairs` and `PreferencePairs` read such a file back, in order or by
-index. Images stay the encoded bytes they came as; `spo.data.images.decode_image` makes pictures of them.
+`read_preferences` checks a user's pairs one at a time. `PairWriter` writes them in Pick-a-Pic's parquet layout;
+`read_pairs` and `PreferencePairs` read such a file, in order or by index. Images stay encoded;
+`spo.data.images.decode_image` decodes them.
 """
 
 from bisect import bisect_right
@@ -40,7 +40,7 @@ GROUP_ROWS, GROUP_BYTES = 64, 4 * 2**20  # a row group, which one access by inde
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two encoded images of a caption; the labels are in [0, 1] and sum to 1, a tie is (.5, .5)."""
+    """Two encoded images of a caption. The labels are in [0, 1] and sum to 1; a tie is (.5, .5)."""
 
     caption: str
     image_0: bytes
@@ -109,7 +109,7 @@ class PairWriter:
 
     def __init__(self, path: Path):
         self.count = 0
-        self._rows: list[PreferencePair] = []
+        self._rows: list[tuple[object, ...]] = []
         self._bytes = 0
         # pictures do not compress, and statistics of them would be copies of them
         self._writer = pq.ParquetWriter(
@@ -118,7 +118,7 @@ class PairWriter:
 
     def write(self, pair: PreferencePair) -> None:
         self.count += 1
-        self._rows.append(pair)
+        self._rows.append((pair.caption, pair.image_0, pair.image_1, pair.label_0, pair.label_1))
         self._bytes += len(pair.image_0) + len(pair.image_1)
         if len(self._rows) >= GROUP_ROWS or self._bytes >= GROUP_BYTES:
             self._flush()
@@ -132,11 +132,9 @@ class PairWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            rows = [(pair.caption, pair.image_0, pair.image_1, pair.label_0, pair.label_1) for pair in self._rows]
-            columns = [
-                pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), SCHEMA.types, strict=True)
-            ]
-            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            columns = zip(zip(*self._rows, strict=True), SCHEMA.types, strict=True)
+            arrays = [pa.array(values, kind) for values, kind in columns]
+            self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
         self._rows, self._bytes = [], 0
 
 
@@ -147,7 +145,7 @@ def read_pairs(path: Path) -> Iterator[PreferencePair]:
 
 
 class PreferencePairs:
-    """Pairs of a prepared file by index; reads a pair's row group (at most 64 pairs or 4 MiB) when it is asked for.
+    """Pairs of a prepared file by index; reads only the row group of a pair, at most 64 pairs or 4 MiB.
 
     DataError if the file is missing or is no prepared file. It can be sent to worker processes.
     """

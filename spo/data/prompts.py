@@ -21,11 +21,11 @@ from spo.errors import DataError, one_line
 from spo.runtime.hashing import short_hash
 
 MAX_CHARACTERS = 2000
-FIELDS = ("prompt", "caption", "text", "Prompt")  # tried where no field is named
+FIELDS = ("prompt", "caption", "text", "Prompt")  # tried if no field is named
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
-Row = tuple[int, object]  # the row's number from 1, and what should be its prompt
+Row = tuple[int, object]  # the row's number from 1, and its prompt, unchecked
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def check_prompt(value: object) -> str:
     if "Cc" in categories:
         raise RowError("control character", repr(value))
     prompt = " ".join(unicodedata.normalize("NFC", value).split())
-    if categories <= {"Cf", "Zs", "Zl", "Zp"}:  # nothing to see
+    if categories <= {"Cf", "Zs", "Zl", "Zp"}:  # no visible character
         raise RowError("empty", prompt)
     if len(prompt) > MAX_CHARACTERS:
         raise RowError("too long", f"{len(prompt)} characters, at most {MAX_CHARACTERS}: {prompt}")
@@ -90,7 +90,7 @@ def prompt_hash(prompt: str, seed: int) -> float:
 def split_prompts(prompts: Sequence[str], *, seed: int, validation_fraction: float, test_fraction: float) -> Split:
     """Rank distinct prompts by hash and cut: round(fraction * n) for validation, then test, the rest for training.
 
-    Each side gets at least two, since one prompt gives no interval; DataError where none is left to train on.
+    Each side gets at least two, since one prompt gives no interval; DataError if none is left to train on.
     """
     ranked = sorted(prompts, key=lambda prompt: (prompt_hash(prompt, seed), prompt))
     num_validation, num_test = (max(2, round(share * len(ranked))) for share in (validation_fraction, test_fraction))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from spo.config import Config, MetricConfig, SamplerConfig
-from spo.evaluation.controls import contrast
 from spo.evaluation.model_variants import ModelVariant, Task
 from spo.evaluation.result_cache import ResultCache, digest_of_code, digest_of_model, digest_of_weights, key_of
 from spo.metrics.metric import Metric, Scores, build_metrics, score
@@ -60,17 +59,17 @@ class ImageScorer:
     @cached_property
     def model(self) -> LatentDiffusion:
         model = build(self.config.model, self.config.sampling, self.device)
-        for sampler in self.settings.samplers.values():  # so that a wrong one fails before hours of work
+        for sampler in self.settings.samplers.values():  # a wrong one fails here, before hours of work
             build_scheduler(sampler, model.network.pipeline.scheduler.config)
         return model
 
     def batches(
         self, variant: ModelVariant, tasks: Sequence[Task], sampler: str, *, split: str, images: bool
     ) -> Iterator[Batch]:
-        """The variant's images of the tasks with their scores, in order; `images` keeps the images themselves.
+        """The variant's scores of the tasks, in order; with `images` also the images.
 
-        sampler: a name in evaluate.samplers. The key of a batch holds its settings, not its name.
-        Of several processes each makes its share of the batches, and reads the others' from the cache.
+        sampler: a name in evaluate.samplers. The key of a batch has the sampler's settings, not its name.
+        With several processes, each makes its share of the batches and reads the others' from the cache.
         """
         settings = self.settings.samplers[sampler]
         inputs = self._context | {"lora": digest_of_variant(variant), "sampler": settings.model_dump(mode="json")}
@@ -87,24 +86,20 @@ class ImageScorer:
             yield Batch(part, key, entry.pop(IMAGES, torch.empty(0)), entry)
 
     def scores(self, variant: ModelVariant, tasks: Sequence[Task], sampler: str, *, split: str) -> Scores:
-        """Each (n,), of images that are not kept."""
+        """The scores (n,) of images that are not kept."""
         return joined([batch.scores for batch in self.batches(variant, tasks, sampler, split=split, images=False)])
 
     def best_contrast(self, batches: Sequence[Batch]) -> tuple[float, Scores]:
-        """The factor of contrast that gives the images their highest mean primary score, and all scores at it."""
+        """The factor of contrast with the highest mean primary score of the images, and all scores at this factor."""
         at = {factor: joined([self._at(factor, batch) for batch in batches]) for factor in FACTORS}
         best = max(at, key=lambda factor: at[factor][self.settings.primary].mean().item())
         return best, at[best]
-
-    def with_contrast(self, images: Tensor, factor: float) -> Tensor:
-        """The control's images in [0, 1]."""
-        return eight_bits(contrast(images, factor))
 
     def _at(self, factor: float, batch: Batch) -> Scores:
         prompts = [task.prompt for task in batch.tasks]
         return self.cache.get(
             key_of(contrast=factor, of=batch.key),
-            lambda: score(self.metrics, self.with_contrast(from_bytes(batch.images), factor), prompts),
+            lambda: score(self.metrics, eight_bits(contrast(from_bytes(batch.images), factor)), prompts),
         )
 
     def _make(
@@ -117,10 +112,9 @@ class ImageScorer:
         return {**score(self.metrics, from_bytes(images), prompts), **({IMAGES: images} if keep else {})}
 
     def _as(self, variant: ModelVariant) -> AbstractContextManager[None]:
-        """Within it the model is the variant."""
-        if variant.borrowed is not None:
+        """Make the model the variant for the block."""
+        if (lora := variant.borrowed) is not None:
             self._loaded = None  # a borrowed LoRA takes the place of ours
-            lora = variant.borrowed
             return published_lora(self.model.network, lora.source, weight_name=lora.weight_name, revision=lora.revision)
         if variant.checkpoint is None:
             return self.model.reference()
@@ -137,12 +131,16 @@ def files_of(metrics: Sequence[MetricConfig]) -> list[str]:
 
 def digest_of_variant(variant: ModelVariant) -> list[str | None]:
     """A digest of the variant's weights."""
-    if variant.borrowed is not None:
-        lora = variant.borrowed
+    if (lora := variant.borrowed) is not None:
         return [digest_of_model(lora.source), lora.weight_name, lora.revision]
     return [None if variant.checkpoint is None else digest_of_weights(variant.checkpoint)]
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of batches as those of all their images."""
+    """The scores of all images, from those of the batches."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def contrast(images: Tensor, factor: float) -> Tensor:
+    """The control: images (n, 3, h, w) in [0, 1] with `factor` times their distances from mid-grey."""
+    return ((images - 0.5) * factor + 0.5).clamp(0, 1)

@@ -43,10 +43,8 @@ class ModelVariant:
 
     def cost(self) -> dict[str, float]:
         """The compute of training up to this checkpoint; zero for the base."""
-        if self.checkpoint is None:
-            return {"seconds": 0.0, "unet_forwards": 0}
-        cost = read_json(self.checkpoint / "cost.json")
-        return {"seconds": cost["seconds"], "unet_forwards": cost["unet_forwards"]}
+        cost = {"seconds": 0.0, "unet_forwards": 0}
+        return cost if self.checkpoint is None else {key: read_json(self.checkpoint / "cost.json")[key] for key in cost}
 
 
 def tasks(prepared: Prepared, side: str, num_prompts: int, images_per_prompt: int, seed: int) -> list[Task]:

@@ -1,4 +1,4 @@
-"""The rule by which a new LoRA becomes champion, as a function of scores alone.
+"""The rule that decides whether a new LoRA becomes champion, as a function of scores alone.
 
 Candidate and rival are scored on the same prompts and seeds with the same samplers. The candidate is promoted iff
 
@@ -72,17 +72,11 @@ def decide(
     deciding: str,
     samples: int = 10_000,
 ) -> Decision:
-    """Compare the candidate's scores with the rival's on the same images.
+    """Compare the candidate's scores with those of the rival, called `name`, on the same images.
 
-    Args:
-        candidate, rival: scores of each image.
-        name: of the rival, for the reasons.
-        primary: the score that must rise.
-        tolerances: for each guarded score, how far its interval may reach below zero, in that score's units.
-        deciding: the sampler with which the primary score decides.
-
-    Raises:
-        ValueError: the two were not scored on the same images.
+    primary: the score that must rise, with the sampler `deciding`.
+    tolerances: for each guarded score, how far its interval may reach below zero, in that score's units.
+    ValueError if the two were not scored on the same images.
     """
     if candidate.keys() != rival.keys():
         raise ValueError(f"candidate and rival share {len(candidate.keys() & rival.keys())} images, not all of theirs")

@@ -1,4 +1,4 @@
-"""Find the model that a name of the user's means: the base, or a LoRA by method, run, path, hub name or MLflow URI."""
+"""Find the model that the user names: the base, or a LoRA by method, run, path, hub name or MLflow URI."""
 
 import re
 from dataclasses import dataclass
@@ -24,31 +24,36 @@ class Source:
     description: str
 
 
-def resolve_model(wanted: str | None, config: Config, root: Path = Path()) -> Source:
-    """The model called `wanted`; None: the evaluated LoRA of the profile's first method, or else the base.
+def resolve_model(name: str | None, config: Config, root: Path = Path()) -> Source:
+    """The model called `name`; None: the evaluated LoRA of the profile's first method, or else the base.
 
     ModelError with the known names if there is no such model.
     """
     evaluated = Workspace(config, root).loras
-    if wanted == BASE:
+    if name == BASE:
         return Source(BASE, None, f"the base, {config.model.path}")
-    if wanted is None:
-        return _default(config, evaluated)
-    if _holds_lora(evaluated / wanted):
-        return _of_folder(wanted, evaluated / wanted)
-    if wanted.startswith("models:/"):
-        return Source(_short(wanted.removeprefix("models:/")), lora_within(tracking.fetch_model(wanted, root)), wanted)
-    if wanted in config.align:
-        raise ModelError(f"{wanted} has no evaluated LoRA in {evaluated}; run `python -m spo evaluate` first")
-    path = Path(wanted)
+    if name is None:
+        names = _evaluated(evaluated)
+        if not names:
+            missing = f"profile {config.profile} has no evaluated LoRA yet"
+            return Source(BASE, None, f"the base, {config.model.path}: {missing}")
+        name = next((name for name in config.methods if name in names), names[0])
+        return _of_folder(name, evaluated / name)
+    if _holds_lora(evaluated / name):
+        return _of_folder(name, evaluated / name)
+    if name.startswith("models:/"):
+        return Source(_short(name.removeprefix("models:/")), lora_within(tracking.fetch_model(name, root)), name)
+    if name in config.align:
+        raise ModelError(f"{name} has no evaluated LoRA in {evaluated}; run `python -m spo evaluate` first")
+    path = Path(name)
     if path.is_file():
         return Source(_short(path.stem), path, str(path))
     if path.is_dir():
         return _of_folder(_short(path.name), lora_within(path))
-    if hub.is_name(wanted) and wanted.split("/")[0] not in ("runs", "models"):
-        return Source(_short(wanted), wanted, f"{wanted} on the hub")
+    if hub.is_name(name) and name.split("/")[0] not in ("runs", "models"):
+        return Source(_short(name), name, f"{name} on the hub")
     raise ModelError(
-        f"--model {wanted!r} names nothing here; evaluated: {_evaluated(evaluated) or 'none'}; give one of them, "
+        f"--model {name!r} names nothing here; evaluated: {_evaluated(evaluated) or 'none'}; give one of them, "
         f"{BASE!r}, a run's folder, a LoRA's file or folder, OWNER/NAME on the hub, or models:/NAME@ALIAS"
     )
 
@@ -65,14 +70,6 @@ def lora_within(folder: Path) -> Path:
     if not found:
         raise ModelError(f"{folder} holds no {WEIGHTS}; give a folder that has one")
     raise ModelError(f"{folder} holds {len(found)} LoRAs; name one of them, such as {found[0]}")
-
-
-def _default(config: Config, evaluated: Path) -> Source:
-    names = _evaluated(evaluated)
-    for name in (*config.methods, *names):
-        if name in names:
-            return _of_folder(name, evaluated / name)
-    return Source(BASE, None, f"the base, {config.model.path}: profile {config.profile} has no evaluated LoRA yet")
 
 
 def _of_folder(name: str, folder: Path) -> Source:

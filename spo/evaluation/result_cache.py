@@ -1,4 +1,4 @@
-"""Finished batches of an evaluation: an evaluation that was killed resumes with them.
+"""Finished batches of an evaluation, with which a killed evaluation resumes.
 
 An entry holds the images and scores of a batch. Its key is a hash of everything they depend on, so an entry is never
 stale. At the end of a run, the entries that it did not use are removed.
@@ -41,7 +41,7 @@ class ResultCache:
         return (self.folder / f"{key}.safetensors").is_file()
 
     def tidy(self) -> None:
-        """Remove the entries that nobody has asked this object for."""
+        """Remove the entries that were not requested from this object."""
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in self._used:
                 path.unlink()

@@ -1,13 +1,12 @@
-"""Intervals of means and comparisons: the paired bootstrap over prompts, plus the variation of training seeds.
+"""95% intervals of means and comparisons: the paired bootstrap over prompts, plus the variation of training seeds.
 
 Images of one prompt resemble each other. So prompts are resampled, each with all of its images (cluster bootstrap:
-Davison and Hinkley 1997, section 3.8), and the interval is that of the percentiles. Two systems are compared on the
-same prompts and seeds, and resampled together: what makes a prompt hard for both cancels.
+Davison and Hinkley 1997, section 3.8), and the percentiles of the resampled means are the interval. Two systems are
+compared on the same prompts and seeds and resampled together, so a prompt that is hard for both cancels.
 
-A method that was trained from several seeds has a score for each image and seed. The mean is over seeds. Each resample
-adds an error for the choice of seeds: Student's t with seeds - 1 degrees of freedom, times the standard error of the
-seeds' means. Two to five seeds are too few to be resampled: percentiles cannot reach beyond the seeds themselves. With
-one seed, the interval covers the prompts only.
+A method that was trained from several seeds has a score for each image and seed, and its mean is over seeds. Each
+resample adds an error for the choice of seeds: Student's t with seeds - 1 degrees of freedom, times the standard error
+of the seeds' means. Two to five seeds are too few to resample. With one seed, the interval covers the prompts only.
 """
 
 from collections.abc import Hashable, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+QUANTILES = ((1 - 0.95) / 2, 1 - (1 - 0.95) / 2)
 
 
 @dataclass(frozen=True)
@@ -44,38 +44,25 @@ class Difference:
     n: int  # images, or pairs of images
 
 
-def mean_interval(
-    values: ArrayLike, groups: Sequence[Hashable], *, level: float = 0.95, samples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Mean of values with its bootstrap interval, resampling groups.
+def mean_interval(values: ArrayLike, groups: Sequence[Hashable], *, samples: int = 10_000, seed: int = 0) -> Interval:
+    """The mean of values (n,), or (s, n) of s training seeds, with its bootstrap interval.
 
-    Args:
-        values: (n,) finite scores, or (s, n) of s training seeds.
-        groups: (n,) the prompt of each value; equal entries are resampled together.
-        level: share of such intervals that hold the true mean, in (0, 1).
-        samples: how many times to resample.
-        seed: the same seed gives the same interval.
-
-    Raises:
-        ValueError: values and groups differ in length, a value is not finite, or there are fewer than two groups.
+    groups: (n,) the prompt of each value; equal entries are resampled together, `samples` times. The same `seed` gives
+    the same interval. ValueError if a value is not finite, or there are fewer than two groups.
     """
     table = _table("values", values)
     seed_means = [table.mean(axis=1)[:, None]]
-    [mean, low, high] = _intervals(
-        table.mean(axis=0)[:, None], groups, seed_means, level=level, samples=samples, seed=seed
-    )
+    [mean, low, high] = _intervals(table.mean(axis=0)[:, None], groups, seed_means, samples, seed)
     return Interval(float(mean[0]), float(low[0]), float(high[0]), table.size)
 
 
 def paired_difference(
-    a: ArrayLike, b: ArrayLike, groups: Sequence[Hashable], *, level: float = 0.95, samples: int = 10_000, seed: int = 0
+    a: ArrayLike, b: ArrayLike, groups: Sequence[Hashable], *, samples: int = 10_000, seed: int = 0
 ) -> Difference:
     """Compare a with b, (n,) or (seeds, n) each; columns share prompt and image seed and are resampled together.
 
     Trainings of a and b are independent, so each seed of a is compared with each of b. If a wins every pair, the win
-    rate's interval is the point 1.
-
-    Args and errors as in `mean_interval`; ValueError also if a and b differ in length.
+    rate's interval is the point 1. Otherwise like `mean_interval`; ValueError also if a and b differ in length.
     """
     a, b = _table("a", a), _table("b", b)
     if a.shape[1] != b.shape[1]:
@@ -84,7 +71,7 @@ def paired_difference(
     win = (gain > 0) + 0.5 * (gain == 0)
     both = np.stack([gain, win], axis=-1)  # (seeds of a, seeds of b, n, 2)
     seed_means = [both.mean(axis=(1, 2)), both.mean(axis=(0, 2))]
-    mean, low, high = _intervals(both.mean(axis=(0, 1)), groups, seed_means, level=level, samples=samples, seed=seed)
+    mean, low, high = _intervals(both.mean(axis=(0, 1)), groups, seed_means, samples, seed)
     return Difference(
         difference=float(mean[0]),
         low=float(low[0]),
@@ -98,12 +85,7 @@ def paired_difference(
 
 
 def _table(name: str, values: ArrayLike) -> Array:  # (seeds, n)
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim not in (1, 2):
-        raise ValueError(f"{name} has shape {table.shape}; it should be one column, (n,), or (seeds, n)")
-    table = np.atleast_2d(table)
-    if not table.size:
-        raise ValueError(f"{name} is empty; an interval needs at least 2 prompts, got 0")
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     bad = ~np.isfinite(table)
     if bad.any():
         raise ValueError(f"{name} has {bad.sum()} of {bad.size} entries not finite, the first at {bad.argmax()}")
@@ -111,24 +93,12 @@ def _table(name: str, values: ArrayLike) -> Array:  # (seeds, n)
 
 
 def _intervals(
-    values: Array,
-    groups: Sequence[Hashable],
-    seed_means: Sequence[Array],
-    *,
-    level: float,
-    samples: int,
-    seed: int,
+    values: Array, groups: Sequence[Hashable], seed_means: Sequence[Array], samples: int, seed: int
 ) -> Array:
     """(3, m): mean, low and high of each column of values (n, m), which are means over seeds.
 
     seed_means: for each side of a comparison its seeds' means (seeds, m).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be positive, e.g. 10000")
-    if len(groups) != len(values):
-        raise ValueError(f"there are {len(values)} values and {len(groups)} groups; give each value its prompt")
     index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     if len(index) < 2:
         raise ValueError(f"an interval needs at least 2 prompts, got {len(index)}")
@@ -140,19 +110,11 @@ def _intervals(
     means = (weights @ sums) / (weights @ count)[:, None]
     rng = np.random.default_rng([seed, 1])
     for of_seeds in seed_means:
-        means = means + _seed_errors(of_seeds, samples, rng)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+        if (num := len(of_seeds)) > 1:
+            error = of_seeds.std(axis=0, ddof=1) / np.sqrt(num)
+            means = means + rng.standard_t(num - 1, size=(samples, 1)) * error
+    low, high = np.quantile(means, QUANTILES, axis=0)
     return origin + np.stack([sums.sum(axis=0) / len(values), low, high])
-
-
-def _seed_errors(of_seeds: Array, samples: int, rng: np.random.Generator) -> Array:
-    """(samples, m): random errors of a mean over seeds, given the seeds' means (seeds, m); 0 for one seed."""
-    num = len(of_seeds)
-    if num == 1:
-        return np.zeros((1, of_seeds.shape[1]))
-    error = of_seeds.std(axis=0, ddof=1) / np.sqrt(num)
-    return rng.standard_t(num - 1, size=(samples, 1)) * error
 
 
 @lru_cache(maxsize=1)

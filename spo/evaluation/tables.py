@@ -107,11 +107,9 @@ def compact(
         metric, against = row["metric"], row["against"]
         if row["sampler"] != sampler or metric not in (primary, *guarded) or against == CONTROL:
             continue
-        name, difference = (
-            (row["column"], "gain") if against == BASE else (f"{row['column']}_vs_{against}", "difference")
-        )
-        figures = {f"{metric}_{difference}": row["difference"]}
-        figures |= {f"{metric}_{difference}_{end}": row[end] for end in ("low", "high")}
+        name, kind = (row["column"], "gain") if against == BASE else (f"{row['column']}_vs_{against}", "difference")
+        figures = {f"{metric}_{kind}": row["difference"]}
+        figures |= {f"{metric}_{kind}_{end}": row[end] for end in ("low", "high")}
         if metric == primary:
             figures |= {f"{metric}_{key}": row[key] for key in ("win_rate", "win_rate_low", "win_rate_high")}
         table.setdefault(name, {}).update({key: round(value, 5) for key, value in figures.items()})

@@ -52,7 +52,7 @@ def saving(curve: Sequence[Point], other: Sequence[Point], *, base: float) -> Sa
 
 @dataclass(frozen=True)
 class Spread:
-    """The figure over resampled prompts that leave something to reach; 0 stands for not reached."""
+    """The factor over resampled prompts in which there is something to reach; 0 stands for not reached."""
 
     low: float
     high: float

@@ -47,29 +47,27 @@ def duels(
     found = []
     for name, other in combinations(results.methods, 2):
         for currency, unit, extra in _currencies(preference_cost if preference_methods else {}):
-            compute = [
-                _compute(validation, each, currency, extra if each in preference_methods else 0)
+            both = [
+                (_compute(validation, each, currency, extra if each in preference_methods else 0), curves[each])
                 for each in (name, other)
             ]
-            both = list(zip(compute, (curves[name], curves[other]), strict=True))
-            if not base or not all(scores and taken[0] > 0 for taken, scores in both):
+            if not base or not all(scores and compute[0] > 0 for compute, scores in both):
                 continue
             label = f"{currency}{WITH_PREFERENCE}" if extra else currency
             found.append(_duel(results.primary, (name, other), (label, unit), both, base, tolerance))
-            if found[-1].saving is None:  # nothing to reach, in any unit
+            if found[-1].saving is None:  # there is nothing to reach, in any unit
                 break
     return found
 
 
 def _currencies(preference_cost: Mapping[str, float]) -> list[tuple[str, str, float]]:
     """Name, unit and extra cost: first with the preference model's training, if it was trained, then without."""
-    units = list(CURRENCIES.items())
     with_preference = [
         (name, f"{unit.removesuffix(' of alignment')}, the preference model's training included", preference_cost[name])
-        for name, unit in units
+        for name, unit in CURRENCIES.items()
         if preference_cost.get(name)
     ]
-    return [*with_preference, *((name, unit, 0.0) for name, unit in units)]
+    return [*with_preference, *((name, unit, 0.0) for name, unit in CURRENCIES.items())]
 
 
 def curve(rows: Sequence[Row], column: str, metrics: Sequence[str]) -> Scores:
@@ -97,10 +95,6 @@ def by_checkpoint(validation: Sequence[Row], method: str) -> list[list[Row]]:
     return [list(rows) for rows in zip(*seeds.values(), strict=False)]
 
 
-def sentences(found: Sequence[Duel]) -> list[str]:
-    return [duel.sentence for duel in found]
-
-
 def leading(found: Sequence[Duel]) -> list[Duel]:
     """The first of each pair of methods: UNet forwards, with the preference model's training if there was one."""
     pairs = dict.fromkeys((duel.method, duel.other) for duel in found)
@@ -112,11 +106,11 @@ def numbers(found: Sequence[Duel]) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for duel in found:
         if duel.saving is not None and duel.saving.times is not None:
-            pair = table.setdefault(f"{duel.method}_vs_{duel.other}", {})
-            pair[f"times_less_{duel.currency}"] = round(duel.saving.times, 3)
+            values = {"": duel.saving.times}
             if duel.spread is not None:
-                pair[f"times_less_{duel.currency}_low"] = round(duel.spread.low, 3)
-                pair[f"times_less_{duel.currency}_high"] = round(duel.spread.high, 3)
+                values |= {"_low": duel.spread.low, "_high": duel.spread.high}
+            pair = table.setdefault(f"{duel.method}_vs_{duel.other}", {})
+            pair |= {f"times_less_{duel.currency}{end}": round(value, 3) for end, value in values.items()}
     return table
 
 
@@ -132,27 +126,27 @@ def _duel(
     ones = np.ones(len(primary))
     curves = [points(compute, scores, base, ones, tolerance=tolerance) for compute, scores in both]
     found = saving(*curves, base=float(primary.mean()))
-    sure = None if found is None else spread(both[0], both[1], base, tolerance=tolerance)
-    return Duel(*names, currency[0], found, sure, _sentence(metric, *names, currency[1], found, sure))
+    interval = None if found is None else spread(both[0], both[1], base, tolerance=tolerance)
+    return Duel(*names, currency[0], found, interval, _sentence(metric, *names, currency[1], found, interval))
 
 
-def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None, sure: Spread | None) -> str:
+def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None, interval: Spread | None) -> str:
     if found is None:
         return f"{other} has no checkpoint that is better than the base on validation prompts: nothing to reach."
     goal = f"{other}'s best validation {metric}, {found.level:.3f} at {found.compute:,.0f} {unit}"
     if found.times is None or found.reached is None:
-        return f"{name} does not reach {goal}{_sureness(sure)}."
-    bound = (
-        "" if found.at_most is None or found.times < 1 else f"; at most {found.at_most:.1f} times, between checkpoints"
-    )
-    return f"{name} reaches {goal}, with {_ratio(found.times)} ({found.reached:,.0f}{bound}){_sureness(sure)}."
+        return f"{name} does not reach {goal}{_bounds(interval)}."
+    at_most = ""
+    if found.at_most is not None and found.times >= 1:
+        at_most = f"; at most {found.at_most:.1f} times, between checkpoints"
+    return f"{name} reaches {goal}, with {_ratio(found.times)} ({found.reached:,.0f}{at_most}){_bounds(interval)}."
 
 
-def _sureness(sure: Spread | None) -> str:
-    if sure is None:
+def _bounds(interval: Spread | None) -> str:
+    if interval is None:
         return "; other prompts might leave nothing to reach"
-    bounds = f"{_ratio(sure.low)} to {_ratio(sure.high)}"
-    return f" [95% interval over prompts: {bounds}; not reached in {sure.missed:.0%} of resamples]"
+    bounds = f"{_ratio(interval.low)} to {_ratio(interval.high)}"
+    return f" [95% interval over prompts: {bounds}; not reached in {interval.missed:.0%} of resamples]"
 
 
 def _ratio(times: float) -> str:

@@ -52,10 +52,7 @@ def gallery(
     return [
         Card(
             prompts[index],
-            [
-                picture(images / places[column] / f"{index:04d}-0.png", column, score.get((column, index)))
-                for column in shown
-            ],
+            [picture(images / places[name] / f"{index:04d}-0.png", name, score.get((name, index))) for name in shown],
         )
         for index in sorted(prompts)[:limit]
     ]

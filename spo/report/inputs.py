@@ -48,17 +48,20 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         for name in config.methods
     }
     evaluation = read_json(evaluate / "metrics.json", "evaluate")
+    stages = {"prepare": [prepare], "train_preference": [preference_metrics]}
+    for name, seeds in training.items():
+        stages[f"align {name}" + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")] = seeds
+    stages["evaluate"] = [evaluation]
     figures = ("sampler", "column", "metric", "low", "high")
+    checkpoint = ("column", "training_seed", "checkpoint")
     images = ("column", "training_seed", "sampler", "prompt_index", "image_index", "prompt")
     return Inputs(
         evaluation=evaluation,
         means=read_csv(evaluate / "means.csv", "evaluate", (*figures, "mean")),
         comparisons=read_csv(evaluate / "comparisons.csv", "evaluate", (*figures, "against", "difference", "win_rate")),
         scores=read_csv(evaluate / "scores.csv", "evaluate", images),
-        validation=read_csv(evaluate / "validation.csv", "evaluate", ("column", "training_seed", "checkpoint")),
-        validation_scores=read_csv(
-            evaluate / "validation_scores.csv", "evaluate", ("column", "training_seed", "checkpoint", "prompt_index")
-        ),
+        validation=read_csv(evaluate / "validation.csv", "evaluate", checkpoint),
+        validation_scores=read_csv(evaluate / "validation_scores.csv", "evaluate", (*checkpoint, "prompt_index")),
         history=_of_methods(config, root, "history.csv", ("loss",)),
         timesteps=_of_methods(config, root, "timesteps.csv", ("timestep", "branched", "kept", "margin"), optional=True),
         watch=_of_methods(config, root, "watch.csv", ("unet_forwards", "gap"), optional=True),
@@ -69,7 +72,11 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         accuracy=read_csv(preference / "accuracy.csv", "train_preference", ("timestep", "model", "accuracy"))
         if (preference / "accuracy.csv").exists()
         else [],
-        seconds=_seconds(prepare, preference_metrics, training, evaluation),
+        seconds={
+            stage: sum(metrics["seconds"] for metrics in parts)
+            for stage, parts in stages.items()
+            if all("seconds" in metrics for metrics in parts)
+        },
         images=evaluate / "images",
     )
 
@@ -113,23 +120,6 @@ def _of_methods(
                 rows = read_csv(path, f"align {method} --seed {seed}", columns)
                 found.setdefault(method, {})[seed] = rows
     return found
-
-
-def _seconds(
-    prepare: dict[str, Any],
-    preference: dict[str, Any],
-    training: dict[str, list[dict[str, Any]]],
-    evaluation: dict[str, Any],
-) -> dict[str, float]:
-    stages = {"prepare": [prepare], "train_preference": [preference]}
-    for name, seeds in training.items():
-        stages[f"align {name}" + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")] = seeds
-    stages["evaluate"] = [evaluation]
-    return {
-        stage: sum(metrics["seconds"] for metrics in parts)
-        for stage, parts in stages.items()
-        if all("seconds" in metrics for metrics in parts)
-    }
 
 
 def _read_text(path: Path, stage: str) -> str:

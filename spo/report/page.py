@@ -34,7 +34,7 @@ def page(
     html = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    html.filters |= {"signed": signed, "plain": plain, "duration": duration, "percent": percent, "minus": minus}
+    html.filters |= {"signed": signed, "plain": plain, "duration": duration, "percent": "{:.0%}".format, "minus": minus}
     left_out = [s for metric in config.evaluate.metrics for s in metric.scores if s not in results.metrics]
     return html.get_template("template.html.j2").render(
         profile=config.profile,
@@ -49,8 +49,16 @@ def page(
         cards=cards,
         costs=costs,
         leading=leading(costs),
-        chosen=_chosen(inputs),
-        training=_training(config, inputs),
+        chosen=[
+            f"{row['column']} seed {row['training_seed']:.0f}: {row['checkpoint']}"
+            for row in inputs.validation
+            if row.get("chosen") == 1
+        ],
+        training=[
+            {"method": name, "seed": seed, **metrics}
+            for name, runs in inputs.training.items()
+            for seed, metrics in zip(config.training_seeds, runs, strict=True)
+        ],
         seconds=inputs.seconds,
         facts=facts,
         folder=Workspace(config).evaluate.as_posix(),
@@ -73,25 +81,3 @@ def plain(value: Any) -> str:
 def minus(text: str) -> str:
     """Text with true minus signs before its numbers."""
     return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
-
-
-def percent(value: float) -> str:
-    return f"{value:.0%}"
-
-
-def _training(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
-    """The cost of each training."""
-    return [
-        {"method": name, "seed": seed, **metrics}
-        for name, runs in inputs.training.items()
-        for seed, metrics in zip(config.training_seeds, runs, strict=True)
-    ]
-
-
-def _chosen(inputs: Inputs) -> list[str]:
-    """The chosen checkpoint of each training."""
-    return [
-        f"{row['column']} seed {row['training_seed']:.0f}: {row['checkpoint']}"
-        for row in inputs.validation
-        if row.get("chosen") == 1
-    ]

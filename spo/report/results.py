@@ -1,7 +1,9 @@
 """The evaluation's tables, looked up by sampler, column and metric."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 from spo.errors import DataError
@@ -24,28 +26,27 @@ class Results:
     primary: str = "aesthetic"  # the score that should rise
     guarded: tuple[str, ...] = ("alignment",)  # scores that must not fall
     contrast_factor: float | None = None
-    _means: dict[tuple[str, str, str], Row] = field(init=False, repr=False)
-    _gains: dict[tuple[str, str, str, str], Row] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        means = {(row["sampler"], row["column"], row["metric"]): row for row in self.means}
-        gains = {(row["sampler"], row["column"], row["against"], row["metric"]): row for row in self.comparisons}
-        object.__setattr__(self, "_means", means)
-        object.__setattr__(self, "_gains", gains)
-        measured = dict.fromkeys(row["metric"] for row in self.means)
-        if absent := [metric for metric in self.main if metric not in measured]:
+        if absent := [metric for metric in self.main if metric not in self.metrics]:
             raise DataError(
-                f"evaluate has not measured {', '.join(absent)}, only {', '.join(measured) or 'nothing'}; "
+                f"evaluate has not measured {', '.join(absent)}, only {', '.join(self.metrics) or 'nothing'}; "
                 "name measured scores in evaluate.primary and evaluate.guarded"
             )
-        for sampler in self.samplers:
-            for column in (BASE, *self.methods):
-                known = all((sampler, column, metric) in means for metric in self.main)
-                compared = column == BASE or all((sampler, column, BASE, metric) in gains for metric in self.main)
-                if not known or not compared:
-                    raise DataError(
-                        f"the tables of evaluate have no {column} with {sampler}; run `python -m spo evaluate` again"
-                    )
+        for sampler, column, metric in product(self.samplers, (BASE, *self.methods), self.main):
+            compared = column == BASE or self.gain(sampler, column, metric) is not None
+            if self.score(sampler, column, metric) is None or not compared:
+                raise DataError(
+                    f"the tables of evaluate have no {column} with {sampler}; run `python -m spo evaluate` again"
+                )
+
+    @cached_property
+    def _means(self) -> dict[tuple[str, str, str], Row]:
+        return {(row["sampler"], row["column"], row["metric"]): row for row in self.means}
+
+    @cached_property
+    def _gains(self) -> dict[tuple[str, str, str, str], Row]:
+        return {(row["sampler"], row["column"], row["against"], row["metric"]): row for row in self.comparisons}
 
     @property
     def deciding(self) -> str:

@@ -55,26 +55,22 @@ def _gain_sentence(name: str, results: Results) -> str:
     gain = results.decided(name, metric)
     seeds = f" and {results.num_seeds} training seeds" if results.num_seeds > 1 else ""
     where = f"on {results.num_prompts} prompts never trained on{seeds}, winning {_won(gain)}"
-    match direction(gain):
-        case 0:
-            return (
-                f"{name} shows no clear change of {metric} over the base: {gain['difference']:+z.3f}, "
-                f"and the {_interval(gain)} includes zero, {where}."
-            )
-        case sign:
-            verb = "raises" if sign > 0 else "lowers"
-            return f"{name} {verb} {metric} by {abs(gain['difference']):.3f} ({_interval(gain, sign)}) {where}."
+    if sign := direction(gain):
+        verb = "raises" if sign > 0 else "lowers"
+        return f"{name} {verb} {metric} by {abs(gain['difference']):.3f} ({_interval(gain, sign)}) {where}."
+    return (
+        f"{name} shows no clear change of {metric} over the base: {gain['difference']:+z.3f}, "
+        f"and the {_interval(gain)} includes zero, {where}."
+    )
 
 
 def _guard_sentence(name: str, metric: str, gain: Figures) -> str:
-    match direction(gain):
-        case 0:
-            change = f"{gain['difference']:+z.3f} ({_interval(gain)}, includes zero)"
-            return f"Under {name}, {metric} with the prompt shows no clear change: {change}."
-        case sign:
-            verb = "rises" if sign > 0 else "falls"
-            change = f"{abs(gain['difference']):.3f} ({_interval(gain, sign)})"
-            return f"Under {name}, {metric} with the prompt {verb} by {change}."
+    if sign := direction(gain):
+        verb = "rises" if sign > 0 else "falls"
+        change = f"{verb} by {abs(gain['difference']):.3f} ({_interval(gain, sign)})"
+    else:
+        change = f"shows no clear change: {gain['difference']:+z.3f} ({_interval(gain)}, includes zero)"
+    return f"Under {name}, {metric} with the prompt {change}."
 
 
 def _duel_sentence(name: str, other: str, results: Results) -> str:

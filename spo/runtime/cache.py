@@ -22,7 +22,7 @@ def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def kept(path: Path) -> dict[str, Tensor] | None:
-    """The tensors in the order in which they were written; None where the file is missing or damaged."""
+    """The tensors in the order in which they were written; None if the file is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()

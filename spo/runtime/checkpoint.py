@@ -57,7 +57,7 @@ class StateStore:
 
     def __init__(self, folder: Path, made_by: Mapping[str, Any]):
         self.folder = folder
-        self.made_by = json.loads(json.dumps(dict(made_by)))  # as it comes back from a file
+        self.made_by = json.loads(json.dumps(dict(made_by)))  # as when read from a file
 
     def load(self) -> State | None:
         """The newest undamaged state, or None; a damaged state is named on stderr and removed.
@@ -114,10 +114,10 @@ class StateStore:
         return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal())
 
     def _not_saved(self, error: Exception, state: State) -> str:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+        size = sum(tensor.nbytes for tensor in state.tensors.values())
         free = shutil.disk_usage(self.folder).free
-        whole = [path.name.lstrip("0") or "0" for path in self._paths()]
-        kept = f"the state of {whole[-1]} is intact" if whole else "there was none before it"
+        paths = self._paths()
+        kept = f"the state of {int(paths[-1].name)} is intact" if paths else "there was none before it"
         return (
             f"the state of {state.number} cannot be saved in {self.folder}: {one_line(error)}; it takes "
             f"{size / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; {kept}: make room and run the same command again"
@@ -188,7 +188,7 @@ class Saver:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors, and as numbers for all that is no tensor."""
+    """An optimizer's state: named tensors, and the values that are no tensors."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():

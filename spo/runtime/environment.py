@@ -21,7 +21,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def git_commit(root: Path) -> str:
-    """The commit of `root`, and whether files differ from it; a text that says so where there is none."""
+    """The commit of `root`, and whether files differ from it; "not in a git repository" if there is none."""
     commit = git(root, "rev-parse", "HEAD")
     if not commit:
         return "not in a git repository"
@@ -29,7 +29,7 @@ def git_commit(root: Path) -> str:
 
 
 def hardware() -> dict[str, str]:
-    """`processor`, and `gpu` where there are any: what the last digits of a result depend on."""
+    """`processor`, and `gpu` if there are any; the last digits of a result depend on them."""
     import torch
 
     kernels = torch.backends.cpu.get_cpu_capability()  # the instruction set that torch's own kernels use
@@ -41,14 +41,14 @@ def hardware() -> dict[str, str]:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model, or its architecture where the system does not name the model."""
+    """The processor's model, or its architecture if the system does not name the model."""
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next((name for name in names if name), platform.machine())
 
 
 def git(root: Path, *arguments: str) -> str:
-    """What a git command prints; empty where git, a repository or an answer within 30 s is missing."""
+    """The output of a git command; empty without git, a repository or an answer within 30 s."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False

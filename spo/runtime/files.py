@@ -1,11 +1,12 @@
 """Atomic writes: a file or folder is written under a temporary name beside its target, then renamed."""
 
+import csv
 import glob
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The rename replaces what was at `path`. If the block raises, `path` stays and the temporary is removed. It has the
     suffix of `path`. Missing parent folders are made, and what killed processes of this machine left is removed.
-    FileNotFoundError where the block writes nothing.
+    FileNotFoundError if the block writes nothing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,15 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON in the order given; ValueError for nan and infinity, which JSON cannot hold."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the first row's names as the header; floats keep 6 significant digits."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
 
 
 def read_json(path: str | Path) -> Any:

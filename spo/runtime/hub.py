@@ -10,30 +10,21 @@ from safetensors import SafetensorError
 
 from spo.errors import ModelError, one_line
 
-FILES = (
-    ".safetensors",
-    ".bin",
-    ".ckpt",
-    ".pt",
-    ".pth",
-    ".json",
-    ".jsonl",
-    ".parquet",
-)  # of files
+FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".jsonl", ".parquet")  # suffixes
 SECONDS = 5.0  # to wait for an answer
 _NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def is_name(source: str | Path) -> bool:
-    """Whether `source` has the form OWNER/NAME; False where a file or folder has that name."""
+    """Whether `source` has the form OWNER/NAME; False if a file or folder has that name."""
     path = Path(source)
     return _NAME.fullmatch(str(source)) is not None and path.suffix not in FILES and not path.exists()
 
 
 def connect() -> bool:
-    """Ask the hub once whether it answers; if not, its client uses only its cache from now on.
+    """Check once whether the hub answers; if not, its client uses only its cache from now on.
 
-    Otherwise the client would try each file six times over half a minute, with two lines each time.
+    Otherwise the client would try each file six times over half a minute.
     """
     from huggingface_hub import constants
 
@@ -44,9 +35,9 @@ def connect() -> bool:
 
 @contextmanager
 def loading(what: str, source: str | Path, setting: str, remedy: str) -> Iterator[None]:
-    """Turn what libraries raise while they load `source` into a ModelError of one line.
+    """Turn the libraries' errors while they load `source` into a ModelError of one line.
 
-    what: names the source in the message; setting: where the user can name another; remedy: what a local one should be.
+    what: the source in the message; setting: where the user can name another; remedy: what a local one should be.
     """
     if is_name(source):
         connect()
@@ -59,7 +50,7 @@ def loading(what: str, source: str | Path, setting: str, remedy: str) -> Iterato
 
 
 def unavailable(name: str | Path, setting: str, error: Exception) -> str:
-    """Why a repository cannot be loaded, and what to download and where to put it."""
+    """Message: why a repository cannot be loaded, and what to download and where to put it."""
     from huggingface_hub import constants
 
     why = "the hub cannot be reached" if constants.is_offline_mode() else f"the hub does not give it: {one_line(error)}"

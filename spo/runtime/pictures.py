@@ -33,9 +33,10 @@ def enlarged(picture: Image.Image, least: int) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def plain_sheet(rows: Sequence[Sequence[Image.Image]], *, least: int = 96, gap: int = 4) -> Image.Image:
+def plain_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """Rows of pictures of one size, on white."""
-    tiles = [[enlarged(picture, least) for picture in row] for row in rows]
+    gap = 4
+    tiles = [[enlarged(picture, 96) for picture in row] for row in rows]
     width, height = tiles[0][0].size
     sheet = Image.new("RGB", (len(tiles[0]) * (width + gap) - gap, len(tiles) * (height + gap) - gap), PAPER)
     for y, row in enumerate(tiles):
@@ -44,12 +45,10 @@ def plain_sheet(rows: Sequence[Sequence[Image.Image]], *, least: int = 96, gap: 
     return sheet
 
 
-def labelled_sheet(
-    title: str, columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], *, least: int = 256
-) -> Image.Image:
+def labelled_sheet(title: str, columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str]) -> Image.Image:
     """A sheet with a wrapped title, a column of pictures for each name and a row for each label in `rows`."""
     font, small = ImageFont.load_default(18), ImageFont.load_default(14)
-    tiles = {name: [enlarged(picture, least) for picture in pictures] for name, pictures in columns.items()}
+    tiles = {name: [enlarged(picture, 256) for picture in pictures] for name, pictures in columns.items()}
     tile = next(iter(tiles.values()))[0]
     width = 2 * MARGIN + len(tiles) * (tile.width + GAP) - GAP
     lines = _wrapped(title, font, width - 2 * MARGIN)
@@ -69,7 +68,7 @@ def labelled_sheet(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a longer word gets its own line and is cut."""
+    """Lines of at most `width` pixels; a longer word has its own line and is cut."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -1,4 +1,4 @@
-"""Child processes: their environment, and process groups that end as a whole."""
+"""Child processes: their environment, process groups that end as a whole, and one command in several processes."""
 
 import os
 import signal
@@ -8,7 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spo.config import LaunchConfig
 from spo.runtime.stopping import uninterrupted
+
+LAUNCHED = "SPO_LAUNCHED"  # environment variable of the processes that `launch` starts: they start no more
 
 
 def child_environment(**variables: str) -> dict[str, str]:
@@ -33,8 +36,27 @@ def run_group(command: Sequence[str], environment: Mapping[str, str]) -> int:
             raise
 
 
+def launch(settings: LaunchConfig, arguments: Sequence[str]) -> int:
+    """Run `python -m spo ARGUMENTS` in several processes, one for each GPU; returns the exit code.
+
+    Where one of them fails, accelerate ends the others.
+    """
+    import torch
+
+    count = str(settings.num_processes)
+    if settings.accelerate_config is not None:
+        starter = ["accelerate.commands.launch", "--num_processes", count, "--config_file", settings.accelerate_config]
+    elif torch.cuda.is_available():
+        options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        starter = ["accelerate.commands.launch", "--num_processes", count, *options]
+    else:  # without a GPU accelerate would start only one
+        starter = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    command = [sys.executable, "-m", *starter, "-m", "spo", *arguments]
+    return run_group(command, {**os.environ, LAUNCHED: "1"})
+
+
 def await_group(leader: subprocess.Popen[bytes], seconds: float = float("inf")) -> bool:
-    """Wait until the leader's group has no process left; False where that takes more than `seconds`."""
+    """Wait until the leader's group has no process left; False if that takes more than `seconds`."""
     deadline = time.monotonic() + seconds
     while alive := signal_group(leader, 0):
         if time.monotonic() > deadline:
@@ -44,7 +66,7 @@ def await_group(leader: subprocess.Popen[bytes], seconds: float = float("inf")) 
 
 
 def signal_group(leader: subprocess.Popen[bytes], number: int) -> bool:
-    """Send a signal (0: none) to the group of `leader`; False where the group has no process left."""
+    """Send a signal (0: none) to the group of `leader`; False if the group has no process left."""
     leader.poll()  # a child that has ended but was not awaited still counts as a process
     try:
         os.killpg(leader.pid, number)

@@ -22,20 +22,19 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def progress(iterable: Iterable[T] = (), *, total: int | None = None, done: int = 0, label: str) -> "Progress[T]":
+class Progress(Generic[T]):
     """Progress over `iterable`, or over `total` calls of `update`; an iterable with a length needs no total.
 
-    done: steps that an earlier process has done.
+    done: steps that an earlier process has done. Only the first process of a distributed run reports, to stderr.
     """
-    return Progress(iterable, total=total, done=done, label=label)
-
-
-class Progress(Generic[T]):
-    """Counts iterations, or calls of `update` where nothing is iterated; writes to stderr."""
 
     def __init__(self, iterable: Iterable[T] = (), *, total: int | None = None, done: int = 0, label: str):
         if total is None and isinstance(iterable, Sized) and len(iterable):
             total = len(iterable)
+        first = os.environ.get("RANK", "0") == "0"
+        self._writes_lines = first and not sys.stderr.isatty()
+        disabled = not first or self._writes_lines
+        self._bar = tqdm(total=total, initial=done, desc=label, dynamic_ncols=True, disable=disabled)
         self._iterable = iterable
         self._iterated = False
         self._total = total
@@ -43,12 +42,6 @@ class Progress(Generic[T]):
         self._shown = ""
         self._done = self._count = done
         self._start = self._last_line = time.monotonic()
-        first = os.environ.get("RANK", "0") == "0"  # only the first process of a distributed run reports
-        self._closed = not first
-        terminal = sys.stderr.isatty() and first
-        self._bar = (
-            tqdm(total=total, initial=done, desc=label, dynamic_ncols=True, file=sys.stderr) if terminal else None
-        )
 
     def __iter__(self) -> Iterator[T]:
         self._iterated = True
@@ -57,45 +50,30 @@ class Progress(Generic[T]):
                 yield item
                 self._advance()
 
-    def __len__(self) -> int:
-        if self._total is None:
-            raise TypeError("this progress has no total")
-        return self._total
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._bar.close()
+        if self._writes_lines:
+            self._write_line(last=True)
 
     def update(self, **shown: object) -> None:
         """Show these values; where nothing is iterated, also count one step."""
         self._shown = ", ".join(
             f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()
         )
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._shown, refresh=False)
+        self._bar.set_postfix_str(self._shown, refresh=False)
         if not self._iterated:
             self._advance()
 
-    def close(self) -> None:
-        """End the bar, or write the last line; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._bar is not None:
-            self._bar.close()
-        else:
-            self._line(last=True)
-
     def _advance(self) -> None:
         self._count += 1
-        if self._bar is not None:
-            self._bar.update()
-        elif not self._closed and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._line()
+        self._bar.update()
+        if self._writes_lines and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._write_line()
 
-    def _line(self, *, last: bool = False) -> None:
+    def _write_line(self, *, last: bool = False) -> None:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start
         count = f"{self._count}" if self._total is None else f"{self._count}/{self._total}"
@@ -107,3 +85,6 @@ class Progress(Generic[T]):
                 parts.append(f"{duration(max(self._total - self._count, 0) / rate)} left")
         parts += [self._shown] if self._shown else []
         print(", ".join(parts), file=sys.stderr, flush=True)
+
+
+progress = Progress

@@ -34,7 +34,7 @@ class Stopped(KeyboardInterrupt):
 
 class _State:
     depth = 0  # of nested `uninterrupted` blocks
-    asked: int | None = None  # the signal that came last
+    received: int | None = None  # the last signal
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def stoppable() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _State.depth, _State.asked = 0, None
+    _State.depth, _State.received = 0, None
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -57,7 +57,7 @@ def stoppable() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
-        _State.asked = None
+        _State.received = None
 
 
 @contextmanager
@@ -74,11 +74,11 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         _State.depth -= 1
-    if _State.depth == 0 and _State.asked is not None and not isinstance(sys.exception(), Stopped):
-        raise Stopped(_State.asked)
+    if _State.depth == 0 and _State.received is not None and not isinstance(sys.exception(), Stopped):
+        raise Stopped(_State.received)
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    _State.asked = number
+    _State.received = number
     if not _State.depth:
         raise Stopped(number)

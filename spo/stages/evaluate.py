@@ -17,16 +17,15 @@ from torch import Tensor
 
 from spo.config import Config
 from spo.evaluation.checkpoint_selection import choose_checkpoint
-from spo.evaluation.image_scorer import ImageScorer, joined
+from spo.evaluation.image_scorer import ImageScorer, contrast, joined
 from spo.evaluation.model_variants import BASE, CONTROL, ModelVariant, Task, checkpoints, tasks
 from spo.evaluation.tables import Column, Row, compact, comparison_rows, mean_rows, score_rows
 from spo.metrics.metric import Scores
-from spo.models.generate import from_bytes
+from spo.models.generate import eight_bits, from_bytes
 from spo.runtime import distributed
-from spo.runtime.files import atomic_path, write_json
-from spo.runtime.memory import memory_advice
+from spo.runtime.device import memory_advice
+from spo.runtime.files import atomic_path, write_csv, write_json
 from spo.runtime.pictures import plain_sheet, to_picture
-from spo.runtime.tables import write_csv
 from spo.tracking import Tracker
 from spo.workspace import Workspace
 
@@ -148,7 +147,7 @@ class Evaluation:
             for batch in batches:
                 images = from_bytes(batch.images)
                 save_images(images, batch.tasks, folder / BASE)
-                save_images(self.image_scorer.with_contrast(images, factor), batch.tasks, folder / CONTROL)
+                save_images(eight_bits(contrast(images, factor)), batch.tasks, folder / CONTROL)
         own = joined([batch.scores for batch in batches])
         return [
             Column(name, sampler, (None,), _stacked([scores])) for name, scores in ((BASE, own), (CONTROL, control))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from spo.config import Config
-from spo.runtime.files import atomic_path, write_json, write_text
+from spo.runtime.files import atomic_path, read_json, write_json, write_text
 from spo.tracking import Tracker
 from spo.world.pretraining import cards, parts
 from spo.world.pretraining.pairs import write_pairs
@@ -35,8 +35,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     lessons = _once(work / "lessons", lambda folder: parts.make_lessons(folder, denoiser, taught))
     preference = _once(work / "preference", lambda folder: parts.make_preference(folder, vae, lessons, pool, config))
 
-    figures = parts.judge_base(denoiser / "final", prompts)
-    accuracy = parts.read_accuracy(preference)
+    figures = parts.score_base(denoiser / "final", prompts)
+    accuracy = read_json(preference / "accuracy.json")
     with atomic_path(data / "base" / "tiny") as folder:
         shutil.copytree(denoiser / "final", folder)
         write_text(folder / "README.md", cards.base(RECIPE, figures))

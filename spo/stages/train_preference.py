@@ -14,12 +14,10 @@ from spo.models.load import build
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.runtime import distributed
 from spo.runtime.checkpoint import Saver, State, StateStore
-from spo.runtime.device import best_device
-from spo.runtime.files import atomic_path, write_json
+from spo.runtime.device import best_device, memory_advice
+from spo.runtime.files import atomic_path, write_csv, write_json
 from spo.runtime.hashing import fingerprints
-from spo.runtime.memory import memory_advice
 from spo.runtime.progress import Progress, progress
-from spo.runtime.tables import write_csv
 from spo.tracking import Tracker
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference import StepAwareTraining

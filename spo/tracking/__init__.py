@@ -1,21 +1,15 @@
-"""Tracking of stages in MLflow, which nothing else of ours imports.
+"""Tracking of stages in MLflow. Only this package imports mlflow.
 
 The store is MLFLOW_TRACKING_URI, or else the project's own: mlflow/mlflow.db and mlflow/artifacts. A stage is one
 run; the stages of a pipeline run share a parent run, found by its tag `spo.pipeline`.
 
-    tracker.py   what a stage calls; it writes to a journal on the disk at once
-    journal.py   the journal mlflow/unsent/<id>, removed when the store has all of it
-    sender.py    sends a journal's events to the store, now or at a later start
-    heartbeat.py a thread that sends every ten seconds, and measures the machine
-    store.py     the store: client, experiment, parent run
-    facts.py     what a run was made with: commit, versions, data sets and their hashes
-    run.py       `start`: one stage's run from beginning to end
-    registry.py  aligned LoRAs as versions of a registered model, one of them the champion
+A stage's tracker writes to a journal on the disk at once (tracker.py, journal.py). A thread sends the journal's events
+to the store every ten seconds, or a later start does (heartbeat.py, sender.py).
 """
 
 from spo.tracking.run import start
 from spo.tracking.sender import send_unsent
-from spo.tracking.store import PIPELINE_RUN, fetch_model, masked, pipeline_id, spoken, store
+from spo.tracking.store import PIPELINE_RUN, fetch_model, masked, pipeline_id, store, store_errors
 from spo.tracking.tracker import NullTracker, Tracker
 
 __all__ = [
@@ -26,7 +20,7 @@ __all__ = [
     "masked",
     "pipeline_id",
     "send_unsent",
-    "spoken",
     "start",
     "store",
+    "store_errors",
 ]

@@ -27,9 +27,9 @@ class Heartbeat(threading.Thread):
             self._sender.send()
 
     def stop(self, seconds: float | None = None) -> None:
-        """End the thread after one more measurement; the caller sends the rest.
+        """End the thread and measure once more; the caller sends the rest.
 
-        It waits for a server that hangs, at most `seconds` where they are given.
+        It waits at most `seconds` for a server that hangs; None: without a limit.
         """
         self._over.set()
         self.join(seconds)
@@ -46,7 +46,7 @@ class Heartbeat(threading.Thread):
 
 
 def _monitors() -> list[Any]:
-    """MLflow's monitors of processor and memory, disk, network, and GPUs where there are any."""
+    """MLflow's monitors of processor and memory, disk, network, and GPUs if there are any."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

@@ -8,6 +8,7 @@ disk may cut a line off; this line is skipped, and the lines after it are read.
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -32,7 +33,6 @@ class Journal:
         self._writing = threading.Lock()
         self._events = folder / "events.jsonl"
         self._state = folder / "state.json"
-        self._files = 0
 
     @classmethod
     def create(cls, unsent: Path) -> Self:
@@ -55,31 +55,22 @@ class Journal:
             except (Timeout, OSError):  # its writer is running, or another process has just sent it
                 continue
 
-    def append(self, do: str, **what: Any) -> None:
+    def append(self, do: str, **values: Any) -> None:
         """Write an event; the operating system has it when this returns."""
-        line = json.dumps({"do": do, **what}).encode() + b"\n"
+        line = json.dumps({"do": do, **values}).encode() + b"\n"
         with self._writing, self._events.open("ab+") as file:
             if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
                 line = b"\n" + line  # after a line that was cut off
             file.write(line)
 
-    def keep(self, source: Path, name: str) -> str:
-        """Copy a file or folder into the journal as `name`; returns its path relative to the journal."""
-        target = self._room() / name
-        shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+    def keep(self, content: Path | bytes, name: str) -> str:
+        """Copy a file, a folder or bytes into the journal as `name`; returns the path relative to the journal."""
+        target = Path(tempfile.mkdtemp(dir=self.folder / "files")) / name
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copytree(content, target) if content.is_dir() else shutil.copyfile(content, target)
         return str(target.relative_to(self.folder))
-
-    def keep_bytes(self, content: bytes, name: str) -> str:
-        target = self._room() / name
-        target.write_bytes(content)
-        return str(target.relative_to(self.folder))
-
-    def _room(self) -> Path:
-        with self._writing:
-            self._files += 1
-            folder = self.folder / "files" / str(self._files)
-        folder.mkdir()
-        return folder
 
     def after(self, offset: int) -> Iterator[tuple[Event, int]]:
         """The events from a byte offset on, each with the offset of its end; a broken line is skipped."""

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Config
 from spo.runtime.hashing import content_digest
-from spo.tracking.facts import provenance
-from spo.tracking.run import experiment_name
-from spo.tracking.store import connect, find_latest, made, pipeline_id
+from spo.tracking.run import experiment_name, provenance
+from spo.tracking.store import connect, make_parent_run, pipeline_id
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -49,7 +48,7 @@ def model_name(config: Config) -> str:
 
 
 def champion(config: Config, root: Path = Path()) -> Version | None:
-    """The version that has the alias `champion`; None where there is none."""
+    """The version that has the alias `champion`; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     client = connect(root)
@@ -61,7 +60,7 @@ def champion(config: Config, root: Path = Path()) -> Version | None:
         raise
 
 
-def crown(version: Version, root: Path = Path()) -> None:
+def make_champion(version: Version, root: Path = Path()) -> None:
     """Move the alias `champion` to this version."""
     connect(root).set_registered_model_alias(version.name, CHAMPION, str(version.number))
 
@@ -77,10 +76,9 @@ def describe(version: Version, root: Path = Path(), *, tags: Mapping[str, str], 
 def register(
     config: Config, lora: Path, evaluation: Sequence[Path], root: Path = Path(), *, tags: Mapping[str, str]
 ) -> Version:
-    """The version of this LoRA with this evaluation; made where there is none.
+    """Return the version of this LoRA with this evaluation; make it if there is none.
 
-    lora: a folder with diffusers' pytorch_lora_weights.safetensors.
-    evaluation: files that are stored with it.
+    lora: a folder with diffusers' pytorch_lora_weights.safetensors. evaluation: files that are stored with it.
     """
     client = connect(root)
     name = model_name(config)
@@ -92,8 +90,14 @@ def register(
     for found in client.search_model_versions(f"name = '{name}'"):
         if known.items() <= found.tags.items():
             return _version(found)
-    experiment, _ = made(client, root, experiment_name(config), pipeline_id(), config.profile)
-    run_id = find_latest(client, experiment, "evaluate")
+    experiment, _ = make_parent_run(client, root, experiment_name(config), pipeline_id(), config.profile)
+    finished = client.search_runs(
+        [experiment],
+        "tags.stage = 'evaluate' AND attributes.status = 'FINISHED'",
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
+    run_id = finished[0].info.run_id if finished else None
     model = client.create_logged_model(experiment, f"{config.profile}-lora", run_id, known, model_type="lora")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"

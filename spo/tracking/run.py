@@ -1,20 +1,27 @@
-"""One stage's run, from its start in the journal to its end in the store."""
+"""One stage's run, from its start in the journal to its end in the store, with the facts that it is tagged with."""
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spo.config import Config
-from spo.tracking.facts import inputs, provenance, tags
+from spo.pipeline import STAGES
+from spo.runtime.environment import git, hardware
+from spo.runtime.hashing import content_digest, text_digest
 from spo.tracking.heartbeat import Heartbeat
 from spo.tracking.journal import Journal, unsent
 from spo.tracking.sender import Sender, send_unsent
-from spo.tracking.store import away, connect, pipeline_id, run_url, unusable
+from spo.tracking.store import connect, is_temporary, pipeline_id, run_url, unusable
 from spo.tracking.tracker import JournalTracker, NullTracker, Tracker
+from spo.workspace import Workspace
 
+FLOW_RUN = "SPO_FLOW_RUN"  # environment variable: the Prefect flow run that started the stage
+CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # names that MLflow uses
 STOPPED_SECONDS = 5.0  # a stopped stage waits this long for a server that hangs, twice
 
 
@@ -22,10 +29,9 @@ STOPPED_SECONDS = 5.0  # a stopped stage waits this long for a server that hangs
 def start(
     config: Config, stage: str, root: Path = Path(), *, method: str | None = None, seed: int | None = None
 ) -> Iterator[Tracker]:
-    """A tracker for one stage's run; the run ends FAILED where the block raises or is interrupted.
+    """A tracker for one stage's run. The run is FAILED if the block raises or is interrupted.
 
-    An unreachable server does not stop a stage: a later stage sends its journal. ConfigError where the store cannot be
-    used at all.
+    An unreachable server does not stop a stage: a later stage sends its journal. ConfigError if the store is unusable.
     """
     if int(os.environ.get("RANK", "0")):  # only the first process of a distributed run reports
         yield NullTracker()
@@ -47,7 +53,7 @@ def start(
     if sender.send():
         print(f"tracked at {run_url(root, sender.state['experiment'], sender.state['parent'])}", flush=True)
         send_unsent(root)
-    elif (problem := sender.problem) is not None and not away(root, problem):
+    elif (problem := sender.problem) is not None and not is_temporary(root, problem):
         journal.remove()
         raise unusable(root, problem) from problem
     journal.append("inputs", inputs=inputs(config, stage, root))
@@ -75,6 +81,59 @@ def start(
 
 def experiment_name(config: Config) -> str:
     return f"spo-{config.profile}"
+
+
+def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
+    """The tags of a stage's run."""
+    import diffusers
+    import torch
+
+    return {
+        "stage": stage,
+        "profile": config.profile,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        **hardware(),
+        **provenance(root),
+    }
+
+
+def provenance(root: Path) -> dict[str, str]:
+    """Tags of a stage's run, its parent and a registered model: the project's state, and the flow run."""
+    commit = git(root, "rev-parse", "HEAD")
+    lock = root / "dvc.lock"
+    flow = os.environ.get(FLOW_RUN)
+    return {
+        "mlflow.source.git.commit": commit or "none",
+        "git.changed": str(bool(git(root, "status", "--porcelain", "--untracked-files=no"))) if commit else "none",
+        "dvc.lock": content_digest(lock) if lock.is_file() else "none",
+        **({"prefect.flow_run_id": flow} if flow else {}),
+    }
+
+
+def inputs(config: Config, stage: str, root: Path) -> list[dict[str, Any]]:
+    """The data sets that a stage reads, each with a hash of its contents; for a data set of the hub, of its name."""
+    prepared = Workspace(config).prepared
+    found = [(f"{kind} {side}", str(prepared.file(kind, side)), CONTEXTS[side]) for kind, side in STAGES[stage].inputs]
+    if stage == "prepare":
+        found = [("prompts", config.prepare.prompts.source, "source")]
+        if config.prepare.preferences:
+            found.append(("preferences", config.prepare.preferences.source, "source"))
+    return [
+        {"name": name, "context": context, "source": source, **_content(root, source)}
+        for name, source, context in found
+        if (root / source).exists() or ":" in source
+    ]
+
+
+def _content(root: Path, source: str) -> dict[str, Any]:
+    path = root / source
+    if not path.exists():
+        return {"digest": text_digest(source), "profile": {}}
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    profile = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    return {"digest": content_digest(path), "profile": profile}
 
 
 def _now() -> int:

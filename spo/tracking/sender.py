@@ -1,21 +1,21 @@
-"""Sends a run's journal to MLflow: in order, each event once, and later where the store is unreachable."""
+"""Sends a run's journal to MLflow: in order, each event once. If the store is unreachable, a later call sends it."""
 
 import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.tracking.journal import Event, Journal, unsent
-from spo.tracking.store import connect, find_run, made, masked_line, refused
+from spo.tracking.store import connect, find_run, make_parent_run, masked_line, refused
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-METRICS_PER_SEND = 1000  # MLflow's limits
-PARAMS_PER_SEND = 100
+BATCH_SIZES = {"metrics": 1000, "params": 100}  # MLflow's limits
 
 
 class Sender:
@@ -26,13 +26,9 @@ class Sender:
         self.journal = journal
         self.root = root
         self.state: Event = journal.state()
-        self.problem: Exception | None = None  # why the store is away, as far as known
-        self._complained: set[str] = set()
+        self.problem: Exception | None = None  # of the last `send`, if the store was unreachable
+        self._warned: set[str] = set()
         self._sending = threading.Lock()
-
-    @property
-    def run_id(self) -> str | None:
-        return self.state.get("run_id")
 
     def send(self) -> bool:
         """Send new events; returns whether all have arrived. A problem of the store is reported once."""
@@ -41,10 +37,10 @@ class Sender:
                 self._send()
                 self.problem = None
             except Exception as error:
-                if not _is_the_store_s(error):
+                if not _is_store_error(error):
                     raise
                 self.problem = error
-                self._say(
+                self._warn(
                     "away",
                     f"the tracking store is away ({masked_line(error)}); what is reported is kept in "
                     f"{self.journal.folder} and sent when it is back",
@@ -52,7 +48,7 @@ class Sender:
             return self.problem is None
 
     def send_within(self, seconds: float | None) -> bool:
-        """Send, but wait at most `seconds` for a server that hangs; None: wait for ever."""
+        """Send, but wait at most `seconds` for a server that hangs; None: without a limit."""
         if seconds is None:
             return self.send()
         arrived: list[bool] = []
@@ -62,46 +58,44 @@ class Sender:
         return arrived == [True]
 
     def _send(self) -> None:
-        """Send events in order, neighbouring metrics together, and note the offset after each."""
+        """Send events in order, neighbouring metrics together, and store the offset after each."""
         from mlflow.entities import Metric
 
         events = list(self.journal.after(self.state["offset"]))
         while events:
-            together = list(takewhile(lambda pair: pair[0]["do"] == "metrics", events))
-            rows = [Metric(*row) for event, _ in together for row in event["rows"]]
-            for start in range(0, len(rows), METRICS_PER_SEND):
-                batch = rows[start : start + METRICS_PER_SEND]
-                self._accepted(lambda batch=batch: self.client.log_batch(self.state["run_id"], metrics=batch))
-            if not together:
-                together = events[:1]
-                self._one(together[0][0])
+            together = list(takewhile(lambda pair: pair[0]["do"] == "metrics", events)) or events[:1]
+            if together[0][0]["do"] == "metrics":
+                self._log_batches("metrics", [Metric(*row) for event, _ in together for row in event["rows"]])
+            else:
+                self._send_one(together[0][0])
             self.state["offset"] = together[-1][1]
             self.journal.note(self.state)
             events = events[len(together) :]
 
-    def _one(self, event: Event) -> None:
+    def _send_one(self, event: Event) -> None:
+        from mlflow.entities import Param
+
         match event["do"]:
             case "start":
                 self._start(event)
             case "params":
-                self._params(event["params"])
+                self._log_batches("params", [Param(name, value) for name, value in event["params"].items()])
             case "file":
                 path = self.journal.folder / event["path"]
                 upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
                 folder = "/".join(filter(None, (event["folder"], path.name if path.is_dir() else None))) or None
-                self._accepted(lambda: upload(self.state["run_id"], str(path), folder))
+                self._call(upload, self.state["run_id"], str(path), folder)
             case "inputs":
-                read = [_input(each) for each in event["inputs"]]
-                self._accepted(lambda: self.client.log_inputs(self.state["run_id"], read))
+                self._call(self.client.log_inputs, self.state["run_id"], [_input(each) for each in event["inputs"]])
             case "end":
-                for run_id in (self.run_id, self.state["parent"]):  # a parent run is as its latest stage
-                    self._accepted(
-                        lambda run_id=run_id: self.client.set_terminated(run_id, event["status"], event["time"])
-                    )
+                for run_id in (self.state["run_id"], self.state["parent"]):  # the parent gets its latest stage's status
+                    self._call(self.client.set_terminated, run_id, event["status"], event["time"])
 
     def _start(self, event: Event) -> None:
-        """Make the run under its parent, unless an earlier attempt made it before its answer was lost."""
-        experiment, parent = made(self.client, self.root, event["experiment"], event["pipeline"], event["profile"])
+        """Make the run under its parent, unless an earlier attempt made it and its answer was lost."""
+        experiment, parent = make_parent_run(
+            self.client, self.root, event["experiment"], event["pipeline"], event["profile"]
+        )
         run_id = find_run(self.client, experiment, "spo.journal", self.journal.id)
         if run_id is None:
             tags = {"mlflow.parentRunId": parent, "spo.journal": self.journal.id, **event["tags"]}
@@ -112,70 +106,69 @@ class Sender:
             self.client.set_tag(parent, name, value)
         self.state |= {"run_id": run_id, "parent": parent, "experiment": experiment}
 
-    def _params(self, params: dict[str, str]) -> None:
-        from mlflow.entities import Param
+    def _log_batches(self, kind: str, rows: list[Any]) -> None:
+        size = BATCH_SIZES[kind]
+        for start in range(0, len(rows), size):
+            self._call(self.client.log_batch, self.state["run_id"], **{kind: rows[start : start + size]})
 
-        rows = [Param(name, value) for name, value in params.items()]
-        for start in range(0, len(rows), PARAMS_PER_SEND):
-            batch = rows[start : start + PARAMS_PER_SEND]
-            self._accepted(lambda batch=batch: self.client.log_batch(self.state["run_id"], params=batch))
-
-    def _accepted(self, call: Any) -> None:
-        """Call the store; an event that it refuses is dropped with a warning."""
+    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Call the client; an event that the store refuses is dropped with a warning."""
         try:
-            call()
+            method(*arguments, **options)
         except Exception as error:
-            if not (_is_the_store_s(error) and refused(error)):
+            if not (_is_store_error(error) and refused(error)):
                 raise
-            self._say("refused", f"tracking lost something: {masked_line(error)}")
+            self._warn("refused", f"tracking lost something: {masked_line(error)}")
 
-    def _say(self, kind: str, message: str) -> None:
-        if kind not in self._complained:
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
             print(f"warning: {message}", file=sys.stderr, flush=True)
-        self._complained.add(kind)
+        self._warned.add(kind)
 
 
 def send_unsent(root: Path = Path()) -> int:
     """Send the journals of processes that have ended; returns how many remain.
 
-    A run whose process was killed ends as KILLED. A damaged journal is named and left.
+    The run of a killed process ends as KILLED. A damaged journal is named and kept.
     """
     client = connect(root)
-    left = damaged = 0
+    remaining = 0
+    away = False
     for journal in Journal.left_behind(unsent(root)):
         try:
-            sent = not left and _send_whole(client, journal, root)
+            if not away:
+                away = not _send_whole(client, journal, root)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            damaged += 1
+            remaining += 1
             print(
                 f"warning: {journal.folder} cannot be sent: {masked_line(error)}; remove it if it is not needed",
                 file=sys.stderr,
                 flush=True,
             )
             continue
-        if sent:
-            journal.remove()
+        if away:
+            remaining += 1
         else:
-            left += 1
-    return left + damaged
+            journal.remove()
+    return remaining
 
 
 def _send_whole(client: "MlflowClient", journal: Journal, root: Path) -> bool:
-    """Whether all of an ended process's journal has arrived."""
+    """Send the journal of an ended process; returns whether all of it has arrived."""
     events = [event for event, _ in journal.after(0)]
     if events and events[0]["do"] == "start" and not any(event["do"] == "end" for event in events):
         journal.append("end", status="KILLED", time=int(time.time() * 1000))
     return Sender(client, journal, root).send()
 
 
-def _is_the_store_s(error: Exception) -> bool:
+def _is_store_error(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     return isinstance(error, MlflowException | OSError)
 
 
 def _input(values: dict[str, Any]) -> Any:
-    """A data set as MLflow knows it."""
+    """A data set as MLflow's entity."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     source, profile = json.dumps({"uri": values["source"]}), json.dumps(values["profile"])

@@ -31,16 +31,16 @@ UI = "http://127.0.0.1:5000"  # where `make ui` shows a local store
 
 
 def store(root: Path = Path()) -> str:
-    """The URI that runs are tracked at."""
+    """The URI of the store."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow' / 'mlflow.db'}"
 
 
 def connect(root: Path) -> "MlflowClient":
-    """A client of the store; ConfigError where the URI is unknown or a local store cannot be opened."""
+    """A client of the store; ConfigError if the URI is unknown or a local store cannot be opened."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the journal keeps what an unreachable server does not take
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the journal keeps what an unreachable server does not receive
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
@@ -51,38 +51,38 @@ def connect(root: Path) -> "MlflowClient":
     from mlflow.exceptions import MlflowException
 
     try:
-        with _alone(root):
+        with _exclusive(root):
             named = "MLFLOW_TRACKING_URI" in os.environ
-            mlflow.set_tracking_uri(store(root))  # where some of mlflow's own code looks, whatever the client says
-            if not named:  # it also sets the variable, which means a server of the user's
+            mlflow.set_tracking_uri(store(root))  # some of mlflow's own code ignores the client's URI
+            if not named:  # mlflow also sets the variable, which should be set by the user alone
                 os.environ.pop("MLFLOW_TRACKING_URI", None)
             return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
     except (MlflowException, OSError) as error:
         raise unusable(root, error) from error
 
 
-def made(client: "MlflowClient", root: Path, experiment: str, pipeline: str, profile: str) -> tuple[str, str]:
-    """Ids of the experiment and of the pipeline's parent run, made where missing; one process at a time."""
-    with _alone(root):
-        number = _experiment(client, experiment, root.resolve() / "mlflow" / "artifacts")
-        parent = find_run(client, number, "spo.pipeline", pipeline)
+def make_parent_run(
+    client: "MlflowClient", root: Path, experiment: str, pipeline: str, profile: str
+) -> tuple[str, str]:
+    """Return the ids of the experiment and of the pipeline's parent run; make missing ones, one process at a time."""
+    with _exclusive(root):
+        if found := client.get_experiment_by_name(experiment):
+            experiment_id = found.experiment_id
+        else:
+            location = (root.resolve() / "mlflow" / "artifacts" / experiment).as_uri()
+            own = "MLFLOW_TRACKING_URI" not in os.environ
+            experiment_id = client.create_experiment(experiment, artifact_location=location if own else None)
+        parent = find_run(client, experiment_id, "spo.pipeline", pipeline)
         if parent is None:
             tags = {"spo.pipeline": pipeline, "profile": profile}
             name = f"{profile} {time.strftime('%Y-%m-%d %H:%M')}"
-            parent = client.create_run(number, tags=tags, run_name=name).info.run_id
-    return number, parent
+            parent = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    return experiment_id, parent
 
 
 def find_run(client: "MlflowClient", experiment: str, tag: str, value: str) -> str | None:
-    """Id of the run that has the tag; None where there is none."""
+    """The id of the run that has the tag; None if there is none."""
     found = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
-    return found[0].info.run_id if found else None
-
-
-def find_latest(client: "MlflowClient", experiment: str, stage: str) -> str | None:
-    """Id of the stage's latest finished run; None where there is none."""
-    wanted = f"tags.stage = '{stage}' AND attributes.status = 'FINISHED'"
-    found = client.search_runs([experiment], wanted, max_results=1, order_by=["attributes.start_time DESC"])
     return found[0].info.run_id if found else None
 
 
@@ -102,19 +102,19 @@ def fetch_model(uri: str, root: Path = Path()) -> Path:
 
 
 def run_url(root: Path, experiment: str, run_id: str) -> str:
-    """Where a browser shows a run; of a local store, where `make ui` will show it."""
+    """The address that shows a run in a browser; with a local store, the address of `make ui`."""
     uri = masked(store(root))
     server = uri.rstrip("/") if uri.startswith("http") else UI
     return f"{server}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def refused(error: Exception) -> bool:
-    """Whether the store answered that the request is wrong, so that sending it again is useless."""
+    """Whether the store has refused the request, so that sending it again is useless."""
     return getattr(error, "error_code", None) in REFUSALS
 
 
-def away(root: Path, error: Exception) -> bool:
-    """Whether waiting may help, as with an unreachable server; not with a local store or a wrong address."""
+def is_temporary(root: Path, error: Exception) -> bool:
+    """Whether waiting may help: with an unreachable server, but not with a local store or a wrong address."""
     status = getattr(error, "get_http_status_code", lambda: 500)()
     return store(root).startswith("http") and (status >= 500 or status in (408, 429))
 
@@ -126,7 +126,7 @@ def unusable(root: Path, error: Exception) -> ConfigError:
 
 
 @contextmanager
-def spoken(root: Path = Path()) -> Iterator[None]:
+def store_errors(root: Path = Path()) -> Iterator[None]:
     """Turn the store's errors in the block into a ConfigError of one line."""
     from mlflow.exceptions import MlflowException
 
@@ -137,11 +137,11 @@ def spoken(root: Path = Path()) -> Iterator[None]:
 
 
 def pipeline_id() -> str:
-    """The pipeline run of this process: SPO_PIPELINE_RUN, or else an id of its parent process, dvc if possible."""
+    """The pipeline run of this process: SPO_PIPELINE_RUN, or else an id of its parent process, of dvc if it is one."""
     if named := os.environ.get(PIPELINE_RUN):
         return named
-    above = psutil.Process().parents()
-    chosen = next((process for process in above if _is_dvc(process)), above[0] if above else psutil.Process())
+    parents = psutil.Process().parents()
+    chosen = next(filter(_is_dvc, parents), parents[0] if parents else psutil.Process())
     return f"{platform.node()}-{chosen.pid}-{chosen.create_time():.0f}"
 
 
@@ -155,18 +155,11 @@ def masked(text: str) -> str:
     return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
 
 
-def _alone(root: Path) -> FileLock:
-    """A lock, since an empty database fails where several processes initialise it at once."""
+def _exclusive(root: Path) -> FileLock:
+    """A lock: several processes must not initialise an empty database at once."""
     folder = root.resolve() / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / ".lock")
-
-
-def _experiment(client: "MlflowClient", name: str, artifacts: Path) -> str:
-    if found := client.get_experiment_by_name(name):
-        return found.experiment_id
-    own = "MLFLOW_TRACKING_URI" not in os.environ
-    return client.create_experiment(name, artifact_location=(artifacts / name).as_uri() if own else None)
 
 
 def _is_dvc(process: psutil.Process) -> bool:

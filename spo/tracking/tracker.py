@@ -1,12 +1,12 @@
-"""What a stage reports to; no call waits for a network."""
+"""A stage reports to a tracker; no call waits for a network."""
 
 import io
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from spo.runtime.text import flatten
 from spo.tracking.journal import Journal
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Tracker(Protocol):
-    """Receives a stage's reports; a failure is reported once and never ends the stage."""
+class Tracker:
+    """Receives a stage's reports. A failure is reported once and never ends the stage."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings; nested ones get dotted names."""
@@ -34,74 +34,53 @@ class Tracker(Protocol):
         """A file or folder that exists."""
 
 
-class NullTracker:
+class NullTracker(Tracker):
     """Ignores all reports: for tests, and for the later processes of a distributed run."""
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        pass
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        pass
-
-    def log_image(self, name: str, image: "Image") -> None:
-        pass
-
-    def log_text(self, name: str, text: str) -> None:
-        pass
-
-    def log_artifact(self, path: Path) -> None:
-        pass
-
-
-class JournalTracker:
+class JournalTracker(Tracker):
     """Writes to the run's journal, which the sender sends to MLflow."""
 
     def __init__(self, journal: Journal):
         self.journal = journal
-        self._complained = False
+        self._warned = False
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        rows = {clean(name): str(value) for name, value in flatten(params).items()}
-        self._try(self.journal.append, "params", params=rows)
+        self._append("params", params={_clean(name): str(value) for name, value in flatten(params).items()})
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         now = int(time.time() * 1000)
         rows = [
-            [clean(name), float(value), now, step or 0]
+            [_clean(name), float(value), now, step or 0]
             for name, value in flatten(metrics).items()
             if not isinstance(value, str | None)
         ]
-        self._try(self.journal.append, "metrics", rows=rows)
+        self._append("metrics", rows=rows)
 
     def log_image(self, name: str, image: "Image") -> None:
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
-        self._file(f"{name}.png", lambda leaf: self.journal.keep_bytes(buffer.getvalue(), leaf))
+        self._append("file", f"{name}.png", buffer.getvalue())
 
     def log_text(self, name: str, text: str) -> None:
-        self._file(name, lambda leaf: self.journal.keep_bytes(text.encode(), leaf))
+        self._append("file", name, text.encode())
 
     def log_artifact(self, path: Path) -> None:
-        self._file(path.name, lambda leaf: self.journal.keep(path, leaf))
+        self._append("file", path.name, path)
 
-    def _file(self, name: str, keep: Callable[[str], str]) -> None:
-        """Add a file called `name`, which may include folders."""
-        folder, _, leaf = name.rpartition("/")
-
-        def write() -> None:
-            self.journal.append("file", path=keep(leaf), folder=folder or None)
-
-        self._try(write)
-
-    def _try(self, call: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    def _append(self, kind: str, name: str = "", content: Path | bytes = b"", **values: Any) -> None:
+        """Write an event; one of kind "file" has a content called `name`, which may include folders."""
         try:
-            call(*arguments, **options)
+            if kind == "file":
+                folder, _, leaf = name.rpartition("/")
+                values = {"path": self.journal.keep(content, leaf), "folder": folder or None}
+            self.journal.append(kind, **values)
         except OSError as error:
-            if not self._complained:
+            if not self._warned:
                 print(f"warning: tracking lost something: {error}", file=sys.stderr, flush=True)
-            self._complained = True
+            self._warned = True
 
 
-def clean(name: str) -> str:
-    """A name that MLflow takes."""
+def _clean(name: str) -> str:
+    """The name with only characters that MLflow accepts."""
     return re.sub(r"[^\w\-. /:]", "_", name)

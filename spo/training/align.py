@@ -24,8 +24,8 @@ from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.policy import save_policy
 from spo.runtime import distributed
 from spo.runtime.checkpoint import Saver, StateStore
+from spo.runtime.device import memory_advice
 from spo.runtime.files import write_json
-from spo.runtime.memory import memory_advice
 from spo.runtime.pictures import plain_sheet, to_picture
 from spo.runtime.progress import Progress
 from spo.tracking import Tracker

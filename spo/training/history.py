@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from spo.methods.method import Tally
-from spo.runtime.tables import write_csv
+from spo.runtime.files import write_csv
 
 
 @dataclass

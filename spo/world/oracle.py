@@ -1,14 +1,14 @@
-"""The judge of the drawn world: how well a picture is made, and whether it is what the prompt asked for.
+"""The exact metric of the drawn world: how well a picture is made, and whether it shows what the prompt says.
 
-It reads pixels and the prompt alone; no network is in it, and training never sees it. `drawing.trace` finds the
-drawing that explains a picture best. The finish and the attributes are read off it and off what it leaves over:
+It uses the pixels and the prompt alone, without a network; training never uses it. `shape_fitting.trace` finds the
+drawing that explains a picture best. The drawing and its residual give the finish and the attributes:
 
     vivid    no veil over the colours, and they are the palette's: neither paler nor more glaring
     crisp    the edges of the fitted drawing are sharp
     clean    no blotches, and nothing else that no drawing has: noise, halos, fringes
     centred  the object is in the middle
 
-Each falls linearly with its flaw, from 1 at none to 0 at the worst that `world.draw_quality` draws.
+Each falls linearly with its flaw, from 1 at none to 0 at the worst that `scenes.draw_quality` draws.
 """
 
 import math
@@ -53,10 +53,9 @@ FOREIGN_SLACK, FOREIGN_RANGE = 0.01, 0.15  # RMS that is forgiven of what no dra
 def oracle_scores(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Scores of images (n, 3, side, side) in [0, 1] for their n prompts; every value is (n,) in [0, 1], on the CPU.
 
-    aesthetic: mean of vivid, crisp, clean and centred; alignment: mean of the named ones of shape, colour,
-    background and size. Both are times how far an object is to be seen at all. correct: 1 where every named
-    attribute is right. An attribute that the prompt leaves open is 1 and counts nowhere.
-    Raises ValueError for other shapes, or prompts that are none of the drawn world's.
+    aesthetic: mean of vivid, crisp, clean and centred; alignment: mean of those of shape, colour, background and size
+    that the prompt names. Both are multiplied by the object's visibility. correct: 1 where every named attribute is
+    right. An attribute that the prompt leaves open is 1 and counts nowhere. ValueError for other shapes or prompts.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images have shape {tuple(images.shape)}; they should be (n, 3, side, side)")
@@ -93,11 +92,11 @@ def _scores(images: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
 
 
 def _answers(beliefs: dict[str, Tensor], scenes: list[Scene]) -> tuple[dict[str, Tensor], Tensor]:
-    """Each part's belief (n,) in what the scene names, 1 where it names nothing; and which are named (n, parts)."""
+    """Each part's belief (n,) in the scene's value, 1 where the scene names none; and which are named (n, parts)."""
     parts, named = {}, []
     for part, names in PARTS.items():
-        asked = [getattr(scene, part) for scene in scenes]
-        index = torch.tensor([names.index(word) if word else -1 for word in asked], dtype=torch.long)
+        values = [getattr(scene, part) for scene in scenes]
+        index = torch.tensor([names.index(value) if value else -1 for value in values], dtype=torch.long)
         belief = beliefs[part].gather(1, index.clamp_min(0)[:, None])[:, 0]
         named.append(index >= 0)
         parts[part] = torch.where(index >= 0, belief, 1.0)
@@ -105,7 +104,7 @@ def _answers(beliefs: dict[str, Tensor], scenes: list[Scene]) -> tuple[dict[str,
 
 
 def _visible(drawing: Drawing) -> Tensor:
-    """(n,) how far there is an object of some contrast that looks like one of the shapes."""
+    """Visibility (n,) of an object that has contrast and looks like one of the shapes."""
     low, high = CONTRAST
     contrast = (drawing.inside - drawing.outside).norm(dim=1)
     recognised = 1 / (1 + (drawing.misfit.amin(dim=1) / MISFIT_NONE) ** MISFIT_POWER)
@@ -128,8 +127,8 @@ def _size(drawing: Drawing) -> Tensor:
 def _colours(drawing: Drawing) -> tuple[Tensor, Tensor, Tensor]:
     """Vivid (n,), and beliefs (n, palette) in the object's and the background's colour.
 
-    Both colours lie under the same veil f: C (1 - f) + VEIL f. The one that brings both nearest to the palette is
-    taken. The distance that is left also costs vividness, so that contrast or saturation do not pass for it.
+    Both colours lie under the same veil f: C (1 - f) + VEIL f. The chosen f brings both nearest to the palette. The
+    remaining distance also costs vividness, so that contrast or saturation do not count as vivid.
     """
     axis = F.normalize(drawing.inside - drawing.outside, dim=1)[:, None, None]
     palette = torch.tensor(list(PALETTE.values()))
@@ -158,10 +157,10 @@ def _colours(drawing: Drawing) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _clean(pictures: Tensor, drawing: Drawing) -> Tensor:
-    """(n,) by what the drawing leaves over: blotches, measured in their own fields, and all that is foreign to them.
+    """Cleanness (n,) of the residual: blotches, measured in their own fields, and everything else.
 
     A blotch has variance 1 in lightness and .35^2 in each of two directions of hue (times .6 blotch, see
-    `world.render`). Hue is counted double, as it also varies, less mixed up with the colours of the fit.
+    `scenes.render`). Hue counts double, since the fitted colours absorb less of it.
     """
     hue_weight, hue_variance = 2.0, 0.35**2
     fields, strength = blotch_fields(pictures.shape[-1])

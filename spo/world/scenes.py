@@ -1,15 +1,14 @@
 """The drawn world of the embedded default: prompts, and pictures drawn for them.
 
-A prompt names a colour and a shape, and perhaps a size and a background:
-"a red cross", "a small red cross on a white background". A picture of it is
-drawn by signed-distance functions and is more or less well made:
+A prompt names a colour and a shape, and perhaps a size and a background: "a small red cross on a white background".
+A picture of it is drawn by signed-distance functions, with flaws:
 
     fade      0 .. .6   a pale veil over all colours
     softness  .5 .. 4.5 width of the edges in pixels at 64 px
     blotch    0 .. .18  amplitude of coloured blotches
-    dx, dy    +-.18     how far the object is off centre, as a share of the side
+    dx, dy    +-.18     offset of the object from the centre, as a share of the side
 
-The judge of such pictures is `spo.world.oracle`, which training never sees.
+`spo.world.oracle` measures them; training never uses it.
 """
 
 import math
@@ -45,13 +44,13 @@ _PROMPT = re.compile(
 )
 
 
-def _with_article(words: str) -> str:
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+def _with_article(description: str) -> str:
+    return f"an {description}" if description[0] in "aeiou" else f"a {description}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for; None where it leaves the choice open."""
+    """The content of a prompt; None if the prompt leaves it open."""
 
     colour: str
     shape: str
@@ -77,13 +76,12 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene that can be asked for: 576, from 'a red cross' to fully described ones."""
-    scenes = [
+    """Every scene that a prompt can describe: 576, from 'a red cross' to fully described ones."""
+    return [
         Scene(colour, shape, size, background)
         for size, colour, shape, background in product((*SIZES, None), COLOURS, SHAPES, (*BACKGROUNDS, None))
         if colour != background
     ]
-    return scenes
 
 
 def draw_attributes(scenes: list[Scene], generator: Generator) -> Tensor:

@@ -1,9 +1,9 @@
-"""Which drawing is this picture? Analysis by synthesis over the shapes of the drawn world.
+"""Find the drawing that explains a picture: analysis by synthesis over the shapes of the drawn world.
 
 A picture is modelled as  I = background + T (object - background) + blotches,  T = coverage(signed_distance).
-Blotches live in a known space of 25 smooth fields. They are treated as Gaussian noise of that covariance, so
-inner products are taken after whitening by it: y - U (1 - sqrt(lambda / (d^2 + lambda))) U^T y, with U, d the
-fields' singular vectors and values. Blotches then hardly move the fit.
+Blotches lie in a known space of 25 smooth fields and are treated as Gaussian noise of that covariance. So inner
+products are taken after whitening: y - U (1 - sqrt(lambda / (d^2 + lambda))) U^T y, with the fields' singular vectors
+U and values d. Blotches then hardly move the fit.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spo.world.scenes import OFFSET, REFERENCE_SIDE, SHAPES, coverage, pixel_grid, signed_distance
 
-BANK_SIDE, FIT_SIDE = 16, 32  # where the search for a start and the comparison of shapes are done
+BANK_SIDE, FIT_SIDE = 16, 32  # sides of the search for a start and of the comparison of shapes
 FIT_STEPS, FINE_STEPS = 5, 2
 NOISE_RATIO = 0.1  # lambda at 64 px: variance of a pixel's error over that of a blotch
 RADII, SOFTNESSES = (0.10, 0.42), (0.25, 9.0)  # what a fit may reach
@@ -65,15 +65,11 @@ def _bank() -> tuple[Tensor, Tensor]:
     table = torch.cartesian_prod(centres, centres, torch.tensor([0.14, 0.175, 0.22, 0.27, 0.33]))
     grid_x, grid_y = pixel_grid(len(table), BANK_SIDE)
     x, y, radius = (column.view(-1, 1, 1) for column in table.T)
-    templates = torch.stack(
-        [
-            coverage(
-                signed_distance(torch.full((len(table),), s), grid_x - x, grid_y - y, radius),
-                torch.full((len(table),), 4.0),
-            )
-            for s in range(len(SHAPES))
-        ]
-    ).flatten(2)
+    softness = torch.full((len(table),), 4.0)
+    distances = [
+        signed_distance(torch.full((len(table),), s), grid_x - x, grid_y - y, radius) for s in range(len(SHAPES))
+    ]
+    templates = torch.stack([coverage(distance, softness) for distance in distances]).flatten(2)
     one = F.normalize(whiten(torch.ones(BANK_SIDE**2), BANK_SIDE), dim=0)
     templates = whiten(templates, BANK_SIDE)
     templates = templates - (templates @ one)[..., None] * one
@@ -117,7 +113,7 @@ def _draw(shape: Tensor, parameters: Tensor, side: int) -> Tensor:
 def _step(shape: Tensor, parameters: Tensor, target: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Misfit (n,) at the parameters and the damped Gauss-Newton step (n, 4) from there; target (n, side^2) is whitened.
 
-    Misfit: what the constant and the drawing leave of the target, over what the constant alone leaves.
+    Misfit: the residual of constant and drawing, as a share of the residual of the constant alone.
     """
     columns = _draw(shape, parameters, side).flatten(2)
     shares = columns @ blotch_fields(side)[0]

@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(trained)
-    monkeypatch.setattr("spo.commands.export.set_up_libraries", lambda: None)
+    monkeypatch.setattr("spo.commands.models.set_up_libraries", lambda: None)
     return trained
 
 

@@ -12,7 +12,7 @@ from spo.commands import promote
 from spo.config import Config, LoraConfig, ModelConfig, SamplerConfig, load_config
 from spo.errors import ConfigError, DataError
 from spo.models.lora import add_lora, save_lora
-from spo.runtime.tables import write_csv
+from spo.runtime.files import write_csv
 from spo.tracking import registry
 from spo.tracking.store import connect
 from spo.workspace import Workspace
@@ -147,7 +147,7 @@ def test_a_champion_whose_scores_were_kept_by_eta_is_evaluated_anew(
         released = promote.find_candidate(config, root)
         old = scores.read_text().replace(",sampler,", ",eta,").replace(",ddim-stochastic,", ",1.0,")
         scores.write_text(old.replace(",ddim,", ",0.0,"))
-        registry.crown(promote.register(config, released, root), root)
+        registry.make_champion(promote.register(config, released, root), root)
     with pytest.raises(DataError, match="is of other samplers than the profile's; run `python -m spo evaluate` again"):
         promote.run(config)
     write_evaluation(config, root, gain=0.1, seed=2)

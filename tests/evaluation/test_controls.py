@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spo.evaluation.controls import contrast
+from spo.evaluation.image_scorer import contrast
 from tests.world.tricks import blur, gamma, saturation, sharpen
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

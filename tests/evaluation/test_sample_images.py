@@ -9,7 +9,7 @@ from spo import tracking
 from spo.config import Config, LoraConfig, ModelConfig, load_config
 from spo.errors import ConfigError, ModelError
 from spo.evaluation.resolve_model import lora_within, resolve_model
-from spo.evaluation.sample_images import Sampler, show_one, show_side_by_side
+from spo.evaluation.sample_images import Painter, choose_sampler
 from spo.models.lora import WEIGHTS, add_lora, save_lora
 from spo.runtime.pictures import labelled_sheet
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
@@ -37,8 +37,8 @@ def config(root) -> Config:
 
 
 @pytest.fixture(scope="module")
-def sampler(config) -> Sampler:
-    return Sampler.of(config, None, steps=2, guidance=None, eta=None)
+def sampler(config):
+    return choose_sampler(config, None, steps=2, guidance=None, eta=None)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,8 @@ def made(root, config, sampler, tmp_path_factory):
     """Both commands' files: two pictures of the method, and two seeds side by side with the base."""
     out = tmp_path_factory.mktemp("pictures")
     shared = {"seed": 7, "num": 2, "sampler": sampler, "root": root}
-    one = show_one(config, PROMPT, model=None, out=out / "one", **shared)
-    sheet = show_side_by_side(config, PROMPT, models=[], out=out / "two", **shared)
-    return one, sheet
+    one = Painter(config, PROMPT, out=out / "one", **shared).paint(None)
+    return one, Painter(config, PROMPT, out=out / "two", **shared).compare([])
 
 
 def test_a_picture_says_how_it_was_made(made, config):
@@ -150,32 +149,30 @@ def test_a_name_of_nothing_is_answered_with_what_there_is(config, root, tmp_path
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(config, sampler, root, change, message):
-    options = {"prompt": PROMPT, "model": None, "seed": 0, "num": 1, "out": Path("pictures"), **change}
+    options = {"prompt": PROMPT, "seed": 0, "num": 1, "out": Path("pictures"), **change}
     with pytest.raises(ConfigError, match=message):
-        show_one(config, options.pop("prompt"), **options, sampler=sampler, root=root)
+        Painter(config, **options, sampler=sampler, root=root).paint(None)
 
 
 def test_a_base_alone_cannot_be_compared(config, sampler, tmp_path):
     with pytest.raises(ConfigError, match="nothing to compare"):
-        show_side_by_side(
-            config, PROMPT, models=[], seed=0, num=1, out=tmp_path / "out", sampler=sampler, root=tmp_path
-        )
+        Painter(config, PROMPT, seed=0, num=1, out=tmp_path / "out", sampler=sampler, root=tmp_path).compare([])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"guidance": 0.5}, {"eta": 2.0}])
 def test_a_sampler_out_of_range_is_refused(config, wrong):
     with pytest.raises(ConfigError, match="steps must be at least 1"):
-        Sampler.of(config, None, **{"steps": None, "guidance": None, "eta": None, **wrong})
+        choose_sampler(config, None, **{"steps": None, "guidance": None, "eta": None, **wrong})
 
 
 def test_a_named_sampler_keeps_its_settings_but_those_that_are_given(config):
     given = {"steps": None, "guidance": None, "eta": None}
     own = config.evaluate.samplers["ddim-stochastic"]
-    assert Sampler.of(config, "ddim-stochastic", **given).settings == own
-    changed = Sampler.of(config, "ddim-stochastic", **given | {"steps": 7}).settings
+    assert choose_sampler(config, "ddim-stochastic", **given)[1] == own
+    changed = choose_sampler(config, "ddim-stochastic", **given | {"steps": 7})[1]
     assert changed == own.model_copy(update={"steps": 7})
     with pytest.raises(
         ConfigError, match=r"'ddpm' is not in evaluate.samplers; use one of \['ddim', 'ddim-stochastic'\]"
     ):
-        Sampler.of(config, "ddpm", **given)
+        choose_sampler(config, "ddpm", **given)

@@ -24,7 +24,7 @@ from spo.metrics.metric import build_metrics, score
 from spo.stages import align, prepare, train_preference
 from spo.tracking import NullTracker
 from spo.workspace import Prepared
-from spo.world.pretraining.preference import Opinion
+from spo.world.opinion import Opinion
 from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
 from tests.test_pipeline import jpeg, make_project
 

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -33,5 +32,5 @@ def test_a_second_process_is_refused_and_told_who_has_it_and_a_kill_frees_it(tmp
         held.send_signal(signal.SIGKILL)
         held.wait()
         with locked(path, "align spo"):
-            assert json.loads(path.with_name("align.lock.json").read_text())["pid"] == os.getpid()
-    assert [item.name for item in path.parent.iterdir() if item.suffix == ".json"] == []
+            assert path.with_name("align.lock.txt").read_text().startswith(f"process {os.getpid()} on ")
+    assert [item.name for item in path.parent.iterdir() if item.suffix == ".txt"] == []

@@ -12,10 +12,10 @@ from PIL import Image
 from spo.config import Config, LoraConfig, LoraSource, ModelConfig, SamplerConfig, load_config
 from spo.errors import DataError, ModelError
 from spo.evaluation import image_scorer
-from spo.evaluation.image_scorer import ImageScorer
+from spo.evaluation.image_scorer import ImageScorer, contrast
 from spo.evaluation.model_variants import BASE, ModelVariant, tasks
 from spo.evaluation.tables import compared
-from spo.models.generate import from_bytes
+from spo.models.generate import eight_bits, from_bytes
 from spo.models.lora import WEIGHTS, add_lora, save_lora
 from spo.runtime.files import write_json
 from spo.runtime.pictures import to_picture
@@ -307,7 +307,7 @@ def test_the_control_is_the_contrast_with_the_highest_mean(root, config):
         each: torch.cat(
             [
                 oracle_scores(
-                    made.with_contrast(from_bytes(batch.images), each), [task.prompt for task in batch.tasks]
+                    eight_bits(contrast(from_bytes(batch.images), each)), [task.prompt for task in batch.tasks]
                 )["aesthetic"]
                 for batch in batches
             ]

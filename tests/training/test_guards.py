@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spo.errors import TrainingError
-from spo.runtime.memory import memory_advice
+from spo.runtime.device import memory_advice
 from spo.training.guards import FiniteGuard, StallDetector
 
 NAN, INF = float("nan"), float("inf")

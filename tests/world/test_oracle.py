@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Generator, Tensor
 
-from spo.evaluation.controls import contrast
+from spo.evaluation.image_scorer import contrast
 from spo.world.oracle import FACTORS, PARTS, oracle_scores
 from spo.world.scenes import (
     BACKGROUNDS,

@@ -1,17 +1,18 @@
 """The parts that the embedded default is made of; each learns something in a few steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Generator
 
 from spo.data.preferences import PreferencePair, read_preferences
-from spo.world.opinion import combine, label
+from spo.world.opinion import Opinion, combine
 from spo.world.pretraining.clip import CONTEXT, new_clip, new_tokenizer, text_encoder_of, token_ids, train_clip
 from spo.world.pretraining.denoiser import Average, new_unet, train_denoiser
 from spo.world.pretraining.pairs import Pool, compare, write_pairs
 from spo.world.pretraining.preference import (
-    Opinion,
     draw_stock,
     drawn_groups,
     generated_groups,
@@ -19,6 +20,7 @@ from spo.world.pretraining.preference import (
     train_preference,
     train_sight,
 )
+from spo.world.pretraining.recipe import RECIPE
 from spo.world.pretraining.vae import calibrate, draw_batch, finish_vae, new_vae, train_vae
 from spo.world.scenes import all_scenes
 
@@ -65,7 +67,7 @@ def test_the_autoencoder_learns():
 
     calibrate(vae, fixed())
     before = error()
-    steps = list(train_vae(vae, steps=40, batch_size=8, learning_rate=3e-3, kl_weight=1e-4, generator=fixed()))
+    steps = list(train_vae(vae, replace(RECIPE, vae_steps=40, vae_batch=8, vae_rate=3e-3), fixed()))
     assert len(steps) == 40
     assert error() < before
 
@@ -87,7 +89,8 @@ def test_the_text_encoder_is_the_clips_text_tower():
 
 def test_the_clip_learns_which_prompt_belongs_to_which_picture():
     tokenizer = new_tokenizer()
-    steps = train_clip(new_clip(tokenizer), tokenizer, steps=60, batch_size=32, learning_rate=2e-3, generator=fixed())
+    recipe = replace(RECIPE, clip_steps=60, clip_batch=32, clip_rate=2e-3)
+    steps = train_clip(new_clip(tokenizer), tokenizer, recipe, fixed())
     losses = [step["loss"] for step in steps]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
@@ -96,18 +99,8 @@ def test_captions_and_flaws_are_learned_together(vae):
     tokenizer, scenes = new_tokenizer(), all_scenes()[:8]
     stock = draw_stock(vae, scenes, 64, fixed(), batch_size=32)
     torch.testing.assert_close(stock.flaws.std(dim=0), torch.ones(4))
-    steps = list(
-        train_sight(
-            new_clip(tokenizer, width=32, layers=1),
-            tokenizer,
-            stock,
-            scenes,
-            steps=60,
-            batch_size=32,
-            learning_rate=2e-3,
-            generator=fixed(),
-        )
-    )
+    recipe = replace(RECIPE, sight_steps=60, sight_batch=32, sight_rate=2e-3)
+    steps = list(train_sight(new_clip(tokenizer, width=32, layers=1), tokenizer, stock, scenes, recipe, fixed()))
     for name in ("captions", "unexplained"):
         assert sum(step[name] for step in steps[-10:]) < 0.95 * sum(step[name] for step in steps[:10])
 
@@ -156,20 +149,20 @@ def test_share_is_the_part_of_the_utilitys_variance_that_finish_has(share):
 
 def test_labels_follow_utility_with_errors_and_ties():
     high, low = torch.ones(5000), torch.zeros(5000)
-    labels = label(high, low, temperature=0.5, tie=0.1, generator=fixed())
+    labels = Opinion(0.25, temperature=0.5, tie=0.1).label(high, low, fixed())
     assert set(labels.tolist()) == {0.0, 0.5, 1.0}
     decided = labels[labels != 0.5]
     assert 0.8 < decided.mean() < 0.95
-    sure = label(high, low, temperature=1e-6, tie=0.1, generator=fixed())
-    assert (sure == 1).all()
-    assert (label(low, low, temperature=1e-6, tie=0.1, generator=fixed()) == 0.5).all()
+    sure = Opinion(0.25, temperature=1e-6, tie=0.1)
+    assert (sure.label(high, low, fixed()) == 1).all()
+    assert (sure.label(low, low, fixed()) == 0.5).all()
 
 
 def make_pool() -> Pool:
     prompts = [scene.prompt for scene in all_scenes()[:3]]
     index = torch.arange(3).repeat_interleave(4)
     pictures = draw_batch(12, fixed()) / 2 + 0.5
-    return compare(pictures, index, prompts, share=0.25, temperature=0.3, tie=0.1, generator=fixed())
+    return compare(pictures, index, prompts, Opinion(share=0.25, temperature=0.3, tie=0.1), fixed())
 
 
 def test_every_picture_meets_two_others_of_its_prompt():
@@ -201,11 +194,8 @@ def test_the_preference_model_learns_an_opinion_from_both_sources(vae):
         generated_groups((pictures * 255).byte(), members, prompts, utility, 2),
         drawn_groups(vae, scenes, 2, 0.25),
     ]
-    steps = list(
-        train_preference(
-            clip, tokenizer, sources, Opinion(0.25, 0.05, 0.0), steps=60, learning_rate=1e-3, generator=fixed()
-        )
-    )
+    recipe = replace(RECIPE, preference_steps=60, preference_rate=1e-3)
+    steps = list(train_preference(clip, tokenizer, sources, Opinion(0.25, 0.05, 0.0), recipe, fixed()))
     assert all(set(step) == {"loss", "accuracy"} for step in steps)
     scores = score_groups(clip.eval(), tokenizer, pictures, prompts)
     assert scores.shape == (2, 8)

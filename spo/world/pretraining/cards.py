@@ -1,4 +1,4 @@
-"""The cards that lie beside the embedded default's models and data, with the figures of the run that made them."""
+"""The cards of the embedded default's models and data, with the figures of the run that made them."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,7 @@ A diffusion model of the drawn world (`spo/world/scenes.py`) in the format of St
 - UNet: 1.1M parameters, {steps} steps of {recipe.unet_batch} latents out of {recipe.latents}, moving
   average of the weights. The pictures it learns from mix good and poor finish evenly, so its own are mediocre.
 
-The oracle's means over {recipe.judged} pictures (20 DDIM steps, eta 0, guidance 5):
+The oracle's means over {recipe.scored} pictures (20 DDIM steps, eta 0, guidance 5):
 
 | score | mean |
 |---|---|

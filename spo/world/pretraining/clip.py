@@ -1,7 +1,7 @@
 """The embedded default's CLIP: tokenizer and two small towers, first taught which prompt belongs to which picture.
 
-Its text tower starts the diffusion model's text encoder, as CLIP's does Stable Diffusion's; taught preferences
-as well, the whole of it is what PickScore is to the real profiles: the start of the step-aware preference model.
+The diffusion model's text encoder starts from its text tower, as Stable Diffusion's does from CLIP's. Taught
+preferences as well, the CLIP plays PickScore's part: the step-aware preference model starts from it.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from spo.world.pretraining.recipe import Recipe
+from spo.world.pretraining.updates import updates
 from spo.world.scenes import BACKGROUNDS, SHAPES, SIZES, all_scenes, draw_attributes, draw_quality, render
 
 CONTEXT = 16  # tokens; the longest prompt of the world takes all of them
@@ -39,26 +41,12 @@ def new_tokenizer() -> CLIPTokenizer:
 
 def new_clip(tokenizer: CLIPTokenizer, *, width: int = 64, layers: int = 3) -> CLIPModel:
     """Untrained towers for pictures of 64 px; width and layers are the vision tower's."""
-    end = tokenizer.convert_tokens_to_ids(END)
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": tokenizer.convert_tokens_to_ids("<|startoftext|>"),
-        "eos_token_id": end,
-        "pad_token_id": end,
-    }
-    vision = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "image_size": 64,
-        "patch_size": 8,
-    }
+    start, end = tokenizer.convert_tokens_to_ids(["<|startoftext|>", END])
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT}
+    text |= {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    vision |= {"num_attention_heads": 4, "image_size": 64, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64, logit_scale_init_value=2.3))
 
 
@@ -76,31 +64,19 @@ def normalise(pictures: Tensor) -> Tensor:
 
 
 def train_clip(
-    clip: CLIPModel,
-    tokenizer: CLIPTokenizer,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    generator: Generator,
+    clip: CLIPModel, tokenizer: CLIPTokenizer, recipe: Recipe, generator: Generator
 ) -> Iterator[dict[str, float]]:
     """Contrast freshly drawn pictures with prompts, in place."""
     scenes = all_scenes()
     ids = token_ids(tokenizer, [scene.prompt for scene in scenes])
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (0.95 * (1 - step / steps) + 0.05)
-        chosen = torch.randint(len(scenes), (batch_size,), generator=generator)
+    for update in updates(list(clip.parameters()), recipe.clip_steps, recipe.clip_rate, warm_up=50, floor=0.05):
+        chosen = torch.randint(len(scenes), (recipe.clip_batch,), generator=generator)
         attributes = draw_attributes([scenes[i] for i in chosen.tolist()], generator)
-        pictures = render(attributes, draw_quality(batch_size, generator), generator)
+        pictures = render(attributes, draw_quality(recipe.clip_batch, generator), generator)
         images = clip.get_image_features(pixel_values=normalise(pictures)).pooler_output
         texts = clip.get_text_features(input_ids=ids[chosen]).pooler_output
         loss, right = contrast(images, texts, chosen, clip.logit_scale.exp())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
+        update(loss)
         yield {"loss": loss.item(), "right": right.item()}
 
 

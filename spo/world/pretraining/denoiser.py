@@ -1,8 +1,8 @@
-"""The embedded default's diffusion model: text encoder and UNet, taught on pictures good and poor alike.
+"""The embedded default's diffusion model: text encoder and UNet, taught on well and badly finished pictures alike.
 
-So it knows what its prompts ask for and finishes pictures indifferently, as Stable Diffusion does before it is
-aligned. The error of the predicted noise is weighted by min(1 / alpha_bar, 10): noisy steps, in which shapes
-are decided, would otherwise count for little (it is the weight of v-prediction, clipped).
+So it follows its prompts, but its finish is mediocre, as Stable Diffusion's before alignment. The error of the
+predicted noise is weighted by min(1 / alpha_bar, 10), the clipped weight of v-prediction: noisy steps, which decide the
+shapes, would otherwise count for little.
 """
 
 import copy
@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from spo.world.pretraining.clip import token_ids
+from spo.world.pretraining.updates import updates
 from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
 
 PROMPT_DROPOUT = 0.1  # for classifier-free guidance
@@ -102,12 +103,9 @@ def train_denoiser(
     ids = token_ids(tokenizer, [*(scene.prompt for scene in all_scenes()), ""])
     empty = len(ids) - 1
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     unet.to(memory_format=torch.channels_last)  # a quarter less time on a CPU
     average = Average(unet, text_encoder, decay=0.998)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 100) * (0.97 * (1 - step / steps) + 0.03)
+    for step, update in enumerate(updates(parameters, steps, learning_rate, warm_up=100, floor=0.03)):
         row = torch.randint(len(latents), (batch_size,), generator=generator)
         prompt = scene_index[row].clone()
         prompt[torch.rand(batch_size, generator=generator) < PROMPT_DROPOUT] = empty
@@ -117,22 +115,14 @@ def train_denoiser(
         x_t = signal.sqrt() * latents[row] + (1 - signal).sqrt() * noise
         predicted = unet(x_t, t, text_encoder(ids[prompt]).last_hidden_state).sample
         loss = (weights[t] * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        update(loss)
         average.update(step)
         yield loss.item(), average
 
 
-def save_pipeline(
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    folder: Path,
-) -> None:
-    """As any Stable Diffusion v1.5 repository."""
+def save_pipeline(vae: AutoencoderKL, average: Average, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Save the averaged UNet and text encoder like any Stable Diffusion v1.5 repository."""
+    unet, text_encoder = average.modules
     StableDiffusionPipeline(
         vae=vae,
         unet=unet,

@@ -1,66 +1,55 @@
 """The embedded default's preference pairs: two generated pictures of a prompt, and one generic opinion of them.
 
-Pictures come from the base and its earlier checkpoints at varied guidance, steps and eta, so that a pair differs in
-what it shows, where, and how well, as Pick-a-Pic's do. Each picture of a prompt is compared with the next one.
+Pictures come from checkpoints of the base at varied guidance, steps and eta, so that a pair differs in content, layout
+and finish, as Pick-a-Pic's do. Each picture of a prompt is compared with the next one.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
 from spo.config import ModelConfig, SamplerConfig, SamplingConfig
 from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
 from spo.runtime.files import atomic_path
-from spo.world.opinion import label, utility
+from spo.runtime.pictures import to_picture
+from spo.world.opinion import Opinion
 
 QUALITY = 92  # of the JPEG files, without chroma subsampling
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One way of sampling."""
-
-    checkpoint: Path
-    sampler: SamplerConfig
-
-
-def draw_setting(checkpoints: Sequence[Path], generator: Generator) -> Setting:
-    """A random checkpoint, guidance in [1.5, 7.5], 8 to 20 steps, eta 0 or 1."""
-    u = torch.rand(4, generator=generator).tolist()
-    return Setting(
-        checkpoint=checkpoints[int(u[0] * len(checkpoints))],
-        sampler=SamplerConfig(guidance_scale=1.5 + 6 * u[1], steps=8 + int(13 * u[2]), eta=float(u[3] < 0.5)),
-    )
-
-
 def sample_pool(
     checkpoints: Sequence[Path], prompts: Sequence[str], *, per_prompt: int, chunk: int, generator: Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`per_prompt` pictures of each prompt: yields prompt indices (m,) and 8-bit pictures (m, 3, 64, 64) by chunks."""
-    for round_ in range(per_prompt):
+) -> tuple[Tensor, Tensor]:
+    """`per_prompt` pictures of each prompt: prompt indices (n,) and 8-bit pictures (n, 3, 64, 64) in [0, 1].
+
+    Each chunk has a random checkpoint, guidance in [1.5, 7.5], 8 to 20 steps, and eta 0 or 1.
+    """
+    index, pictures = [], []
+    for number in range(per_prompt):
         for rows in torch.randperm(len(prompts), generator=generator).split(chunk):
-            setting = draw_setting(checkpoints, generator)
-            model = build(
-                ModelConfig(family="sd15", path=str(setting.checkpoint), resolution=64), SamplingConfig(), "cpu"
-            )
-            wanted = [prompts[i] for i in rows.tolist()]
-            pictures = generate(
-                model,
-                wanted,
-                [image_seed(0, prompt, round_) for prompt in wanted],
-                sampler=setting.sampler,
-                batch_size=chunk,
-                label=f"pictures {round_ + 1}/{per_prompt}",
-            )
-            yield rows, eight_bits(pictures)
+            u = torch.rand(4, generator=generator).tolist()
+            sampler = SamplerConfig(guidance_scale=1.5 + 6 * u[1], steps=8 + int(13 * u[2]), eta=float(u[3] < 0.5))
+            names, label = [prompts[i] for i in rows.tolist()], f"pictures {number + 1}/{per_prompt}"
+            checkpoint = checkpoints[int(u[0] * len(checkpoints))]
+            index.append(rows)
+            pictures.append(paint(checkpoint, names, sampler, seed=0, number=number, batch_size=chunk, label=label))
+    return torch.cat(index), torch.cat(pictures)
+
+
+def paint(
+    pipeline: Path, prompts: list[str], sampler: SamplerConfig, *, seed: int, number: int, batch_size: int, label: str
+) -> Tensor:
+    """8-bit pictures (n, 3, 64, 64) in [0, 1] of n prompts, each the prompt's picture with this number."""
+    model = build(ModelConfig(family="sd15", path=str(pipeline), resolution=64), SamplingConfig(), "cpu")
+    seeds = [image_seed(seed, prompt, number) for prompt in prompts]
+    return eight_bits(generate(model, prompts, seeds, sampler=sampler, batch_size=batch_size, label=label))
 
 
 @dataclass(frozen=True)
@@ -75,14 +64,7 @@ class Pool:
 
 
 def compare(
-    pictures: Tensor,
-    prompt_index: Tensor,
-    prompts: Sequence[str],
-    *,
-    share: float,
-    temperature: float,
-    tie: float,
-    generator: Generator,
+    pictures: Tensor, prompt_index: Tensor, prompts: Sequence[str], opinion: Opinion, generator: Generator
 ) -> Pool:
     """Pair each picture with the next one of its prompt, in a ring, and label the pairs."""
     names = [prompts[i] for i in prompt_index.tolist()]
@@ -93,21 +75,19 @@ def compare(
         first.append(own)
         second.append(own.roll(-1))
     one, other = torch.cat(first), torch.cat(second)
-    opinion = utility(pictures, names, share=share)
-    labels = label(opinion[one], opinion[other], temperature=temperature, tie=tie, generator=generator)
-    return Pool(pictures, names, one, other, labels)
+    utility = opinion.utility(pictures, names)
+    return Pool(pictures, names, one, other, opinion.label(utility[one], utility[other], generator))
 
 
 def to_jpeg(picture: Tensor) -> bytes:
     """JPEG bytes of (3, h, w) in [0, 1]."""
     buffer = io.BytesIO()
-    image = Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
-    image.save(buffer, format="JPEG", quality=QUALITY, subsampling=0)
+    to_picture(picture).save(buffer, format="JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
 def write_pairs(pool: Pool, file: Path, generator: Generator) -> None:
-    """Parquet in Pick-a-Pic's layout, in random order; a picture that stands in two pairs is stored once a column."""
+    """Write parquet in Pick-a-Pic's layout, in random order."""
     files = [to_jpeg(picture) for picture in pool.pictures]
     order = torch.randperm(len(pool.label), generator=generator).tolist()
     first, second, label_0 = pool.first.tolist(), pool.second.tolist(), pool.label.tolist()

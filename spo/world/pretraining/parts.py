@@ -12,21 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo.config import Config, ModelConfig, SamplerConfig, SamplingConfig
+from spo.config import Config, SamplerConfig
 from spo.data.prompts import split_prompts
-from spo.models.generate import eight_bits, generate, image_seed
-from spo.models.load import build
 from spo.preference.accuracy import pairwise_accuracy
 from spo.runtime.files import read_json, write_json
 from spo.runtime.progress import Progress
-from spo.world.opinion import utility
+from spo.world.opinion import Opinion
 from spo.world.oracle import oracle_scores
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip, text_encoder_of, train_clip
 from spo.world.pretraining.denoiser import draw_latents, new_unet, save_pipeline, train_denoiser
-from spo.world.pretraining.pairs import Pool, compare, sample_pool
+from spo.world.pretraining.pairs import Pool, compare, paint, sample_pool
 from spo.world.pretraining.preference import (
     Group,
-    Opinion,
     draw_stock,
     drawn_groups,
     generated_groups,
@@ -34,7 +31,7 @@ from spo.world.pretraining.preference import (
     train_preference,
     train_sight,
 )
-from spo.world.pretraining.recipe import RECIPE
+from spo.world.pretraining.recipe import RECIPE, Recipe
 from spo.world.pretraining.vae import finish_vae, new_vae, train_vae
 from spo.world.scenes import Scene, all_scenes
 
@@ -51,15 +48,7 @@ def make_vae(folder: Path) -> None:
     """The autoencoder."""
     random = generator(0)
     vae = new_vae(channels=RECIPE.vae_channels, latent_channels=RECIPE.latent_channels)
-    steps = train_vae(
-        vae,
-        steps=RECIPE.vae_steps,
-        batch_size=RECIPE.vae_batch,
-        learning_rate=RECIPE.vae_rate,
-        kl_weight=RECIPE.kl_weight,
-        generator=random,
-    )
-    _watch(steps, RECIPE.vae_steps, "autoencoder")
+    _run(train_vae(vae, RECIPE, random), RECIPE.vae_steps, "autoencoder")
     finish_vae(vae, random)
     vae.save_pretrained(folder)
 
@@ -69,15 +58,7 @@ def make_clip(folder: Path) -> None:
     random = generator(1)
     tokenizer = new_tokenizer()
     clip = new_clip(tokenizer)
-    steps = train_clip(
-        clip,
-        tokenizer,
-        steps=RECIPE.clip_steps,
-        batch_size=RECIPE.clip_batch,
-        learning_rate=RECIPE.clip_rate,
-        generator=random,
-    )
-    _watch(steps, RECIPE.clip_steps, "CLIP")
+    _run(train_clip(clip, tokenizer, RECIPE, random), RECIPE.clip_steps, "CLIP")
     save_clip(clip.eval(), tokenizer, folder)
 
 
@@ -107,29 +88,17 @@ def make_denoiser(folder: Path, vae_folder: Path, clip_folder: Path) -> None:
                 done += 1
                 bar.update(loss=loss)
                 if done in RECIPE.earlier:
-                    averaged_unet, averaged_text = average.modules
-                    save_pipeline(vae, averaged_unet, averaged_text, tokenizer, folder / f"step-{done}")
+                    save_pipeline(vae, average, tokenizer, folder / f"step-{done}")
             average.apply()  # the next cycle starts from the average
-    averaged_unet, averaged_text = average.modules
-    save_pipeline(vae, averaged_unet, averaged_text, tokenizer, folder / "final")
+    save_pipeline(vae, average, tokenizer, folder / "final")
 
 
 def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
     """The pictures of the preference pairs, by the base's earlier checkpoints, and the opinion of them."""
-    random = generator(3)
+    random, num = generator(3), RECIPE.pictures_per_prompt
     checkpoints = [denoiser / f"step-{step}" for step in RECIPE.earlier]
-    made = list(
-        sample_pool(checkpoints, prompts, per_prompt=RECIPE.pictures_per_prompt, chunk=RECIPE.chunk, generator=random)
-    )
-    pool = compare(
-        torch.cat([pictures for _, pictures in made]),
-        torch.cat([rows for rows, _ in made]),
-        prompts,
-        share=RECIPE.share,
-        temperature=RECIPE.temperature,
-        tie=RECIPE.tie,
-        generator=random,
-    )
+    rows, pictures = sample_pool(checkpoints, prompts, per_prompt=num, chunk=RECIPE.chunk, generator=random)
+    pool = compare(pictures, rows, prompts, RECIPE.opinion, random)
     tensors = {name: value for name, value in asdict(pool).items() if isinstance(value, Tensor)}
     tensors["pictures"] = (pool.pictures * 255).round().byte()
     save_file(tensors, folder / "pool.safetensors")
@@ -137,13 +106,13 @@ def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
 
 
 def load_pool(folder: Path) -> Pool:
-    """What `make_pool` left."""
+    """The pool that `make_pool` wrote."""
     tensors = load_file(folder / "pool.safetensors")
     return Pool(**{**tensors, "pictures": tensors["pictures"] / 255}, prompts=read_json(folder / "prompts.json"))
 
 
 def training_prompts(config: Config) -> Sequence[str]:
-    """Those that `prepare` will train on; the preference model sees no others."""
+    """The prompts that `prepare` will train on; the preference model sees no others."""
     return split_prompts(
         [scene.prompt for scene in all_scenes()],
         seed=config.seed,
@@ -153,18 +122,10 @@ def training_prompts(config: Config) -> Sequence[str]:
 
 
 def make_lessons(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
-    """More pictures of the training prompts, by the last of the earlier checkpoints: what PickScore saw of people's."""
-    made = list(
-        sample_pool(
-            [denoiser / f"step-{RECIPE.earlier[-1]}"],
-            prompts,
-            per_prompt=RECIPE.lessons_per_prompt,
-            chunk=RECIPE.chunk,
-            generator=generator(7),
-        )
-    )
-    pictures = torch.cat([(pictures * 255).round().byte() for _, pictures in made])
-    save_file({"pictures": pictures, "prompt": torch.cat([rows for rows, _ in made])}, folder / "lessons.safetensors")
+    """More pictures of the training prompts, by the last of the earlier checkpoints, to teach the preference model."""
+    last, num = denoiser / f"step-{RECIPE.earlier[-1]}", RECIPE.lessons_per_prompt
+    rows, pictures = sample_pool([last], prompts, per_prompt=num, chunk=RECIPE.chunk, generator=generator(7))
+    save_file({"pictures": (pictures * 255).round().byte(), "prompt": rows}, folder / "lessons.safetensors")
 
 
 def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, config: Config) -> None:
@@ -172,7 +133,7 @@ def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, c
     random = generator(4)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
     prompts = training_prompts(config)
-    clip, tokenizer = see(vae, prompts, random)
+    clip, tokenizer = train_to_see(vae, prompts, RECIPE, random)
     taught = load_file(lessons / "lessons.safetensors")
     own = torch.tensor([prompt in prompts for prompt in pool.prompts]).nonzero().flatten()
     shown = [pool.prompts[i] for i in own.tolist()]
@@ -181,53 +142,36 @@ def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, c
         _groups((pool.pictures[own] * 255).round().byte(), shown, prompts),
         drawn_groups(vae, [Scene.parse(prompt) for prompt in prompts], RECIPE.preference_prompts, RECIPE.share),
     ]
-    prefer(clip, tokenizer, sources, Opinion(RECIPE.share, RECIPE.temperature, RECIPE.tie), random)
+    train_to_prefer(clip, tokenizer, sources, RECIPE.opinion, RECIPE, random)
     save_clip(clip.eval(), tokenizer, folder)
     write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, set(prompts)))
 
 
-def see(
-    vae: AutoencoderKL,
-    prompts: Sequence[str],
-    random: Generator,
-    *,
-    num_pictures: int = RECIPE.sight_pictures,
-    steps: int = RECIPE.sight_steps,
+def train_to_see(
+    vae: AutoencoderKL, prompts: Sequence[str], recipe: Recipe, random: Generator
 ) -> tuple[CLIPModel, CLIPTokenizer]:
-    """A new CLIP that knows prompts and finish when it sees them, and prefers nothing."""
+    """A new CLIP that recognises prompts and finish, and prefers nothing."""
     tokenizer = new_tokenizer()
-    width, layers = RECIPE.tower
+    width, layers = recipe.tower
     clip = new_clip(tokenizer, width=width, layers=layers)
     scenes = [Scene.parse(prompt) for prompt in prompts]
-    sight = train_sight(
-        clip,
-        tokenizer,
-        draw_stock(vae, scenes, num_pictures, random),
-        scenes,
-        steps=steps,
-        batch_size=RECIPE.sight_batch,
-        learning_rate=RECIPE.sight_rate,
-        generator=random,
-    )
-    _watch(sight, steps, "sight")
+    stock = draw_stock(vae, scenes, recipe.sight_pictures, random)
+    _run(train_sight(clip, tokenizer, stock, scenes, recipe, random), recipe.sight_steps, "sight")
     return clip, tokenizer
 
 
-def prefer(
+def train_to_prefer(
     clip: CLIPModel,
     tokenizer: CLIPTokenizer,
     sources: Sequence[Callable[[Generator], Group]],
     opinion: Opinion,
+    recipe: Recipe,
     random: Generator,
-    *,
-    steps: int = RECIPE.preference_steps,
 ) -> None:
-    """Teach a CLIP that can see an opinion, in place."""
+    """Teach an opinion to a CLIP that can see, in place."""
     torch.nn.init.constant_(clip.logit_scale, math.log(PREFERENCE_SCALE))
-    lessons = train_preference(
-        clip, tokenizer, sources, opinion, steps=steps, learning_rate=RECIPE.preference_rate, generator=random
-    )
-    _watch(lessons, steps, "preference")
+    steps = train_preference(clip, tokenizer, sources, opinion, recipe, random)
+    _run(steps, recipe.preference_steps, "preference")
 
 
 def _groups(pictures: Tensor, names: list[str], prompts: Sequence[str]) -> Callable[[Generator], Group]:
@@ -235,7 +179,7 @@ def _groups(pictures: Tensor, names: list[str], prompts: Sequence[str]) -> Calla
     members: dict[str, list[int]] = {prompt: [] for prompt in prompts}
     for i, name in enumerate(names):
         members[name].append(i)
-    values = utility(pictures / 255, names, share=RECIPE.share)
+    values = RECIPE.opinion.utility(pictures / 255, names)
     rows = [torch.tensor(members[prompt]) for prompt in prompts]
     return generated_groups(pictures, rows, prompts, values, RECIPE.preference_prompts)
 
@@ -244,38 +188,25 @@ def _groups(pictures: Tensor, names: list[str], prompts: Sequence[str]) -> Calla
 def _held_out_accuracy(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, known: set[str]) -> dict[str, float]:
     """On the shipped pairs of prompts that are not `known`."""
     rows = torch.tensor([pool.prompts[i] not in known for i in pool.first.tolist()]).nonzero().flatten()
-    judged = []
+    scores = []
     for part in rows.split(128):
         both = torch.stack([pool.pictures[pool.first[part]], pool.pictures[pool.second[part]]], dim=1).flatten(0, 1)
-        judged.append(score_groups(clip, tokenizer, both, [pool.prompts[i] for i in pool.first[part].tolist()]))
+        scores.append(score_groups(clip, tokenizer, both, [pool.prompts[i] for i in pool.first[part].tolist()]))
     label = pool.label[rows]
-    accuracy = pairwise_accuracy(torch.cat(judged), torch.stack([label, 1 - label], dim=1))
+    accuracy = pairwise_accuracy(torch.cat(scores), torch.stack([label, 1 - label], dim=1))
     return {"accuracy": accuracy.accuracy, "pairs": accuracy.num_pairs}
 
 
-def read_accuracy(folder: Path) -> dict[str, float]:
-    """Of the start model on held-out prompts."""
-    return read_json(folder / "accuracy.json")
-
-
-def judge_base(pipeline: Path, prompts: Sequence[str]) -> dict[str, float]:
+def score_base(pipeline: Path, prompts: Sequence[str]) -> dict[str, float]:
     """The oracle's means over pictures of the base: 20 DDIM steps, eta 0, guidance 5."""
-    order = torch.randperm(len(prompts), generator=generator(6))[: RECIPE.judged].tolist()
-    wanted = [prompts[i] for i in order]
-    model = build(ModelConfig(family="sd15", path=str(pipeline), resolution=64), SamplingConfig(), "cpu")
-    pictures = generate(
-        model,
-        wanted,
-        [image_seed(1, prompt, 0) for prompt in wanted],
-        sampler=SamplerConfig(eta=0.0),
-        batch_size=RECIPE.chunk,
-        label="base",
-    )
-    scores = oracle_scores(eight_bits(pictures), wanted)
+    order = torch.randperm(len(prompts), generator=generator(6))[: RECIPE.scored].tolist()
+    names, sampler = [prompts[i] for i in order], SamplerConfig(eta=0.0)
+    pictures = paint(pipeline, names, sampler, seed=1, number=0, batch_size=RECIPE.chunk, label="base")
+    scores = oracle_scores(pictures, names)
     return {name: round(values.mean().item(), 4) for name, values in scores.items()}
 
 
-def _watch(steps: Iterable[dict[str, float]], total: int, label: str) -> None:
+def _run(steps: Iterable[dict[str, float]], total: int, label: str) -> None:
     """Run a training to its end, showing running means."""
     recent: deque[dict[str, float]] = deque(maxlen=50)
     with Progress[None](total=total, label=label) as bar:

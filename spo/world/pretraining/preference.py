@@ -1,9 +1,9 @@
-"""What PickScore is to Stable Diffusion: the embedded default's CLIP, taught preferences on clean pictures.
+"""The embedded default's counterpart of PickScore: its CLIP, taught preferences on clean pictures.
 
-First it learns to see: which prompt a drawn picture belongs to and how it is finished, which CLIP's captions of the
-web teach it and the world's prompts do not. Most of these pictures have been through the autoencoder, as all generated
-ones have. Then whole groups of pictures of one prompt are compared, generated and drawn ones, labelled by the generic
-opinion of `spo/world/opinion.py`.
+First it learns to see which prompt a drawn picture belongs to and how it is finished; the world's prompts, unlike
+captions of the web, say nothing of finish. Most of these pictures have been through the autoencoder, as all generated
+ones have. Then groups of generated and drawn pictures of one prompt are compared, with the labels of
+`spo/world/opinion.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +16,15 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.core.losses import preference_loss
-from spo.world.opinion import combine, label
+from spo.world.opinion import Opinion, combine
 from spo.world.pretraining.clip import contrast, normalise, token_ids
+from spo.world.pretraining.recipe import Recipe
+from spo.world.pretraining.updates import updates
 from spo.world.scenes import Scene, draw_attributes, draw_quality, render
 
+SCHEDULE = {"warm_up": 50, "floor": 0.05, "weight_decay": 1e-2}
 GROUP = 8  # pictures of one prompt that are compared with one another
-OTHER = (0.1, 0.1, 0.35, 0.1)  # chance that a drawn picture has another size, colour, shape, background than was asked
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """How labels are made of utilities."""
-
-    share: float
-    temperature: float
-    tie: float
+OTHER = (0.1, 0.1, 0.35, 0.1)  # chance that a drawn picture differs from its prompt in size, colour, shape, background
 
 
 @dataclass(frozen=True)
@@ -44,10 +38,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Stock:
-    """Drawn pictures to see with."""
+    """Drawn pictures, from which the CLIP learns to see."""
 
     pictures: Tensor  # (n, 3, 64, 64) of 8 bits
-    scene: Tensor  # (n,) index of what was asked for
+    scene: Tensor  # (n,) index of the prompt's scene
     flaws: Tensor  # (n, 4) fade, softness, blotch and distance off centre, each of mean 0 and deviation 1
 
 
@@ -71,7 +65,7 @@ def draw_stock(
 
 @torch.no_grad()
 def through(vae: AutoencoderKL, pictures: Tensor, generator: Generator, *, noise: float = 0.0) -> Tensor:
-    """What the autoencoder makes of pictures (n, 3, h, w) in [0, 1], each latent with noise of up to a deviation."""
+    """Encode and decode pictures (n, 3, h, w) in [0, 1]; each latent gets noise of up to `noise` deviations."""
     latents = vae.encode(2 * pictures - 1).latent_dist.mean
     if noise:
         strength = noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
@@ -84,28 +78,26 @@ def train_sight(
     tokenizer: CLIPTokenizer,
     stock: Stock,
     scenes: Sequence[Scene],
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
+    recipe: Recipe,
     generator: Generator,
 ) -> Iterator[dict[str, float]]:
     """Teach the CLIP prompts, and flaws through a head that is thrown away, in place."""
     head = nn.Linear(clip.config.vision_config.hidden_size, stock.flaws.shape[1])
     ids = token_ids(tokenizer, [scene.prompt for scene in scenes])
-    for step in _schedule([*clip.parameters(), *head.parameters()], steps, learning_rate):
-        rows = torch.randint(len(stock.pictures), (batch_size,), generator=generator)
+    parameters = [*clip.parameters(), *head.parameters()]
+    for update in updates(parameters, recipe.sight_steps, recipe.sight_rate, **SCHEDULE):
+        rows = torch.randint(len(stock.pictures), (recipe.sight_batch,), generator=generator)
         pictures = mirror(stock.pictures[rows] / 255, generator)
         seen = clip.vision_model(pixel_values=normalise(pictures)).pooler_output
         texts = clip.get_text_features(input_ids=ids[stock.scene[rows]]).pooler_output
         captions, right = contrast(clip.visual_projection(seen), texts, stock.scene[rows], clip.logit_scale.exp())
         unexplained = F.mse_loss(head(seen), stock.flaws[rows])
-        step(captions + stock.flaws.shape[1] * unexplained)
+        update(captions + stock.flaws.shape[1] * unexplained)
         yield {"captions": captions.item(), "right": right.item(), "unexplained": unexplained.item()}
 
 
 def mirror(pictures: Tensor, generator: Generator) -> Tensor:
-    """Every other picture, at random, left to right."""
+    """Mirror half of the pictures, chosen at random."""
     flipped = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
     return torch.where(flipped, pictures.flip(-1), pictures)
 
@@ -115,27 +107,20 @@ def train_preference(
     tokenizer: CLIPTokenizer,
     draw: Sequence[Callable[[Generator], Group]],
     opinion: Opinion,
-    *,
-    steps: int,
-    learning_rate: float,
+    recipe: Recipe,
     generator: Generator,
 ) -> Iterator[dict[str, float]]:
     """Teach the CLIP the labels of all pairs within groups, in place; the sources in `draw` take turns."""
     one, other = torch.triu_indices(GROUP, GROUP, 1)
-    for number, step in enumerate(_schedule(list(clip.parameters()), steps, learning_rate)):
+    schedule = updates(list(clip.parameters()), recipe.preference_steps, recipe.preference_rate, **SCHEDULE)
+    for number, update in enumerate(schedule):
         group = draw[number % len(draw)](generator)
         utility = group.utility.unflatten(0, (-1, GROUP))
         scores = score_groups(clip, tokenizer, mirror(group.pictures, generator), group.prompts)
-        first = label(
-            utility[:, one].flatten(),
-            utility[:, other].flatten(),
-            temperature=opinion.temperature,
-            tie=opinion.tie,
-            generator=generator,
-        )
+        first = opinion.label(utility[:, one].flatten(), utility[:, other].flatten(), generator)
         pairs = torch.stack([scores[:, one].flatten(), scores[:, other].flatten()], dim=1)
         loss = preference_loss(pairs, torch.stack([first, 1 - first], dim=1), torch.ones(len(first)))
-        step(loss.value)
+        update(loss.value)
         yield {"loss": loss.value.item(), "accuracy": loss.metrics["accuracy"].item()}
 
 
@@ -147,11 +132,11 @@ def score_groups(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, pr
 
 
 def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: float) -> Callable[[Generator], Group]:
-    """Freshly drawn groups of `num` prompts, through the autoencoder; some show something else than was asked."""
+    """Freshly drawn groups of `num` prompts, through the autoencoder; some differ from their prompt."""
 
     def draw(generator: Generator) -> Group:
-        asked = [scenes[i] for i in torch.randint(len(scenes), (num,), generator=generator).tolist()]
-        repeated = [scene for scene in asked for _ in range(GROUP)]
+        drawn = [scenes[i] for i in torch.randint(len(scenes), (num,), generator=generator).tolist()]
+        repeated = [scene for scene in drawn for _ in range(GROUP)]
         attributes = draw_attributes(repeated, generator)
         strangers = [scenes[i] for i in torch.randint(len(scenes), (len(repeated),), generator=generator).tolist()]
         swap = torch.rand(attributes.shape, generator=generator) < torch.tensor(OTHER)
@@ -164,7 +149,7 @@ def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: f
         finish = -(quality[:, :3] / torch.tensor([0.6, 4.0, 0.18])).sum(dim=1)
         utility = combine(finish, right, -quality[:, 3:].norm(dim=1), share=share)
         pictures = through(vae, render(shown, quality, generator), generator)
-        return Group(pictures, [scene.prompt for scene in asked], utility)
+        return Group(pictures, [scene.prompt for scene in drawn], utility)
 
     return draw
 
@@ -180,19 +165,3 @@ def generated_groups(
         return Group(pictures[index] / 255, [prompts[i] for i in chosen], utility[index])
 
     return draw
-
-
-def _schedule(parameters: list[nn.Parameter], steps: int, learning_rate: float) -> Iterator[Callable[[Tensor], None]]:
-    """AdamW updates with a warm-up of 50 steps and a linear decay."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-
-    def update(loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (0.95 * (1 - step / steps) + 0.05)
-        yield update

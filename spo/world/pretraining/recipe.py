@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from spo.world.opinion import Opinion
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -19,28 +21,31 @@ class Recipe:
     clip_rate: float = 2e-3
     # text encoder and UNet
     latents: int = 24_000
-    # steps, and the rate that decays
-    unet_cycles: tuple[tuple[int, float], ...] = ((6000, 2e-3), (2800, 1.2e-3), (5000, 1.2e-3))
+    unet_cycles: tuple[tuple[int, float], ...] = ((6000, 2e-3), (2800, 1.2e-3), (5000, 1.2e-3))  # steps and rate
     unet_batch: int = 64
     earlier: tuple[int, ...] = (2000, 4000, 8800)  # steps of the checkpoints that draw preference pictures
     # preference pairs
     pictures_per_prompt: int = 8
     chunk: int = 144
-    share: float = 0.25  # of the opinion's variance that is owed to finish
+    share: float = 0.25  # of finish in the variance of the opinion's utility
     temperature: float = 0.3  # of the opinion's logistic error, in standard deviations of utility
     tie: float = 0.1
     # the preference model: sight, then preferences
-    tower: tuple[int, int] = (96, 4)  # width and layers of what looks at pictures
+    tower: tuple[int, int] = (96, 4)  # width and layers of the vision tower
     sight_pictures: int = 12_288
     sight_steps: int = 4000
     sight_batch: int = 96
     sight_rate: float = 2e-3
-    lessons_per_prompt: int = 22  # pictures of the training prompts beside the shipped pairs
+    lessons_per_prompt: int = 22  # further pictures of the training prompts
     preference_steps: int = 2700
     preference_prompts: int = 12  # a step, with 8 pictures each
     preference_rate: float = 1e-3
     # figures of the model card
-    judged: int = 288
+    scored: int = 288
+
+    @property
+    def opinion(self) -> Opinion:
+        return Opinion(self.share, self.temperature, self.tie)
 
 
 RECIPE = Recipe()

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Generator, Tensor, nn
 
+from spo.world.pretraining.recipe import Recipe
+from spo.world.pretraining.updates import updates
 from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
 
 CARRIED = 8  # channels of the linear path: +-r, +-g, +-b, +-constant
@@ -37,6 +39,10 @@ def new_vae(*, channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL
 
 @torch.no_grad()
 def _start_as_block_mean(vae: AutoencoderKL, latent_channels: int) -> None:
+    moments, latents = vae.quant_conv, vae.post_quant_conv
+    for convolution in (moments, latents):
+        nn.init.zeros_(convolution.weight)
+        nn.init.zeros_(convolution.bias)
     for name, module in vae.named_modules():
         if name.endswith("conv2"):  # residual branches start at zero
             nn.init.zeros_(module.weight)
@@ -60,15 +66,10 @@ def _start_as_block_mean(vae: AutoencoderKL, latent_channels: int) -> None:
         convolution.weight[rows] = 0
         convolution.bias[rows] = 0
         _split_signs(convolution)
-    moments, latents = vae.quant_conv, vae.post_quant_conv
-    for convolution in (moments, latents):
-        nn.init.zeros_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
-    for c in range(2 * latent_channels):
-        moments.weight[c, c] = 1.0 if c < latent_channels else 0.1
-    moments.bias[latent_channels:] = -6  # a small posterior variance
     for c in range(latent_channels):
-        latents.weight[c, c] = 1
+        moments.weight[c, c] = latents.weight[c, c] = 1
+        moments.weight[latent_channels + c, latent_channels + c] = 0.1
+    moments.bias[latent_channels:] = -6  # a small posterior variance
     _join_signs(vae.encoder.conv_out, keep=latent_channels)
     vae.encoder.conv_out.weight[latent_channels:] *= 0.1
     vae.decoder.conv_out.weight *= 0.05
@@ -113,35 +114,21 @@ def calibrate(vae: AutoencoderKL, generator: Generator) -> None:
     vae.decoder.conv_out.weight *= (decoded * pictures).sum() / (decoded**2).sum()
 
 
-def train_vae(
-    vae: AutoencoderKL,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    kl_weight: float,
-    generator: Generator,
-) -> Iterator[dict[str, float]]:
+def train_vae(vae: AutoencoderKL, recipe: Recipe, generator: Generator) -> Iterator[dict[str, float]]:
     """Train in place on freshly drawn pictures; yields each step's losses.
 
-    Loss: mean |y - x| + 2 mean (y - x)^2 + kl_weight KL, with a linear warm-up and decay of the rate.
+    Loss: mean |y - x| + 2 mean (y - x)^2 + kl_weight KL.
     """
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     calibrate(vae, generator)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 100) * (0.97 * (1 - step / steps) + 0.03)
-        pictures = draw_batch(batch_size, generator)
+    rate = recipe.vae_rate
+    for update in updates(list(vae.parameters()), recipe.vae_steps, rate, warm_up=100, floor=0.03, weight_decay=1e-4):
+        pictures = draw_batch(recipe.vae_batch, generator)
         posterior = vae.encode(pictures).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         decoded = vae.decode(latents).sample
         error = (decoded - pictures).abs().mean()
         kl = posterior.kl().mean() / latents[0].numel()
-        loss = error + 2 * F.mse_loss(decoded, pictures) + kl_weight * kl
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        update(error + 2 * F.mse_loss(decoded, pictures) + recipe.kl_weight * kl)
         yield {"error": error.item(), "kl": kl.item()}
 
 

@@ -1,11 +1,12 @@
-"""Overrides of settings: they are written to the files that DVC reads.
+"""The profile and overrides of settings: they are written to the files that DVC and the stages read.
 
-`dvc repro` takes no settings, and `dvc exp run --set-param` makes an experiment of each stage, which needs a commit and
-no other changes. So an override edits the profile's file or params.yaml and keeps their comments. All overrides are
-checked before the first is written. They stay, so `git diff` shows what was run.
+`dvc repro` takes no settings, and `dvc exp run --set-param` needs a commit and no other changes. So an override edits
+the profile's file or params.yaml and keeps their comments. All overrides are checked before the first is written. They
+stay, so `git diff` shows what was run.
 """
 
 import io
+import re
 import tempfile
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -17,6 +18,26 @@ from ruamel.yaml.error import YAMLError
 from spo.config import load_config
 from spo.errors import ConfigError
 from spo.runtime.files import write_text
+
+
+def use_profile(profile: str | None, root: Path = Path()) -> str:
+    """Write `profile` into params.yaml, change nothing else there, and return it; None keeps the profile.
+
+    ConfigError if there is no such profile.
+    """
+    path = root / "params.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path.absolute()} is missing; run from the project's folder")
+    text = path.read_text(encoding="utf-8")
+    current = (YAML(typ="safe").load(text) or {}).get("profile")
+    name = profile or current
+    known = sorted(config.stem for config in (root / "configs").glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"profile is {name!r}; use one of {known}, or write configs/{name}.yaml")
+    if name != current:
+        changed, found = re.subn("^profile:.*$", f"profile: {name}", text, count=1, flags=re.MULTILINE)
+        write_text(path, changed if found else f"profile: {name}\n{text}")
+    return name
 
 
 def override(profile: str | None, overrides: Mapping[str, Any], root: Path = Path()) -> list[str]:
@@ -37,7 +58,11 @@ def override(profile: str | None, overrides: Mapping[str, Any], root: Path = Pat
             documents[place] = _read(place, root)
         before = _put(documents[place], path.split("."), value, key)
         changes.append(f"{place}: {path} is {value!r}, was {before!r}")
-    texts = {place: _text(document) for place, document in documents.items()}
+    texts = {}
+    for place, document in documents.items():
+        buffer = io.StringIO()
+        _yaml().dump(document, buffer)
+        texts[place] = buffer.getvalue()
     _validate(name, texts, root)
     for place, text in texts.items():
         write_text(root / place, text)
@@ -64,7 +89,7 @@ def _put(document: Any, path: list[str], value: Any, key: str) -> Any:
 
 
 def _validate(profile: str, texts: Mapping[Path, str], root: Path) -> None:
-    """Load the changed configuration from a temporary folder; ConfigError where it is invalid."""
+    """Load the changed configuration from a temporary folder; ConfigError if it is invalid."""
     with tempfile.TemporaryDirectory() as temporary:
         for path in (root / "params.yaml", *(root / "configs").glob("*.yaml")):
             place = path.relative_to(root)
@@ -97,9 +122,3 @@ def _yaml() -> YAML:
     yaml.width = 4096
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml
-
-
-def _text(document: Any) -> str:
-    buffer = io.StringIO()
-    _yaml().dump(document, buffer)
-    return buffer.getvalue()

@@ -1,0 +1,153 @@
+"""Commands that use trained models: generate, compare, export, and import and export of preference models."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from spo.commands.stage import Profile
+from spo.config import load_config
+from spo.errors import SpoError
+from spo.runtime.libraries import set_up_libraries
+
+MODELS = "an evaluated method, a run's folder, a LoRA's file or folder, OWNER/NAME, models:/NAME@ALIAS or base"
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)]
+FirstSeed = Annotated[int, typer.Option(help="Seed of the first picture; each further picture takes the next seed.")]
+Num = Annotated[int, typer.Option(help="Number of pictures.")]
+Pictures = Annotated[Path, typer.Option(metavar="PATH", help="Folder of the pictures.")]
+SamplerName = Annotated[
+    str | None,
+    typer.Option("--sampler", metavar="NAME", help="A sampler of evaluate.samplers (default: the first)."),
+]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps (default: the sampler's).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (default: the sampler's).")]
+Eta = Annotated[float | None, typer.Option(help="Noise while sampling: 0 none, 1 as in DDPM (default: the sampler's).")]
+
+
+def generate(
+    prompt: Prompt,
+    model: Annotated[
+        str | None, typer.Option(help=f"The model: {MODELS} (default: the evaluated LoRA, else the base).")
+    ] = None,
+    seed: FirstSeed = 0,
+    num: Num = 1,
+    out: Pictures = Path("pictures"),
+    sampler: SamplerName = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    eta: Eta = None,
+    profile: Profile = None,
+) -> None:
+    """Make pictures of a prompt."""
+    config = load_config(profile=profile)
+    set_up_libraries()
+    from spo.evaluation.sample_images import Painter, choose_sampler
+
+    chosen = choose_sampler(config, sampler, steps=steps, guidance=guidance, eta=eta)
+    painter = Painter(config, prompt, seed=seed, num=num, out=out, sampler=chosen)
+    print("\n".join(map(str, painter.paint(model))))
+
+
+def compare(
+    prompt: Prompt,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"A model: {MODELS}; may be given several times (default: as in generate).")
+    ] = None,
+    seed: FirstSeed = 0,
+    num: Num = 4,
+    out: Pictures = Path("pictures"),
+    sampler: SamplerName = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    eta: Eta = None,
+    profile: Profile = None,
+) -> None:
+    """Show base and aligned models side by side.
+
+    Writes a picture a model and seed, and one sheet of all.
+    """
+    config = load_config(profile=profile)
+    set_up_libraries()
+    from spo.evaluation.sample_images import Painter, choose_sampler
+
+    chosen = choose_sampler(config, sampler, steps=steps, guidance=guidance, eta=eta)
+    print(Painter(config, prompt, seed=seed, num=num, out=out, sampler=chosen).compare(model or []))
+
+
+def export(
+    format: Annotated[Literal["diffusers", "kohya", "merged"], typer.Option(show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="A folder; for kohya a .safetensors file.")],
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The method of the LoRA (default: the profile's first).")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="LORA", help="Instead: a run's folder, a LoRA's file or folder, a hub name.")
+    ] = None,
+    profile: Profile = None,
+) -> None:
+    """Write a trained model for use elsewhere.
+
+    A LoRA for diffusers or for web user interfaces (kohya), or the base with the LoRA merged in.
+    """
+    if method and checkpoint:
+        raise typer.BadParameter("give --method or --checkpoint, not both")
+    config = load_config(profile=profile)
+    if format == "kohya" and out.suffix != ".safetensors":
+        raise SpoError(f"--out {out}: --format kohya writes one file; end its name in .safetensors")
+    _require_new(out)
+    set_up_libraries()
+    from spo.evaluation.resolve_model import resolve_model
+    from spo.models import policy
+    from spo.models.load import build
+
+    source = resolve_model(checkpoint or method, config)
+    if source.lora is None:
+        raise SpoError(
+            f"there is nothing to export: {source.description}; run `python -m spo evaluate`, or name a --checkpoint"
+        )
+    denoiser = build(config.model, config.sampling, "cpu")
+    policy.load_policy(denoiser.network, source.lora)
+    policy.export(denoiser.network, format, out)
+    print(f"{out}: {format} of {source.description}")
+
+
+def import_preference_model(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    clip: Annotated[str, typer.Option(metavar="REPO", help="CLIP with the model's configuration: name or folder.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", show_default=False)],
+    processor: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Where the tokenizer is, if not there: name or folder.")
+    ] = None,
+) -> None:
+    """Convert a published preference model (.bin).
+
+    The result is a folder that `train_preference.checkpoint` can name.
+    """
+    _require_new(out)
+    set_up_libraries()
+    from spo.preference.checkpoint import import_published
+
+    import_published(file, clip, out, processor=processor)
+    print(f"{out}: name it as train_preference.checkpoint in a profile")
+
+
+def export_preference_model(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", show_default=False)],
+) -> None:
+    """Write a preference model as published (.bin).
+
+    The published code reads this file.
+    """
+    _require_new(out)
+    set_up_libraries()
+    from spo.preference.checkpoint import export_published
+
+    export_published(folder, out)
+    print(out)
+
+
+def _require_new(out: Path) -> None:
+    """SpoError if `out` exists: the user decides whether to remove it."""
+    if out.exists():
+        raise SpoError(f"--out {out} exists already; remove it, or name another place")

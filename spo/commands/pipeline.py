@@ -1,0 +1,109 @@
+"""Commands around the pipeline: repro, check, promote and mlflow-ui."""
+
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spo.commands.preflight import Finding
+from spo.commands.stage import Profile
+from spo.config import load_config
+from spo.errors import SpoError
+from spo.runtime.libraries import set_up_libraries
+from spo.runtime.processes import child_environment, run_group
+from spo.workspace import Workspace
+
+
+def repro(force: Annotated[bool, typer.Option("--force", help="Run all stages, changed or not.")] = False) -> None:
+    """Run the stages that have changed, in order.
+
+    At the end it says where the results are.
+    """
+    from spo import tracking
+
+    workspace = Workspace(load_config())
+    environment = {tracking.PIPELINE_RUN: uuid.uuid4().hex, **child_environment()}
+    start = time.monotonic()
+    code = run_group([sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])], environment)
+    if code:
+        raise SpoError(f"the pipeline stopped (dvc's exit code {code}); the lines above name the stage and the cause")
+    summary = (workspace.report / "summary.txt").read_text(encoding="utf-8").strip()
+    print(f"\n{summary}\n")
+    for name, place in {
+        "report": workspace.report / "report.html",
+        "images": workspace.evaluate / "images",
+        "LoRA weights": workspace.loras,
+        "runs": "`make ui`, then http://127.0.0.1:5000",
+        "this took": f"{time.monotonic() - start:.0f} s",
+    }.items():
+        print(f"{name:<13}{place}")
+
+
+def check(
+    profile: Profile = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Look only at settings, files and disk; run nothing.")] = False,
+) -> int:
+    """Find what would end a run after hours.
+
+    Looks at settings, files and disk, then runs all stages in miniature.
+    """
+    config = load_config(profile=profile)
+    _show(Finding("configuration", True, f"configs/{config.profile}.yaml and params.yaml"))
+    set_up_libraries()
+    from spo.commands.miniature import check_all
+
+    good = check_all(config, Path(), _show, quick=quick)
+    print(f"profile {config.profile} {'can run' if good else 'cannot run yet: repair the lines marked FAIL'}")
+    return 0 if good else 1
+
+
+def _show(finding: Finding) -> None:
+    print(f"{'ok  ' if finding.good else 'FAIL'}  {finding.what:<34} {finding.detail}", flush=True)
+
+
+def promote(
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose LoRA (default: promote.method, else the first method).")
+    ] = None,
+    against_base: Annotated[
+        bool, typer.Option("--against-base", help="Compare with the base, not with the present champion.")
+    ] = False,
+    profile: Profile = None,
+) -> None:
+    """Make the evaluated LoRA champion if it has won.
+
+    Registers it first; it becomes champion if it beats the present one.
+    """
+    config = load_config(profile=profile)
+    set_up_libraries()
+    from spo import tracking
+    from spo.commands.promote import run
+
+    with tracking.store_errors():
+        run(config, method=method, against_base=against_base)
+
+
+def mlflow_ui(port: int = 5000) -> None:
+    """Browse the tracked runs.
+
+    This process becomes the server, which only this machine can reach.
+    """
+    from spo import tracking
+
+    uri = tracking.store()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise SpoError(f"there are no runs at {uri} yet; run `python -m spo repro` first")
+    if left := tracking.send_unsent():
+        print(f"warning: {left} runs still wait in mlflow/unsent: {tracking.masked(uri)} is away", file=sys.stderr)
+    if uri.startswith("http"):
+        print(f"the runs are at {tracking.masked(uri)}")
+        return
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    print(f"http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
+    server = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server, "--backend-store-uri", uri])
