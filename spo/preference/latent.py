@@ -184,8 +184,9 @@ def block_averages(
 
 def half_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """A UNet without up path and output convolution, its weights on the meta device: to be loaded with `assign`."""
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}  # no folder's name
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(config)
+        unet: Any = UNet2DConditionModel.from_config(settings)
     if unet.mid_block is None or unet.class_embedding is not None or unet.time_embed_act is not None:
         raise ValueError("the UNet has no mid block, or a class embedding; use a Stable Diffusion UNet")
     unet.up_blocks = nn.ModuleList()

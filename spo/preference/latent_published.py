@@ -88,8 +88,21 @@ def write_published_latent(preference: LatentPreference, folder: str | Path) -> 
         save_file(unet, temporary / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
         model.unet.save_config(temporary / "unet")
         for name, encoder in zip(FOLDERS, model.text_encoders, strict=False):
-            encoder.save_pretrained(temporary / name)
+            _write_encoder(encoder, temporary / name)
         torch.save({**heads, "logit_scale": model.logit_scale.item()}, temporary / HEADS)
+
+
+def _write_encoder(encoder: Any, folder: Path) -> None:
+    """As older transformers do, which the published code uses: all names of a CLIPTextModel start with text_model."""
+    starts = ("text_model.", "text_projection.")
+    weights = {
+        name if name.startswith(starts) else f"text_model.{name}": tensor.cpu().contiguous()
+        for name, tensor in encoder.state_dict().items()
+    }
+    folder.mkdir()
+    encoder.config.architectures = [type(encoder).__name__]
+    encoder.config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _read_heads(file: Path) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class LatentScorer:
         self.device = torch.device(device)
         self.preference = preference
         self.model = preference.model.to(self.device).eval()
+        self.model.unet.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs as on GPUs
         self.at_step_time = at_step_time
         self.batch_size = batch_size
         self._precision: dict[str, Any] = {
