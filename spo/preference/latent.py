@@ -59,6 +59,10 @@ class LatentPreferenceModel(nn.Module):
         self.unet: Any = unet
         self.text_encoders: Any = nn.ModuleList(text_encoders)
         self.widths = [*unet.config.block_out_channels, unet.config.block_out_channels[-1]]
+        if not 1 <= num_guided <= len(self.widths):
+            raise ValueError(
+                f"num_guided={num_guided} must lie in [1, {len(self.widths)}]; the paper guides 1, the mid"
+            )
         self.visual_projection = _projection(sum(self.widths), projection_size, generator)
         self.text_projection: nn.Linear | None = None
         if len(text_encoders) == 1:

@@ -4,12 +4,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spo.config import LoraConfig
-from spo.core.types import Candidates, Scorer
+from spo.core.types import Candidates, Conditioning, Scorer
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import add_lora
-from spo.preference.latent import LOGIT_SCALE, half_of
+from spo.preference.latent import LOGIT_SCALE, LatentPreferenceModel, half_of, half_unet
 from spo.preference.latent_checkpoint import LatentPreference
 from spo.preference.latent_score import LatentScorer
 from tests.models.tiny import FAMILIES
@@ -67,6 +68,54 @@ def test_the_averages_are_of_what_the_whole_unets_own_forward_computes(
     torch.testing.assert_close(model.pooled_features(x, t, text), torch.cat(expected, dim=1))
 
 
+SD15 = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "sample_size": 64,
+}
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+    "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+}
+CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+CLIP_G = CLIPTextConfig(
+    hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
+)
+
+
+@pytest.mark.parametrize(
+    ("unet", "encoders", "features", "size"),
+    [(SD15, [(CLIPTextModel, CLIP_L)], 4800, 768),
+     (SDXL, [(CLIPTextModel, CLIP_L), (CLIPTextModelWithProjection, CLIP_G)], 3520, 1280)],
+    ids=FAMILIES,
+)  # fmt: skip
+@torch.no_grad()
+def test_the_real_models_have_the_papers_widths(unet: dict, encoders: list, features: int, size: int):
+    """Without weights: on the meta device there are shapes only."""
+    with torch.device("meta"):
+        model = LatentPreferenceModel(
+            half_unet(unet), [kind(config) for kind, config in encoders], projection_size=size, image_size=1024
+        )
+        text = {"text": torch.zeros(2, size), "prompt_embeds": torch.zeros(2, 77, unet["cross_attention_dim"])}
+        text |= {"null_prompt_embeds": text["prompt_embeds"]}
+        text |= {"pooled_embeds": text["text"], "null_pooled_embeds": text["text"]} if len(encoders) == 2 else {}
+        given = torch.zeros(2, 4, 16, 16), torch.zeros(2), Conditioning(text)
+        assert model.pooled_features(*given).shape == (2, features)
+        assert model.image_features(*given).shape == (2, size)
+
+
 def test_it_starts_as_the_papers_does(preference: LatentPreference):
     model = preference.model
     assert model.logit_scale.item() == pytest.approx(LOGIT_SCALE)
@@ -116,6 +165,11 @@ def test_a_text_projection_can_be_given_to_start_from(base: LatentDiffusion):
         model = make_preference(base, text_projection=torch.ones(size), projection_size=7).model
         assert torch.equal(model.text_projection.weight, torch.ones(size))
         assert model.visual_projection.out_features == 7
+
+
+def test_a_number_of_guided_features_that_there_are_not_is_named(base: LatentDiffusion):
+    with pytest.raises(ValueError, match=r"num_guided=4 must lie in \[1, 3\]"):
+        make_preference(base, num_guided=4)
 
 
 def test_a_base_with_a_lora_is_refused(base: LatentDiffusion, tmp_path: Path):
