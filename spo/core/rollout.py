@@ -72,7 +72,16 @@ def rollout(
         for j in range(i + 1, end):
             path.append(sample(step.transition(path[-1], j), step.noise(j, k)))
         ends = _Ends(step, path[-1], end)
-        scores = scorer(Candidates(ends.x, step.grid[end], text, predict_x_0=ends.predict_x_0, decode=policy.decode))
+        scores = scorer(
+            Candidates(
+                ends.x,
+                step.grid[end],
+                text,
+                predict_x_0=ends.predict_x_0,
+                decode=policy.decode,
+                t_from=step.grid[end - 1],
+            )
+        )
         yield Segment(tuple(path), tuple(step.grid[i : end + 1]), cond, scores, step.pop_forwards())
         if end < num_steps:
             match continue_from:

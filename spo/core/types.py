@@ -150,9 +150,11 @@ class Candidates:
         *,
         predict_x_0: Callable[[], Tensor],
         decode: Callable[[Tensor], Tensor],
+        t_from: float | None = None,
     ):
         self.x = x  # (k, b, c, h, w)
         self.t = t  # in [0, 1000]; 0 for the end of sampling
+        self.t_from = t_from  # the time that the step to x started from; None where no step led there
         self.text = text  # what the scorer's `encode` made of the b prompts
         self._predict_x_0 = predict_x_0
         self._decode = decode

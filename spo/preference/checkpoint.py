@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from spo.runtime.files import atomic_path, write_json
 
 FORMAT = "spo step-aware preference model"
 VERSION = 1
-_MAKE_ONE = "make one with the train_preference stage or with import-preference-model"
+MAKE_ONE = "make one with the train_preference stage or with import-preference-model"
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,27 @@ def save_preference_model(
 def load_preference_model(folder: str | Path) -> PreferenceModel:
     """Read what save_preference_model wrote, in float32 on the CPU; ModelError in one line if it cannot be."""
     folder = Path(folder)
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is no preference model: {one_line(error)}; {_MAKE_ONE}") from None
-    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-        raise ModelError(f"{folder}/config.json is not that of a {FORMAT}, version {VERSION}; {_MAKE_ONE}")
+    values = read_settings(folder, kind="pixel")
     try:
         config = CLIPConfig.from_dict(values["clip"])
         preprocess = _preprocessing(**values["preprocessing"])
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder} is a damaged preference model: {one_line(error)}; {_MAKE_ONE}") from None
+        raise ModelError(f"{folder} is a damaged preference model: {one_line(error)}; {MAKE_ONE}") from None
     return PreferenceModel(_filled(config, weights, str(folder)), read_tokenizer(folder, config), preprocess)
+
+
+def read_settings(folder: Path, *, kind: str) -> dict[str, Any]:
+    """The config.json of a folder of ours; ModelError where there is none, or one of another kind or version."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is no preference model: {one_line(error)}; {MAKE_ONE}") from None
+    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        raise ModelError(f"{folder}/config.json is not that of a {FORMAT}, version {VERSION}; {MAKE_ONE}")
+    if (found := values.get("kind", "pixel")) != kind:
+        raise ModelError(f"{folder} holds a preference model of kind {found!r}, not {kind!r}; {MAKE_ONE}")
+    return values
 
 
 def read_published(file: str | Path, config: CLIPConfig) -> StepAwareCLIP:
@@ -165,14 +174,20 @@ def _filled(
     """A new model with `weights`, which must be exactly its own in name and shape."""
     model = StepAwareCLIP(CLIPModel(config)).float()
     shapes = {name_in_file(name): tensor.shape for name, tensor in model.state_dict().items()}
+    if found := weight_problems(shapes, weights):
+        raise ModelError(f"{source} does not fit its CLIP configuration: it {found}; name the CLIP it is of")
+    model.load_state_dict({name: weights[name_in_file(name)] for name in model.state_dict()})
+    return model.eval()
+
+
+def weight_problems(shapes: Mapping[str, torch.Size], weights: Mapping[str, Any]) -> str:
+    """What keeps `weights` from being exactly those of a model with `shapes`, in a few words; "" for nothing."""
     problems = {
         "lacks": [name for name in shapes if name not in weights],
         "has the unknown": [name for name in weights if name not in shapes],
         "has another shape of": [name for name in shapes if name in weights and weights[name].shape != shapes[name]],
         "has no usable numbers in": [name for name in shapes if name in weights and not _usable(weights[name])],
     }
-    found = [f"{what} {one_line(names[0], 100)} (one of {len(names)})" for what, names in problems.items() if names]
-    if found:
-        raise ModelError(f"{source} does not fit its CLIP configuration: it {', '.join(found)}; name the CLIP it is of")
-    model.load_state_dict({name: weights[name_in_file(name)] for name in model.state_dict()})
-    return model.eval()
+    return ", ".join(
+        f"{what} {one_line(names[0], 100)} (one of {len(names)})" for what, names in problems.items() if names
+    )

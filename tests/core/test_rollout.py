@@ -66,8 +66,13 @@ class BrightnessScorer:
 class LatentScorer(BrightnessScorer):
     """Scores the noisy latents themselves; asks for nothing else."""
 
+    def __init__(self):
+        super().__init__()
+        self.started = []  # the time that each candidate's last step started from
+
     def __call__(self, candidates):
         self.calls.append((candidates.x, candidates.text, candidates.t))
+        self.started.append(candidates.t_from)
         return self.sign * 20 * candidates.x.mean(dim=(2, 3, 4))
 
 
@@ -191,6 +196,13 @@ def test_a_scorer_of_latents_costs_one_pass_a_step_and_no_decode():
     assert all(x.shape == (4, 3, *LATENT) for x, _, _ in scorer.calls)
     for segment, of_pixels in zip(segments, run(), strict=True):
         torch.testing.assert_close(segment.pairs[0].x_t, of_pixels.pairs[0].x_t)
+
+
+@pytest.mark.parametrize(("branch_steps", "started"), [(1, [701, 601, 501, 401, 301, 201, 101, 1]), (4, [401, 1])])
+def test_candidates_know_the_time_that_their_last_step_started_from(branch_steps, started):
+    scorer = LatentScorer()
+    run(scorer=scorer, branch_steps=branch_steps)
+    assert scorer.started == started
 
 
 def test_each_x_t_was_a_candidate_of_the_segment_before():
