@@ -12,6 +12,7 @@ from spo.config.align import (
     MethodConfig,
     OptimizerConfig,
     PairConfig,
+    RisingThreshold,
     SampledConfig,
     ScoringConfig,
     SpoConfig,
@@ -29,7 +30,13 @@ from spo.config.metrics import (
     OracleConfig,
 )
 from spo.config.model import ModelConfig, SamplingConfig
-from spo.config.preference import LabelsConfig, TrainPreferenceConfig
+from spo.config.preference import (
+    LabelsConfig,
+    LatentPreferenceConfig,
+    PixelPreferenceConfig,
+    PreferenceConfig,
+    TrainPreferenceConfig,
+)
 from spo.config.prepare import PreferencesConfig, PrepareConfig, PromptsConfig
 from spo.config.profile import Config, load_config
 from spo.config.run import LaunchConfig, SafetyConfig
@@ -45,6 +52,7 @@ __all__ = [
     "HpsConfig",
     "ImageRewardConfig",
     "LabelsConfig",
+    "LatentPreferenceConfig",
     "LaunchConfig",
     "LoraConfig",
     "LoraSource",
@@ -55,10 +63,13 @@ __all__ = [
     "OptimizerConfig",
     "OracleConfig",
     "PairConfig",
+    "PixelPreferenceConfig",
+    "PreferenceConfig",
     "PreferencesConfig",
     "PrepareConfig",
     "PromoteConfig",
     "PromptsConfig",
+    "RisingThreshold",
     "SafetyConfig",
     "SampledConfig",
     "SamplerConfig",

@@ -7,17 +7,19 @@ once, so that the next batch is sampled by the policy as it has become.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from functools import cached_property
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Generator, Tensor
 
-from spo.config import PairConfig, SampledConfig
+from spo.config import PairConfig, RisingThreshold, SampledConfig
 from spo.core.gaussian import log_prob
 from spo.core.losses import dpo_loss, log_ratio
 from spo.core.noise import KeyedNoise, epoch_seed
 from spo.core.rollout import Segment
 from spo.core.selection import pairs_of, select_pairs
+from spo.core.threshold import rising_threshold, step_std
 from spo.core.types import Conditioning, Denoiser, Loss, Pairs, Scorer
 from spo.methods.method import E, Inputs, Round, Tally
 from spo.runtime import distributed
@@ -84,12 +86,24 @@ class PairMethod(SampledMethod[P, Pairs]):
         """Sample the prompts of cond once."""
 
     def _collect_batch(self, cond: Conditioning, text: Any, noise: KeyedNoise, *, drop: bool) -> Round[Pairs]:
-        config = self.config
         kept = [
-            keep_pairs(segment, threshold=config.threshold, at_random=config.pairs_at_random)
+            keep_pairs(segment, threshold=self._threshold(segment.times[0]), at_random=self.config.pairs_at_random)
             for segment in self._roll(cond, text, noise)
         ]
         return to_round([gathered(each, drop=drop) for each in kept])
+
+    def _threshold(self, t: float) -> float:
+        """That of a segment whose first step is from time t."""
+        threshold = self.config.threshold
+        return self._rising[t] if isinstance(threshold, RisingThreshold) else threshold
+
+    @cached_property
+    def _rising(self) -> dict[float, float]:
+        """By the times of the policy's grid."""
+        times, sampler = self.policy.timesteps, cast(Any, self.policy).sampler
+        std = step_std(sampler.schedule, times, eta=sampler.eta)
+        rising = cast(RisingThreshold, self.config.threshold)
+        return dict(zip(times.tolist(), rising_threshold(std, low=rising.low, high=rising.high).tolist(), strict=True))
 
     def loss(self, examples: Pairs) -> Loss:
         """DPO's loss of single steps, the ratios clamped (SPO's paper, eq. 9; published code for the clamp)."""

@@ -45,7 +45,7 @@ class Network(ABC):
         size = resolution // pipeline.vae_scale_factor
         self.latent_shape = (self.module.config.in_channels, size, size)
         self.batch_size = batch_size or min(64, max(2, 32 * 64**2 // size**2))
-        self.forwards = 0  # samples that went through, each half of the guidance counted
+        self.forwards: float = 0  # samples that went through, each half of the guidance counted
         self._negative: dict[str, Tensor] | None = None
         self._merged = False
         self._frozen: nn.Module | None = None

@@ -97,7 +97,7 @@ def build_inputs(config: Config, policy: LatentDiffusion, *, root: Path) -> Inpu
     def scorer(scoring: ScoringConfig) -> Scorer:
         if scoring.tiny_vae is not None:
             policy.autoencoder.preview = load_tiny_vae(scoring.tiny_vae, policy)
-        return load_scorer(config, root, policy.device, scoring)
+        return load_scorer(config, root, policy, scoring)
 
     def pairs() -> LabelledPairs:
         return load_pairs(workspace.prepared.pairs_file("train"), policy, config, cache=workspace.latents_cache)
@@ -119,7 +119,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     if not metrics:
         print(f"align {name} goes on unwatched", flush=True)
         return None
-    preference = load_scorer(config, root, policy.device)
+    preference = load_scorer(config, root, policy)
     text = preference.encode(prompts)
     sampler = SamplerConfig(steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale, eta=0.0)
 

@@ -17,7 +17,7 @@ class Cost:
     rounds: int = 0  # of collecting and training
     updates: int = 0
     num_examples: int = 0
-    unet_forwards: int = 0  # samples, each half of the guidance counted
+    unet_forwards: int = 0  # samples, each half of the guidance counted; a latent preference model's are half a forward
     vae_decodes: int = 0  # images
     seconds: float = 0.0
     skipped: int = 0  # updates that were left out, their loss or gradient being not finite

@@ -8,12 +8,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
 
-from spo.config import SafetyConfig, TrainPreferenceConfig
+from spo.config import Config, SafetyConfig, TrainPreferenceConfig
 from spo.core.losses import preference_loss
 from spo.core.noise import epoch_seed
 from spo.core.types import LabelledPairs
@@ -28,10 +29,7 @@ Row = dict[str, float] | None  # a step's measurements, where it was made
 
 
 class PreferenceTraining(ABC):
-    """A preference model that trains on pairs of the base's latents.
-
-    micro_batch_size: pairs whose scores are in memory at a time; None for a process's whole share of a batch.
-    """
+    """A preference model that trains on pairs of the base's latents."""
 
     blind_mend: ClassVar[str]  # where to look when there has been no gradient for long
 
@@ -41,14 +39,11 @@ class PreferenceTraining(ABC):
         model: nn.Module,
         config: TrainPreferenceConfig,
         safety: SafetyConfig | None = None,
-        *,
-        micro_batch_size: int | None = None,
     ):
         safety = safety or SafetyConfig()
         self.base = base
         self.model: Any = model.to(base.device)
         self.config = config
-        self.micro_batch_size = micro_batch_size
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -60,6 +55,15 @@ class PreferenceTraining(ABC):
             "for {n} steps the preference model has had no gradient; its scores do not differ between the images of a "
             f"pair: look at {self.blind_mend}",
         )
+
+    @classmethod
+    @abstractmethod
+    def start(cls, base: LatentDiffusion, config: Config) -> Self:
+        """The training of config.train_preference at its start, or around its `checkpoint`."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the model's folder."""
 
     @property
     @abstractmethod
@@ -121,7 +125,7 @@ class PreferenceTraining(ABC):
         share = torch.arange(len(index))[distributed.share(len(index))]
         weight = pairs.weight[index]
         measured: dict[str, float] = {}
-        for rows in share.split(self.micro_batch_size or max(1, len(share))):
+        for rows in share.split(self.config.micro_batch_size or max(1, len(share))):
             part = float(weight[rows].sum() / weight.sum())  # of the batch, that is in these rows
             if not len(rows) or part == 0:
                 continue
