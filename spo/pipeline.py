@@ -22,7 +22,7 @@ _TABLE = (
     Stage("prepare", "check prompts and preferences and split them", ("seed", "prepare"), checked=True),
     Stage(
         "train_preference",
-        "train the step-aware preference model",
+        "train the preference model",
         ("seed", "model", "sampling", "labels", "train_preference"),
         (("preferences", "train"), ("preferences", "validation")),
         distributed=True,

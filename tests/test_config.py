@@ -79,6 +79,32 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             lambda v: v["align"]["spo"].update(watch={"every": 2, "metric": {"kind": "oracle"}, "score": "beauty"}),
             r"align\.spo\.watch: watch\.score must be one of .*'beauty'",
         ),
+        (lambda v: v["train_preference"].update(kind="audio"), r"train_preference: .*whose kind is pixel or latent"),
+        (lambda v: v.update(train_preference=3), r"train_preference: .*whose kind is pixel or latent, got 3"),
+        (lambda v: v["train_preference"].update(kind="latent"), r"train_preference\.start_from: unknown key"),
+        (lambda v: v["train_preference"].update(steps=0), r"train_preference\.steps: .*got 0"),
+        (lambda v: v["train_preference"].update(noise_per="pair"), r"train_preference\.noise_per: unknown key"),
+        (
+            lambda v: v.update(train_preference={"kind": "latent", "checkpoint_base": "a/b"}),
+            r"train_preference: checkpoint_base needs a checkpoint",
+        ),
+        (lambda v: v["align"]["spo"].update(threshold=2), r"align\.spo\.threshold: .*equal to 1, got 2"),
+        (
+            lambda v: v["align"]["spo"].update(threshold={"low": 0.5, "high": 0.4}),
+            r"align\.spo\.threshold: low=0\.5 must not be above high=0\.4",
+        ),
+        (lambda v: v["align"]["spo"].update(threshold={"low": 0.5}), r"align\.spo\.threshold\.high: Field required"),
+        (
+            lambda v: (
+                v["sampling"].update(eta=0.0),
+                v["align"]["spo"].update(threshold={"low": 0.1, "high": 0.4}),
+            ),
+            r"align\.spo\.threshold rises with the steps' std",
+        ),
+        (
+            lambda v: v["align"]["spo"].update(scoring={"at_step_time": True}),
+            r"align\.spo\.scoring\.at_step_time=true needs train_preference\.kind=latent",
+        ),
         (lambda v: v["align"]["spo"].update(method="sp0"), r"align\.spo: .*'sp0'"),
         (
             lambda v: v.update(align={"mine": v["align"]["spo"]}),

@@ -204,6 +204,22 @@ def test_prepare_wants_room_for_its_copy_of_the_pictures_and_for_dvcs(config: Co
     assert room(config, ROOT)["prepare"].kept == 2 * sum(file.stat().st_size for file in source.iterdir())
 
 
+def test_a_latent_preference_model_needs_no_clip_and_the_room_of_half_the_base(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    latent = changed(config, "train_preference", {"kind": "latent"})
+    assert [finding.what for finding in findings(latent, tmp_path) if finding.what.startswith("train_pref")] == []
+    parts = [sum(file.stat().st_size for file in (ROOT / config.model.path / name).iterdir())
+             for name in ("unet", "text_encoder")]  # fmt: skip
+    assert room(latent, tmp_path)["train_preference"].passing == pytest.approx(9 * (parts[0] / 2 + parts[1]), rel=1e-3)
+    for source, key in (({"checkpoint": "nowhere"}, "checkpoint"), ({"text_projection": "nowhere"}, "text_projection")):
+        lacking = changed(config, "train_preference", {"kind": "latent", **source})
+        bad = [finding.what for finding in findings(lacking, tmp_path) if not finding.good]
+        assert f"train_preference.{key}" in bad
+
+
 def test_full_fine_tuning_needs_room_for_its_checkpoints(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

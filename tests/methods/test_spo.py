@@ -71,6 +71,16 @@ def test_segments_train_on_every_step_of_both_paths(policy):
     assert method.loss(pairs).value.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_a_threshold_that_rises_keeps_fewer_pairs_at_noisy_steps(policy):
+    [plain], [rising] = (
+        list(make_spo(policy, prompts_per_rollout=5, threshold=threshold, first_step=0).collect(0))
+        for threshold in (0.0, {"low": 0.0, "high": 1.0})
+    )
+    assert plain.tallies[0].num_kept > 0 and rising.tallies[0].num_kept == 0  # the noisiest step: no margin is above 1
+    assert rising.tallies[-1].num_kept == plain.tallies[-1].num_kept > 0  # the last one has the least std
+    assert all(few.num_kept <= many.num_kept for few, many in zip(rising.tallies, plain.tallies, strict=True))
+
+
 @pytest.mark.parametrize("settings", [{"continue_from": "win"}, {"continue_from": "lose"}, {"pairing": "random"}])
 def test_an_ablation_changes_the_pairs(policy, settings):
     plain, ablated = (Pairs.cat(collect(make_spo(policy, **more))) for more in ({}, settings))

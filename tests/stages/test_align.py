@@ -100,7 +100,7 @@ def test_training_seeds_differ_and_lie_side_by_side(project: Path, config: Confi
 @pytest.mark.slow
 def test_diffusion_dpo_trains_without_guidance_and_the_others_with_it(config: Config, project: Path) -> None:
     with contextlib.chdir(project):
-        assert {name: align.build_policy(config, name).guidance_scale for name in config.methods} == {
+        assert {name: align.build_policy(config, name).sampler.guidance_scale for name in config.methods} == {
             "spo": 5.0, "d3po": 5.0, "dpo": 1.0}  # fmt: skip
 
 
