@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from spo.core.guidance import guide
+from spo.core.prediction import guide
 from spo.core.types import Conditioning
 from spo.models.merging import merged_adapter
 
