@@ -61,7 +61,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             r"branch_steps=3 must divide .* = 8; use one of \[1, 2, 4, 8\]",
         ),
         (lambda v: v["align"]["spo"].update(first_step=10), r"first_step=10 must be below sampling\.steps=10"),
-        (lambda v: v["evaluate"].update(primary="beauty"), r"evaluate: primary and guarded name scores .*got 'beauty'"),
+        (
+            lambda v: v["evaluate"].update(primary="beauty"),
+            r"evaluate: primary and guarded must be scores .*got 'beauty'",
+        ),
         (
             lambda v: v["evaluate"].update(loras={"spo": "a/b"}),
             r"evaluate\.loras: \['spo'\] are names of other",
@@ -74,7 +77,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         (lambda v: v["evaluate"]["samplers"]["ddim"].update(eta=2), r"evaluate\.samplers\.ddim\.eta: .* got 2"),
         (lambda v: v["evaluate"].update(etas=[0]), r"evaluate\.etas: unknown key"),
         (lambda v: v["evaluate"].update(metrics=[]), r"evaluate\.metrics: .*at least 1 item"),
-        (lambda v: v["train_preference"].update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
+        (lambda v: v.update(labels={"kind": "pseudo"}), r"pseudo needs labels\.model"),
         (
             lambda v: v["align"]["spo"].update(watch={"every": 2, "metric": {"kind": "oracle"}, "score": "beauty"}),
             r"align\.spo\.watch: watch\.score must be one of .*'beauty'",
@@ -111,7 +114,7 @@ def test_a_profile_must_be_named(tmp_path: Path) -> None:
 
 
 def test_a_key_stands_in_one_place(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"\['seed'\] stand in both"):
+    with pytest.raises(ConfigError, match=r"\['seed'\] are in both"):
         load_config(project(tmp_path, params="profile: mine\nseed: 3\n"))
 
 
