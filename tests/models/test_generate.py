@@ -51,9 +51,9 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(
 
 
 def test_a_sampler_leaves_the_pipelines_own_scheduler(model: LatentDiffusion) -> None:
-    own = model.pipeline.scheduler
+    own = model.network.pipeline.scheduler
     generate(model, PROMPTS[:1], SEEDS[:1], sampler=SamplerConfig(scheduler="EulerDiscreteScheduler"), batch_size=1)
-    assert model.pipeline.scheduler is own
+    assert model.network.pipeline.scheduler is own
 
 
 def test_settings_change_the_image(model: LatentDiffusion) -> None:
@@ -67,7 +67,7 @@ def test_settings_change_the_image(model: LatentDiffusion) -> None:
 
 
 def test_a_scheduler_keeps_the_noise_schedule_of_its_base(model: LatentDiffusion) -> None:
-    base = model.pipeline.scheduler
+    base = model.network.pipeline.scheduler
     found = build_scheduler(SamplerConfig(scheduler="UniPCMultistepScheduler"), base.config)
     torch.testing.assert_close(found.alphas_cumprod, base.alphas_cumprod)
     assert found.config.prediction_type == base.config.prediction_type
