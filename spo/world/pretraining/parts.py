@@ -16,7 +16,7 @@ from spo.config import Config, ModelConfig, SamplerConfig, SamplingConfig
 from spo.data.prompts import split_prompts
 from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
-from spo.preference.accuracy import pairwise_accuracy
+from spo.preference.labels import pairwise_accuracy
 from spo.runtime.files import read_json, write_json
 from spo.runtime.progress import Progress
 from spo.world.opinion import utility
@@ -249,8 +249,8 @@ def _held_out_accuracy(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, kn
         both = torch.stack([pool.pictures[pool.first[part]], pool.pictures[pool.second[part]]], dim=1).flatten(0, 1)
         judged.append(score_groups(clip, tokenizer, both, [pool.prompts[i] for i in pool.first[part].tolist()]))
     label = pool.label[rows]
-    accuracy = pairwise_accuracy(torch.cat(judged), torch.stack([label, 1 - label], dim=1))
-    return {"accuracy": accuracy.accuracy, "pairs": accuracy.num_pairs}
+    accuracy, num_pairs = pairwise_accuracy(torch.cat(judged), torch.stack([label, 1 - label], dim=1))
+    return {"accuracy": accuracy, "pairs": num_pairs}
 
 
 def read_accuracy(folder: Path) -> dict[str, float]:
