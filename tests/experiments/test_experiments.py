@@ -1,4 +1,4 @@
-"""The long experiments, made small: they run, go on where they stopped, and mean what they say."""
+"""Small versions of the long experiments: they run, resume, and their tables are correct."""
 
 import contextlib
 import csv
@@ -18,6 +18,7 @@ from experiments import candidate_agreement, dpo_curve, methods, share_sweep
 from experiments.pictures import Pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from spo.config import SpoConfig, load_config
+from spo.core.types import Candidates
 from spo.data.preferences import read_pairs
 from spo.metrics.metric import build_metrics, score
 from spo.stages import align, prepare, train_preference
@@ -248,8 +249,10 @@ def test_a_model_that_is_the_metric_orders_all_candidates_and_its_opposite_none(
         def encode(self, prompts: Sequence[str]) -> Tensor:
             return torch.zeros(len(prompts), 1)
 
-        def __call__(self, images: Tensor, text: Tensor, t: Tensor) -> Tensor:
-            return self.sign * score(metrics, images, prompts * settings.candidates)["aesthetic"]
+        def __call__(self, candidates: Candidates) -> Tensor:
+            images = candidates.images.flatten(0, 1)
+            scores = score(metrics, images, prompts * settings.candidates)["aesthetic"]
+            return self.sign * scores.unflatten(0, (settings.candidates, -1))
 
     for sign, agreement in ((1.0, 1.0), (-1.0, 0.0)):
         found = candidate_agreement.measure(config, Metric(sign), prompts, settings)
