@@ -9,7 +9,7 @@ What a researcher needs is importable from `spo`; each name is loaded when it is
     load_preference_model    a trained step-aware preference model, from its folder
     PreferenceScorer         scores images by it: higher is better
     KeyedNoise               random numbers keyed by seed, epoch and prompt
-    rollout                  sample prompts and yield step-wise preference pairs (the paper's algorithm 1)
+    rollout                  sample prompts and yield scored candidates, step by step (the paper's algorithm 1)
     Spo, D3po, DiffusionDpo  the methods: they collect pairs and give the loss
 
 For example, in a project in which `python -m spo repro` has run:
@@ -29,11 +29,10 @@ For example, in a project in which `python -m spo repro` has run:
         candidates=4,
         first_step=1,
         branch_steps=1,
-        threshold=0.0,
         noise=spo.KeyedNoise(0, 0, range(len(prompts))),
     )
     for segment in segments:
-        print(f"t={segment.t}: {segment.num_kept} pairs, mean score {segment.score:.3f}")
+        print(f"t={segment.times[0]}: mean score {segment.scores.mean():.3f}")
 """
 
 import importlib
