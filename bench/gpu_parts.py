@@ -36,13 +36,13 @@ def preference_step(bench: Bench, figures: dict[str, Any], *, num_pairs: int) ->
 
     The preference model's numbers are others afterwards, which no later row's time depends on.
     """
-    from spo.config import TrainPreferenceConfig
+    from spo.config import PixelPreferenceConfig
     from spo.core.types import LabelledPairs
     from spo.training.preference import StepAwareTraining
 
     system = bench.system("sd15")
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if bench.full else "float32"
-    config = TrainPreferenceConfig(start_from="random weights", batch_size=num_pairs, dtype=dtype)
+    config = PixelPreferenceConfig(start_from="random weights", batch_size=num_pairs, dtype=dtype)
     figures |= {"pairs": num_pairs, "dtype": dtype, "start_bytes": in_use(bench.device)}
     training = StepAwareTraining(system.policy, system.preference, config)
     generator = torch.Generator().manual_seed(0)

@@ -6,11 +6,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from spo.config import Config
+from spo.config import Config, PixelPreferenceConfig
 from spo.workspace import Workspace
 
 CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, if it is on the hub
 UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # if the base is on the hub
+TEXT_BYTES = {"sd15": 4 * 123 * 10**6, "sdxl": 4 * 818 * 10**6}  # of the text encoders, likewise
 LATENT_BYTES = 4 * 4 / 8**2  # of a pixel of an encoded picture: four channels of four bytes, an eighth of the sides
 PICTURE_BYTES = 2 + 3  # of a pixel: as a PNG, and raw until `evaluate` has ended
 STATES = 9  # times the weights: three states, each of weights and two moments; the third is being written
@@ -33,8 +34,7 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     preferences, training, evaluate = config.prepare.preferences, config.train_preference, config.evaluate
     seeds, resolution = len(config.training_seeds), config.model.resolution
     source = size_of(root / preferences.source) if preferences and not preferences.max_pairs else 0
-    start = Path(training.start_from)
-    clip = 0 if training.checkpoint else size_of(start) if start.is_dir() else CLIP_BYTES
+    trained = 0 if training.checkpoint else _preference(config)
     latents = 2 * (num_pairs(config, root) or 0) * resolution**2 * LATENT_BYTES
     whole = [config.align[name].checkpoints for name in config.methods if config.align[name].full_fine_tuning]
     unet = _unet(config) if whole else 0
@@ -42,7 +42,7 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * resolution**2
     kept_and_passing = {
         "prepare": (2 * source, 0),
-        "train_preference": (2 * clip + latents, STATES * clip),
+        "train_preference": (2 * trained + latents, STATES * trained),
         # the checkpoints of one training are copied as they become the output
         "align": (2 * unet * sum(whole) * seeds, (STATES + max(whole, default=0)) * unet),
         "evaluate": (pictures * PICTURE_BYTES, 0),
@@ -88,12 +88,24 @@ def size_of(place: Path) -> int:
     return found
 
 
+def _preference(config: Config) -> int:
+    """Bytes of the preference model that trains, in float32; a latent one has half the UNet and the text encoders."""
+    training = config.train_preference
+    if isinstance(training, PixelPreferenceConfig):
+        start = Path(training.start_from)
+        return size_of(start) if start.is_dir() else CLIP_BYTES
+    text = sum(_part(config, name) for name in ("text_encoder", "text_encoder_2"))
+    return _unet(config) // 2 + (text or TEXT_BYTES[config.model.family])
+
+
 def _unet(config: Config) -> int:
     """Bytes of the UNet in float32, its dtype in training."""
-    folder = Path(config.model.path) / "unet"
-    if not folder.is_dir():
-        return UNET_BYTES[config.model.family]
-    return size_of(folder) * (1 if config.model.dtype == "float32" else 2)
+    return _part(config, "unet") or UNET_BYTES[config.model.family]
+
+
+def _part(config: Config, name: str) -> int:
+    """Bytes of a part of the base in float32; 0 if the base is no folder here, or has no such part."""
+    return size_of(Path(config.model.path) / name) * (1 if config.model.dtype == "float32" else 2)
 
 
 def _num_rows(file: Path) -> int:

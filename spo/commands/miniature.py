@@ -100,7 +100,8 @@ def miniature(config: Config, root: Path) -> Config:
             source = str((root / source).resolve())
         values["prepare"]["preferences"] |= {"source": source, "max_pairs": PAIRS_READ}
     values["train_preference"] |= {"steps": 1, "evaluate_pairs": 2}
-    values["train_preference"] |= {"batch_size": min(config.train_preference.batch_size, PAIRS)}
+    at_a_time = config.train_preference.micro_batch_size or config.train_preference.batch_size
+    values["train_preference"] |= {"batch_size": min(at_a_time, PAIRS), "micro_batch_size": None}
     values["train_preference"]["evaluate_timesteps"] = config.train_preference.evaluate_timesteps[:1]
     values["align"] = {
         name: method.model_dump() | method.miniature(examples=PAIRS, prompts=SAMPLED)
@@ -155,7 +156,8 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     read, _ = read_prompts(root / prompts.source, field=prompts.field, max_prompts=prompts.max_prompts)
     num_prompts = len(read) * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
     training, seeds = config.train_preference, len(config.training_seeds)
-    counts = {"train_preference": 0.0 if training.checkpoint else 4.0 * training.steps * training.batch_size}
+    trained = 0 if training.checkpoint else training.steps * training.batch_size
+    counts = {"train_preference": trained * training.forwards_per_pair(config.sampling)}
     for name in config.methods:
 
         def per_prompt(name: str = name) -> float:

@@ -77,14 +77,10 @@ def _models(config: Config) -> Iterator[Finding]:
     yield _repository("model.path", model.path, "model_index.json", DISTRIBUTED)
     if model.vae:
         yield _repository("model.vae", model.vae, "config.json", DISTRIBUTED)
-    if preference.checkpoint:
-        yield _repository("train_preference.checkpoint", preference.checkpoint, "config.json", ("train_preference",))
-    else:
-        yield _repository("train_preference.start_from", preference.start_from, "config.json", ("train_preference",))
-        if config.labels.model:
-            yield _repository("labels.model", config.labels.model, "config.json", ("train_preference",))
-        if preference.processor:
-            yield _repository("train_preference.processor", preference.processor, None, ("train_preference",))
+    for key, (source, file) in preference.repositories().items():
+        yield _repository(f"train_preference.{key}", source, file, ("train_preference",))
+    if config.labels.model and not preference.checkpoint:
+        yield _repository("labels.model", config.labels.model, "config.json", ("train_preference",))
     needed = {evaluate.primary, *evaluate.guarded}
     for metric in evaluate.metrics:
         if needed & set(metric.scores):

@@ -12,6 +12,7 @@ from spo.config.align import (
     MethodConfig,
     OptimizerConfig,
     PairConfig,
+    RisingThreshold,
     ScoringConfig,
     SpoConfig,
     WatchConfig,
@@ -26,5 +27,10 @@ from spo.config.metrics import (
     OracleConfig,
 )
 from spo.config.model import ModelConfig, SamplingConfig
-from spo.config.preference import PrepareConfig, TrainPreferenceConfig
+from spo.config.preference import (
+    LatentPreferenceConfig,
+    PixelPreferenceConfig,
+    PrepareConfig,
+    TrainPreferenceConfig,
+)
 from spo.config.profile import Config, LaunchConfig, SafetyConfig, load_config

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from spo.config.base import Fraction, Positive, Rate, Section
 from spo.config.metrics import MetricConfig
@@ -102,6 +102,30 @@ class ScoringConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the preference model
     tiny_vae: str | None = None  # an AutoencoderTiny that decodes for the preference model, e.g. madebyollin/taesd
     timestep: Annotated[int, Field(ge=0)] | None = None  # the preference model gets it instead of every t
+    at_step_time: bool = False  # kind latent: score a candidate at the time its step started from, as LPO's code does
+
+
+class RisingThreshold(Section):
+    """LPO's threshold: `low` at the step with the least std, `high` at that with the most (spo/core/threshold.py)."""
+
+    low: Fraction
+    high: Fraction
+    by: Literal["std"] = "std"
+
+    @model_validator(mode="after")
+    def _rises(self) -> "RisingThreshold":
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} must not be above high={self.high}")
+        return self
+
+
+def _is_rising(value: Any) -> str:
+    return "rising" if isinstance(value, (dict, RisingThreshold)) else "number"
+
+
+Threshold = Annotated[
+    Annotated[Fraction, Tag("number")] | Annotated[RisingThreshold, Tag("rising")], Discriminator(_is_rising)
+]
 
 
 class PairConfig(AlignConfig):
@@ -112,7 +136,7 @@ class PairConfig(AlignConfig):
 
     rollouts_per_epoch: Positive | None = None  # None: each training prompt once in an epoch
     prompts_per_rollout: Positive = 40
-    threshold: Fraction = 0.3  # margin above which a pair is kept
+    threshold: Threshold = 0.3  # margin above which a pair is kept
     beta: Rate = 10.0
     clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1  # of the ratio of policy and reference, around 1
     scoring: ScoringConfig = ScoringConfig()
@@ -153,6 +177,8 @@ class SpoConfig(PairConfig):
         return self.pairing == "random"
 
     def misfit(self, sampling: SamplingConfig) -> str | None:
+        if isinstance(self.threshold, RisingThreshold) and (sampling.eta == 0 or sampling.steps == 1):
+            return "threshold rises with the steps' std; use a number, or sampling.eta above 0 and 2 or more steps"
         branched = sampling.steps - self.first_step
         if branched <= 0:
             return f"first_step={self.first_step} must be below sampling.steps={sampling.steps}"

@@ -1,10 +1,12 @@
-"""Prompts and preference pairs, and the step-aware preference model that learns from the pairs."""
+"""Prompts and preference pairs, and the preference model that learns from the pairs."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from spo.config.align import ScoringConfig
 from spo.config.base import Fraction, Positive, Rate, Section
+from spo.config.model import SamplingConfig
 
 
 class PromptsConfig(Section):
@@ -44,21 +46,120 @@ class LabelsConfig(Section):
 
 
 class TrainPreferenceConfig(Section):
-    """The step-aware preference model (paper section 4.1; SD 1.5: 8000 steps at 3e-6)."""
+    """What every kind of preference model trains with."""
 
-    start_from: str  # a CLIP repository: PickScore, or the embedded default's
-    checkpoint: str | None = None  # an already trained step-aware model: skips training
-    processor: str | None = None  # repository of the tokenizer, if start_from has none
-    steps: Positive = 8000
-    batch_size: Positive = 64
-    learning_rate: Rate = 3e-6
+    checkpoint: str | None = None  # an already trained model: skips training
+    steps: Positive
+    batch_size: Positive  # pairs
+    micro_batch_size: Positive | None = None  # pairs in memory at a time; None: all of a batch
+    learning_rate: Rate
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     weight_decay: Annotated[float, Field(ge=0)] = 0.3
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    preprocessing: Literal["antialias", "published"] = "antialias"
-    blind: bool = False  # gets t = 0 in training and in use: the paper's ablation
-    evaluate_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)  # as published
+    evaluate_timesteps: tuple[Annotated[int, Field(ge=0)], ...] = (0, 251, 501, 701, 951)  # SPO's table of accuracies
     evaluate_pairs: Positive = 512  # validation pairs for the accuracy, at most
     log_every: Positive = 20
+
+    def repositories(self) -> dict[str, tuple[str, str | None]]:
+        """Models that it loads: by key of its section, a folder or hub name, and a file that must be in it."""
+        raise NotImplementedError
+
+    def forwards_per_pair(self, sampling: SamplingConfig) -> float:
+        """UNet forwards of a pair in a step, each half of the guidance counted; backward passes are not counted."""
+        raise NotImplementedError
+
+    def unfit(self, scoring: ScoringConfig) -> str | None:
+        """A setting of `scoring` that this kind cannot use, and why; None if there is none."""
+        raise NotImplementedError
+
+    def memory_remedy(self) -> str:
+        now = self.micro_batch_size or self.batch_size
+        return f"set train_preference.micro_batch_size below {now}, or train in bfloat16"
+
+
+class PixelPreferenceConfig(TrainPreferenceConfig):
+    """SPO's step-aware model, a CLIP of the predicted x_0 (paper section 4.1; SD 1.5: 8000 steps at 3e-6)."""
+
+    kind: Literal["pixel"] = "pixel"
+    start_from: str  # a CLIP repository: PickScore, or the embedded default's
+    processor: str | None = None  # repository of the tokenizer, if start_from has none
+    steps: Positive = 8000
+    batch_size: Positive = 64
+    learning_rate: Rate = 3e-6
+    preprocessing: Literal["antialias", "published"] = "antialias"
+    blind: bool = False  # gets t = 0 in training and in use: the paper's ablation
+
+    def repositories(self) -> dict[str, tuple[str, str | None]]:
+        if self.checkpoint:
+            return {"checkpoint": (self.checkpoint, "config.json")}
+        processor = {"processor": (self.processor, None)} if self.processor else {}
+        return {"start_from": (self.start_from, "config.json"), **processor}
+
+    def forwards_per_pair(self, sampling: SamplingConfig) -> float:
+        """The base predicts the x_0 of both images."""
+        return 2.0 * (1 + (sampling.guidance_scale > 1))
+
+    def unfit(self, scoring: ScoringConfig) -> str | None:
+        if scoring.at_step_time:
+            return "at_step_time=true needs train_preference.kind=latent"
+        return None
+
+
+class LatentPreferenceConfig(TrainPreferenceConfig):
+    """LRM, which reads noisy latents (LPO, arXiv 2502.01051; published settings for SD v1.5 as defaults).
+
+    For SDXL: 8000 steps of 32 pairs, 1000 of warm-up.
+    """
+
+    kind: Literal["latent"] = "latent"
+    checkpoint_base: str | None = None  # the diffusers model that `checkpoint` is of, if it has the published layout
+    text_projection: str | None = None  # SD v1.5: a CLIP from whose projection the text's starts; None: random
+    # published: openai/clip-vit-large-patch14
+    projection_size: Positive | None = None  # None: the text encoder's, 768 for SD v1.5 and 1280 for SDXL
+    guidance_scale: Annotated[float, Field(ge=1)] = 7.5  # of the mid block's features; 1: none, and half the work
+    noise_per: Literal["image", "pair"] = "image"  # whether a pair's two images are noised each in its own way
+    timestep_stride: Positive = 50  # t is drawn from 1, 1 + stride, ... (1, 51, ..., 951); 1: from all timesteps
+    steps: Positive = 4000
+    batch_size: Positive = 128
+    learning_rate: Rate = 1e-5
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+    @model_validator(mode="after")
+    def _base_of_a_checkpoint(self) -> "LatentPreferenceConfig":
+        if self.checkpoint_base and not self.checkpoint:
+            raise ValueError("checkpoint_base needs a checkpoint in the published layout; name one, or remove it")
+        return self
+
+    def repositories(self) -> dict[str, tuple[str, str | None]]:
+        if self.checkpoint and self.checkpoint_base:
+            base = {"checkpoint_base": (self.checkpoint_base, "model_index.json")}
+            return {"checkpoint": (self.checkpoint, "state_dict.pt"), **base}
+        if self.checkpoint:
+            return {"checkpoint": (self.checkpoint, "config.json")}
+        return {"text_projection": (self.text_projection, "config.json")} if self.text_projection else {}
+
+    def forwards_per_pair(self, sampling: SamplingConfig) -> float:
+        """A pass of both images through the model's half of a UNet counts as half of one; the base makes none."""
+        return 2.0 * (1 + (self.guidance_scale > 1)) / 2
+
+    def unfit(self, scoring: ScoringConfig) -> str | None:
+        for key in ("tiny_vae", "timestep"):
+            if getattr(scoring, key) is not None:
+                return f"{key}={getattr(scoring, key)!r} needs train_preference.kind=pixel"
+        return None
+
+    def memory_remedy(self) -> str:
+        return f"{super().memory_remedy()}, or set model.gradient_checkpointing to true"
+
+
+def _kind(value: Any) -> Any:
+    kind = value.get("kind", "pixel") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) else None
+
+
+PreferenceConfig = Annotated[
+    Annotated[PixelPreferenceConfig, Tag("pixel")] | Annotated[LatentPreferenceConfig, Tag("latent")],
+    Discriminator(_kind, custom_error_type="kind", custom_error_message="give a section whose kind is pixel or latent"),
+]

@@ -6,11 +6,11 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from spo.config.align import MethodConfig
+from spo.config.align import MethodConfig, PairConfig
 from spo.config.base import Name, Positive, Section
 from spo.config.evaluate import EvaluateConfig, PromoteConfig
 from spo.config.model import ModelConfig, SamplingConfig
-from spo.config.preference import LabelsConfig, PrepareConfig, TrainPreferenceConfig
+from spo.config.preference import LabelsConfig, PreferenceConfig, PrepareConfig
 from spo.errors import ConfigError, one_line
 
 
@@ -38,7 +38,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     prepare: PrepareConfig
     labels: LabelsConfig = LabelsConfig()
-    train_preference: TrainPreferenceConfig
+    train_preference: PreferenceConfig
     align: dict[Name, MethodConfig]
     evaluate: EvaluateConfig
     safety: SafetyConfig = SafetyConfig()
@@ -50,6 +50,9 @@ class Config(Section):
         for name, method in self.align.items():
             if problem := method.misfit(self.sampling):
                 raise ValueError(f"align.{name}.{problem}")
+            scoring = method.scoring if name in self.methods and isinstance(method, PairConfig) else None
+            if scoring and (problem := self.train_preference.unfit(scoring)):
+                raise ValueError(f"align.{name}.scoring.{problem}")
         if self.prepare.preferences is None and self.train_preference.checkpoint is None:
             raise ValueError(
                 "prepare.preferences is missing: name preference pairs to train on, or a trained preference model in "
@@ -107,6 +110,10 @@ def _first_line(error: ValidationError) -> str:
         place = item["loc"]
         if place[:1] == ("align",):  # pydantic also names the method's kind: align.NAME.KIND.KEY
             place = (*place[:2], *place[3:])
+        if place[:1] == ("train_preference",):
+            place = (*place[:1], *place[2:])
+        if place[:1] == ("align",) and place[2:3] == ("threshold",):
+            place = (*place[:3], *place[4:])
         where = ".".join(str(part) if str(part).isprintable() else repr(part) for part in place)
         got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
         message = item["msg"].removeprefix("Value error, ")

@@ -7,17 +7,19 @@ before the next batch is sampled.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from functools import cached_property
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Generator, Tensor
 
-from spo.config import PairConfig
+from spo.config import PairConfig, RisingThreshold
 from spo.core.gaussian import log_prob
 from spo.core.losses import dpo_loss, log_ratio
 from spo.core.noise import KeyedNoise, epoch_seed
 from spo.core.rollout import Segment, rollout
 from spo.core.selection import pairs_of, select_pairs
+from spo.core.threshold import rising_threshold, step_std
 from spo.core.types import Denoiser, Loss, Pairs, Scorer
 from spo.methods.method import Inputs, Round, Tally
 from spo.runtime import distributed
@@ -71,10 +73,24 @@ class PairMethod(ABC, Generic[P]):
             with policy.merged():
                 segments = rollout(policy, self.scorer, cond, text, noise=noise, **self.rollout_settings())
                 kept = [
-                    keep_pairs(each, threshold=config.threshold, at_random=config.pairs_at_random) for each in segments
+                    keep_pairs(each, threshold=self.threshold(each.times[0]), at_random=config.pairs_at_random)
+                    for each in segments
                 ]
                 collected = _to_round([_gathered(each, drop=not shard) for each in kept])
             yield collected
+
+    def threshold(self, t: float) -> float:
+        """The threshold of a segment whose first step starts at time t."""
+        threshold = self.config.threshold
+        return self._rising[t] if isinstance(threshold, RisingThreshold) else threshold
+
+    @cached_property
+    def _rising(self) -> dict[float, float]:
+        """The rising threshold by the times of the policy's grid."""
+        times, sampler = self.policy.timesteps, cast(Any, self.policy).sampler
+        std = step_std(sampler.schedule, times, eta=sampler.eta)
+        rising = cast(RisingThreshold, self.config.threshold)
+        return dict(zip(times.tolist(), rising_threshold(std, low=rising.low, high=rising.high).tolist(), strict=True))
 
     def loss(self, examples: Pairs) -> Loss:
         """DPO's loss on the ratios of single steps, clamped as in the published code (SPO's paper, eq. 9).

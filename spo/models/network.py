@@ -47,7 +47,7 @@ class Network(ABC):
         size = resolution // pipeline.vae_scale_factor
         self.latent_shape = (self.module.config.in_channels, size, size)
         self.batch_size = batch_size or min(64, max(2, 32 * 64**2 // size**2))
-        self.forwards = 0  # samples so far; both halves of the guidance count
+        self.forwards: float = 0  # samples so far; both halves of the guidance count
         self._negative: dict[str, Tensor] | None = None
         self._merged = False
         self._frozen: nn.Module | None = None

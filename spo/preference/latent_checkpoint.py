@@ -37,11 +37,14 @@ class LatentPreference:
     space: LatentSpace | None  # None where a published checkpoint does not tell
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, **options: Any) -> Self:
-        """The start of training from a diffusers pipeline; options as in LatentPreferenceModel.from_diffusion."""
+    def from_pipeline(cls, pipeline: Any, *, vae: Any = None, **options: Any) -> Self:
+        """The start of training from a diffusers pipeline; options as in LatentPreferenceModel.from_diffusion.
+
+        vae: the autoencoder in use where it is not the pipeline's own, such as one in another precision.
+        """
         model = LatentPreferenceModel.from_diffusion(pipeline, **options)
         tokenizers = tuple(getattr(pipeline, name) for name in TOKENIZERS[: model.num_text_encoders])
-        return cls(model, tokenizers, LatentSpace.of(pipeline.vae))
+        return cls(model, tokenizers, LatentSpace.of(vae or pipeline.vae))
 
     @property
     def family(self) -> str:

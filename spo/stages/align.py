@@ -17,8 +17,6 @@ from spo.models.generate import generate, image_seed
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
-from spo.preference.checkpoint import load_preference_model
-from spo.preference.score import PreferenceScorer
 from spo.runtime import distributed
 from spo.runtime.checkpoint import StateStore
 from spo.runtime.device import best_device
@@ -28,6 +26,7 @@ from spo.tracking import Tracker
 from spo.training.align import align
 from spo.training.history import Cost
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
+from spo.training.preference_scorer import load_scorer
 from spo.training.watch import Watch
 from spo.workspace import Workspace
 
@@ -89,22 +88,12 @@ def build_inputs(config: Config, policy: LatentDiffusion, *, root: Path) -> Inpu
     def scorer(scoring: ScoringConfig) -> Scorer:
         if scoring.tiny_vae is not None:
             policy.autoencoder.preview = load_tiny_vae(scoring.tiny_vae, policy)
-        return load_scorer(config, root, policy.device, scoring)
+        return load_scorer(config, root, policy, scoring)
 
     def pairs() -> LabelledPairs:
         return load_pairs(workspace.prepared.pairs_file("train"), policy, config, cache=workspace.latents_cache)
 
     return Inputs(policy, workspace.prepared.prompts("train"), scorer, pairs)
-
-
-def load_scorer(
-    config: Config, root: Path, device: torch.device, scoring: ScoringConfig | None = None
-) -> PreferenceScorer:
-    """The preference model of `train_preference`; one that was trained blind to t stays so. ModelError if missing."""
-    scoring = scoring or ScoringConfig()
-    preference = load_preference_model(Workspace(config, root).preference_model)
-    timestep = 0 if config.train_preference.blind else scoring.timestep
-    return PreferenceScorer(preference, device=device, dtype=getattr(torch, scoring.dtype), timestep=timestep)
 
 
 def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Watch | None:
@@ -122,7 +111,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     if not metrics:
         print(f"align {name} runs without a watch", flush=True)
         return None
-    preference = load_scorer(config, root, policy.device)
+    preference = load_scorer(config, root, policy)
     text = preference.encode(prompts)
     sampler = SamplerConfig(steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale, eta=0.0)
 

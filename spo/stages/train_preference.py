@@ -1,4 +1,4 @@
-"""Train the step-aware preference model on the prepared pairs, or copy the configured checkpoint."""
+"""Train the preference model, of either kind, on the prepared pairs, or copy the configured checkpoint."""
 
 import sys
 import time
@@ -6,12 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spo.config import Config
 from spo.core.types import LabelledPairs
 from spo.models.load import build
-from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.runtime import distributed
 from spo.runtime.checkpoint import Saver, State, StateStore
 from spo.runtime.device import best_device, memory_advice
@@ -19,9 +16,13 @@ from spo.runtime.files import atomic_path, write_csv, write_json
 from spo.runtime.hashing import fingerprints
 from spo.runtime.progress import Progress, progress
 from spo.tracking import Tracker
+from spo.training.latent_preference import LatentPreferenceTraining
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference import StepAwareTraining
+from spo.training.preference_steps import PreferenceTraining
 from spo.workspace import Workspace
+
+TRAININGS: dict[str, type[PreferenceTraining]] = {"pixel": StepAwareTraining, "latent": LatentPreferenceTraining}
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
@@ -36,16 +37,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         validation = load_pairs(
             prepared.pairs_file("validation"), base, config, cache=cache, limit=settings.evaluate_pairs
         )
-    if settings.checkpoint is not None:
-        preference = load_preference_model(settings.checkpoint)
-    else:
-        preference = load_clip(
-            settings.start_from,
-            processor=settings.processor,
-            preprocessing=settings.preprocessing,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-    training = StepAwareTraining(base, preference, settings, config.safety)
+    training = TRAININGS[settings.kind].start(base, config)
     store = None if settings.checkpoint else state_store(config, root)
     saved = store.load() if store else None
     if saved:
@@ -60,11 +52,11 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         _train(training, pairs, config, store, done, tracker, start=start)
         done.accuracy += _accuracies(training, validation, "trained", config)
     with distributed.written_by_main(atomic_path(workspace.train_preference)) as folder:
-        save_preference_model(preference.model.cpu(), preference.tokenizer, preference.preprocess, folder / "model")
+        training.save(folder / "model")
         write_csv(folder / "accuracy.csv", done.accuracy)
         write_csv(folder / "history.csv", done.history)
         metrics = {**_metrics(done.accuracy, done.history), "skipped": training.updater.guard.skipped}
-        metrics["unet_forwards"] = done.step * settings.batch_size * 2 * (1 + (config.sampling.guidance_scale > 1))
+        metrics["unet_forwards"] = round(done.step * settings.batch_size * settings.forwards_per_pair(config.sampling))
         write_json(folder / "metrics.json", {**metrics, "seconds": round(time.perf_counter() - start, 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
@@ -88,7 +80,7 @@ def state_store(config: Config, root: Path) -> StateStore:
     inputs: dict[str, str | Path | None] = {
         "model": config.model.path,
         "vae": config.model.vae,
-        "start_from": config.train_preference.start_from,
+        **{name: source for name, (source, _) in config.train_preference.repositories().items()},
         "labels": config.labels.model,
     }
     workspace = Workspace(config, root)
@@ -98,7 +90,7 @@ def state_store(config: Config, root: Path) -> StateStore:
 
 
 def _train(
-    training: StepAwareTraining,
+    training: PreferenceTraining,
     pairs: LabelledPairs,
     config: Config,
     store: StateStore,
@@ -118,10 +110,9 @@ def _train(
     for past in done.history:
         _log(past, settings.log_every, tracker)
     saver = Saver(store if distributed.is_main() else None, config.safety.save_every_seconds, snapshot)
-    advice = f"lower train_preference.batch_size, now {settings.batch_size}, or train in bfloat16"
     with (
         Progress[None](total=settings.steps, done=done.step, label="train_preference") as bar,
-        memory_advice(advice),
+        memory_advice(settings.memory_remedy()),
         saver.saving_when_stopped(),
     ):
         for step in range(done.step, settings.steps):
@@ -141,7 +132,7 @@ def _log(row: dict[str, float], every: int, tracker: Tracker) -> None:
 
 
 def _accuracies(
-    training: StepAwareTraining, pairs: LabelledPairs | None, name: str, config: Config
+    training: PreferenceTraining, pairs: LabelledPairs | None, name: str, config: Config
 ) -> list[dict[str, Any]]:
     """A row for each timestep; none without pairs."""
     rows: list[dict[str, Any]] = []

@@ -174,7 +174,7 @@ class _Alignment(Generic[E]):
             self.examples_in_epoch += len(examples)
         network, autoencoder = self.policy.network, self.policy.autoencoder
         made = distributed.add_up({"forwards": network.forwards, "decodes": autoencoder.decodes})
-        cost.unet_forwards += int(made["forwards"])
+        cost.unet_forwards += round(made["forwards"])
         cost.vae_decodes += int(made["decodes"])
         network.forwards = autoencoder.decodes = 0
         return rows

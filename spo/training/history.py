@@ -17,7 +17,7 @@ class Cost:
     rounds: int = 0  # of collecting and training
     updates: int = 0
     num_examples: int = 0
-    unet_forwards: int = 0  # samples; both halves of the guidance count
+    unet_forwards: int = 0  # samples; both halves of the guidance count, a latent preference model counts as half
     vae_decodes: int = 0  # images
     seconds: float = 0.0
     skipped: int = 0  # updates with a loss or gradient that was not finite

@@ -5,53 +5,72 @@ decoder. All of the model trains, the text encoders too. The published settings:
 own for each image; 4000 steps of 128 pairs at 1e-5 with 500 of warm-up for SD v1.5, 8000 of 32 with 1000 for SDXL;
 weight decay .3; gradients clipped at 1, in bfloat16.
 
-Departures: noise may be one for both images of a pair, as in SPO. Times may be uniform over all timesteps. At t = 0, at
+Departures: noise may be one for both images of a pair, as in SPO. Times may be all but 0. At t = 0, at
 which sampling ends, clean latents are scored; the published validation scores them at t = 1.
 """
 
-from typing import Literal
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Generator, Tensor
 
-from spo.config import SafetyConfig, TrainPreferenceConfig
+from spo.config import Config, LatentPreferenceConfig, SafetyConfig
 from spo.core.types import LabelledPairs
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.preference.latent_checkpoint import LatentPreference
+from spo.preference.latent_checkpoint import LatentPreference, load_latent_preference, save_latent_preference
+from spo.preference.latent_published import read_published_latent
+from spo.preference.repository import read_clip
 from spo.training.preference_steps import PreferenceTraining
-
-NoisePer = Literal["image", "pair"]
 
 
 class LatentPreferenceTraining(PreferenceTraining):
     """The base, whose schedule noises the pairs, and the model that learns to score them.
 
-    noise_per: whether the two images of a pair have noise of their own, as published, or share it.
-    grid: (T,) times that are drawn from, on any device; None for all timesteps of the schedule.
-    micro_batch_size: as in PreferenceTraining.
     ModelError where the model reads the latents of another autoencoder than the base's.
     """
 
     no_gradient_remedy = "the pairs' images, and at the model that training started from"
+    config: LatentPreferenceConfig
 
     def __init__(
         self,
         base: LatentDiffusion,
         preference: LatentPreference,
-        config: TrainPreferenceConfig,
+        config: LatentPreferenceConfig,
         safety: SafetyConfig | None = None,
-        *,
-        noise_per: NoisePer = "image",
-        grid: Tensor | None = None,
-        micro_batch_size: int | None = None,
     ):
-        if noise_per not in ("image", "pair"):
-            raise ValueError(f"noise_per={noise_per!r} is unknown; use image or pair")
         preference.check_autoencoder(base.autoencoder.vae)
-        super().__init__(base, preference.model, config, safety, micro_batch_size=micro_batch_size)
+        super().__init__(base, preference.model, config, safety)
         self.preference = preference
-        self.noise_per = noise_per
-        self.grid = torch.arange(base.sampler.schedule.num_timesteps) if grid is None else grid.cpu()
+        self.grid = torch.arange(1, base.sampler.schedule.num_timesteps, config.timestep_stride)
+
+    @classmethod
+    def start(cls, base: LatentDiffusion, config: Config) -> Self:
+        settings = config.train_preference
+        assert isinstance(settings, LatentPreferenceConfig)
+        if settings.checkpoint is None:
+            projection = settings.text_projection and read_clip(settings.text_projection).text_projection.weight.data
+            preference = LatentPreference.from_pipeline(
+                base.network.pipeline,
+                vae=base.autoencoder.vae,
+                projection_size=settings.projection_size,
+                guidance_scale=settings.guidance_scale,
+                text_projection=projection,
+                generator=Generator().manual_seed(config.seed),
+            )
+        elif settings.checkpoint_base is None:
+            preference = load_latent_preference(settings.checkpoint)
+        else:
+            preference = read_published_latent(
+                settings.checkpoint, settings.checkpoint_base, guidance_scale=settings.guidance_scale
+            )
+        if config.model.gradient_checkpointing:
+            preference.model.unet.enable_gradient_checkpointing()
+        return cls(base, preference, settings, config.safety)
+
+    def save(self, folder: Path) -> None:
+        save_latent_preference(self.preference, folder)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -63,7 +82,7 @@ class LatentPreferenceTraining(PreferenceTraining):
 
     def noise(self, pairs: LabelledPairs, index: Tensor, generator: Generator) -> Tensor:
         """Standard normal (n, 2, c, h, w) for the pairs at `index` (n,), or (n, 1, c, h, w) for both images."""
-        images = 2 if self.noise_per == "image" else 1
+        images = 2 if self.config.noise_per == "image" else 1
         return torch.randn(len(index), images, *pairs.latents.shape[2:], generator=generator)
 
     def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor, *, clean: bool = False) -> Tensor:

@@ -6,13 +6,16 @@ sampling, which of two paths will end in the better image. Below float32 it comp
 float32.
 """
 
+from pathlib import Path
+from typing import Self
+
 import torch
 from torch import Generator, Tensor
 
-from spo.config import SafetyConfig, TrainPreferenceConfig
+from spo.config import Config, PixelPreferenceConfig, SafetyConfig
 from spo.core.types import Conditioning, LabelledPairs
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.preference.checkpoint import PreferenceModel
+from spo.preference.checkpoint import PreferenceModel, load_clip, load_preference_model, save_preference_model
 from spo.preference.repository import tokenize
 from spo.training.preference_steps import PreferenceTraining
 
@@ -21,16 +24,35 @@ class StepAwareTraining(PreferenceTraining):
     """The frozen base, which predicts the images of a pair at timestep t, and the preference model that is trained."""
 
     no_gradient_remedy = "the pairs' images, and at train_preference.start_from"
+    config: PixelPreferenceConfig
 
     def __init__(
         self,
         base: LatentDiffusion,
         preference: PreferenceModel,
-        config: TrainPreferenceConfig,
+        config: PixelPreferenceConfig,
         safety: SafetyConfig | None = None,
     ):
         super().__init__(base, preference.model, config, safety)
         self.preference = preference
+
+    @classmethod
+    def start(cls, base: LatentDiffusion, config: Config) -> Self:
+        settings = config.train_preference
+        assert isinstance(settings, PixelPreferenceConfig)
+        if settings.checkpoint is not None:
+            preference = load_preference_model(settings.checkpoint)
+        else:
+            preference = load_clip(
+                settings.start_from,
+                processor=settings.processor,
+                preprocessing=settings.preprocessing,
+                generator=Generator().manual_seed(config.seed),
+            )
+        return cls(base, preference, settings, config.safety)
+
+    def save(self, folder: Path) -> None:
+        save_preference_model(self.model, self.preference.tokenizer, self.preference.preprocess, folder)
 
     @property
     def logit_scale(self) -> Tensor:

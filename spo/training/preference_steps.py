@@ -7,12 +7,13 @@ step), shares of several processes, micro-batches, the loss scale, what is skipp
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
 
-from spo.config import SafetyConfig, TrainPreferenceConfig
+from spo.config import Config, SafetyConfig, TrainPreferenceConfig
 from spo.core.losses import preference_loss
 from spo.core.noise import epoch_seed
 from spo.core.types import LabelledPairs
@@ -28,10 +29,7 @@ Row = dict[str, float] | None  # a step's measurements; None if the step was ski
 
 
 class PreferenceTraining(ABC):
-    """A preference model that trains on pairs of the base's latents.
-
-    micro_batch_size: pairs whose scores are in memory at a time; None for a process's whole share of a batch.
-    """
+    """A preference model that trains on pairs of the base's latents."""
 
     no_gradient_remedy: ClassVar[str]  # where to look when there has been no gradient for long
 
@@ -41,14 +39,11 @@ class PreferenceTraining(ABC):
         model: nn.Module,
         config: TrainPreferenceConfig,
         safety: SafetyConfig | None = None,
-        *,
-        micro_batch_size: int | None = None,
     ):
         safety = safety or SafetyConfig()
         self.base = base
         self.model: Any = model.to(base.device)
         self.config = config
-        self.micro_batch_size = micro_batch_size
         self.dtype = getattr(torch, config.dtype)
         self.updater = Updater(
             torch.optim.AdamW(self.model.parameters(), weight_decay=config.weight_decay),
@@ -61,6 +56,15 @@ class PreferenceTraining(ABC):
             "for {n} steps the preference model has had no gradient; its scores do not differ between the images of a "
             f"pair: look at {self.no_gradient_remedy}",
         )
+
+    @classmethod
+    @abstractmethod
+    def start(cls, base: LatentDiffusion, config: Config) -> Self:
+        """The training of config.train_preference at its start, or around its `checkpoint`."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the model's folder."""
 
     @property
     @abstractmethod
@@ -110,7 +114,7 @@ class PreferenceTraining(ABC):
         share = torch.arange(len(index))[distributed.share(len(index))]
         weight = pairs.weight[index]
         measured: dict[str, float] = {}
-        for rows in share.split(self.micro_batch_size or max(1, len(share))):
+        for rows in share.split(self.config.micro_batch_size or max(1, len(share))):
             part = float(weight[rows].sum() / weight.sum())  # of the batch, that is in these rows
             if not len(rows) or part == 0:
                 continue

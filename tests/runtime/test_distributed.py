@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 
-from spo.config import LoraConfig, OptimizerConfig, SpoConfig, TrainPreferenceConfig
+from spo.config import LoraConfig, OptimizerConfig, PixelPreferenceConfig, SpoConfig
 from spo.core.noise import KeyedNoise
 from spo.core.types import Pairs
 from spo.methods.spo import Spo
@@ -93,7 +93,7 @@ def run(pipeline: Path, folder: Path) -> dict[str, Any]:
 
 def train_preference(pipeline: Path, clip: Path) -> dict[str, Any]:
     """Three steps of an odd batch; each one's measurements and gradient, and how far the weights moved."""
-    config = TrainPreferenceConfig(start_from="-", steps=3, batch_size=3, learning_rate=0.1, warmup_steps=0)
+    config = PixelPreferenceConfig(start_from="-", steps=3, batch_size=3, learning_rate=0.1, warmup_steps=0)
     base = make_tiny_denoiser("sd15", pipeline)
     preference = load_clip(clip, generator=torch.Generator().manual_seed(0))
     training = StepAwareTraining(base, preference, config)

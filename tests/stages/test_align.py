@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from spo.config import Config, load_config
 from spo.errors import ModelError
 from spo.models.lora import WEIGHTS
+from spo.preference.score import PreferenceScorer
 from spo.stages import align, evaluate, prepare, train_preference
 from spo.tracking import NullTracker
 from spo.workspace import Workspace
@@ -72,8 +73,10 @@ def test_a_method_leaves_checkpoints_with_their_cost_and_its_history(project: Pa
 def test_a_preference_model_that_was_trained_blind_to_t_scores_blindly(project: Path, config: Config) -> None:
     with contextlib.chdir(project):
         preference = config.train_preference.model_copy(update={"blind": True})
-        seeing = align.load_scorer(config, Path(), torch.device("cpu"))
-        blind = align.load_scorer(config.model_copy(update={"train_preference": preference}), Path(), seeing.device)
+        policy = align.build_policy(config, "spo")
+        seeing = align.load_scorer(config, Path(), policy)
+        blind = align.load_scorer(config.model_copy(update={"train_preference": preference}), Path(), policy)
+    assert isinstance(seeing, PreferenceScorer) and isinstance(blind, PreferenceScorer)
     with torch.no_grad():  # three steps of training change too little
         for parameter in seeing.model.final_modulation.parameters():
             parameter.add_(0.1)

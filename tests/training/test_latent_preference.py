@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from spo.config import TrainPreferenceConfig
+from spo.config import LatentPreferenceConfig
 from spo.core.types import LabelledPairs
 from spo.errors import ModelError, TrainingError
 from spo.models.latent_diffusion import LatentDiffusion
@@ -24,12 +24,10 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_tiny_denoiser(request.param, make_tiny_pipeline(request.param, folder))
 
 
-def make_training(base: LatentDiffusion, options: dict | None = None, **config) -> LatentPreferenceTraining:
+def make_training(base: LatentDiffusion, **config) -> LatentPreferenceTraining:
     settings = {"steps": 12, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0, **config}
     preference = LatentPreference.from_pipeline(base.network.pipeline, generator=Generator().manual_seed(0))
-    return LatentPreferenceTraining(
-        base, preference, TrainPreferenceConfig(start_from="-", **settings), **(options or {})
-    )
+    return LatentPreferenceTraining(base, preference, LatentPreferenceConfig(**settings))
 
 
 def make_pairs(n: int = 16) -> LabelledPairs:
@@ -80,28 +78,25 @@ def test_noise_is_each_images_own_or_the_pairs(base: LatentDiffusion):
     same = replace(pairs, latents=pairs.latents[:, :1].expand_as(pairs.latents))
     index, t = torch.arange(4), torch.full((4,), 501)
     for noise_per, images in (("image", 2), ("pair", 1)):
-        training = make_training(base, {"noise_per": noise_per})
+        training = make_training(base, noise_per=noise_per)
         noise = training.noise(same, index, generator)
         assert noise.shape == (4, images, 4, 8, 8)
         with torch.no_grad():
             one, other = training.scores(same, index, t, noise).unbind(dim=1)
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4) == (noise_per == "pair")
-    with pytest.raises(ValueError, match="use image or pair"):
-        make_training(base, {"noise_per": "batch"})
 
 
 def test_times_are_drawn_from_the_grid_or_from_all(base: LatentDiffusion):
-    grid = torch.arange(1, 1000, 50)
-    drawn = make_training(base, {"grid": grid}).times(2000, Generator().manual_seed(0))
-    assert torch.equal(drawn.unique(), grid)
-    drawn = make_training(base).times(100_000, Generator().manual_seed(0))
-    assert torch.equal(drawn.unique(), torch.arange(1000))
+    drawn = make_training(base).times(2000, Generator().manual_seed(0))
+    assert torch.equal(drawn.unique(), torch.arange(1, 1000, 50))
+    drawn = make_training(base, timestep_stride=1).times(100_000, Generator().manual_seed(0))
+    assert torch.equal(drawn.unique(), torch.arange(1, 1000))
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_micro_batches_make_the_step_of_the_whole_batch(base: LatentDiffusion, size: int):
     pairs, whole = make_pairs(), make_training(base)
-    parts = make_training(base, {"micro_batch_size": size})
+    parts = make_training(base, micro_batch_size=size)
     for training in (whole, parts):
         training.updater.optimizer.zero_grad = lambda: None  # keep the gradients of the step
     one, other = (training.step(pairs, 0, seed=0) for training in (whole, parts))
@@ -117,7 +112,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(base: LatentDiffusion, s
 def test_pairs_of_no_weight_teach_nothing(base: LatentDiffusion):
     pairs = make_pairs()
     pairs.weight[4:] = 0
-    for training in (make_training(base), make_training(base, {"micro_batch_size": 1})):
+    for training in (make_training(base), make_training(base, micro_batch_size=1)):
         assert training.step(pairs, 0, seed=0) is not None
 
 
@@ -168,4 +163,4 @@ def test_a_model_of_another_autoencoder_is_refused(base: LatentDiffusion, tmp_pa
     folder = make_tiny_pipeline("sd15", tmp_path / "other", seed=9)
     other = LatentPreference.from_pipeline(make_tiny_denoiser("sd15", folder).network.pipeline)
     with pytest.raises(ModelError, match="another autoencoder"):
-        LatentPreferenceTraining(base, other, TrainPreferenceConfig(start_from="-"))
+        LatentPreferenceTraining(base, other, LatentPreferenceConfig())

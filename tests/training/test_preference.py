@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from spo.config import SamplingConfig, TrainPreferenceConfig
+from spo.config import PixelPreferenceConfig, SamplingConfig
 from spo.errors import TrainingError
 from spo.preference.checkpoint import load_clip
 from spo.preference.score import PreferenceScorer
@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def training(folders: tuple[Path, Path]) -> StepAwareTraining:
-    config = TrainPreferenceConfig(start_from="-", steps=30, batch_size=8, learning_rate=1e-3, warmup_steps=2)
+    config = PixelPreferenceConfig(start_from="-", steps=30, batch_size=8, learning_rate=1e-3, warmup_steps=2)
     base = make_tiny_denoiser("sd15", folders[0], sampling=SamplingConfig(steps=5))
     return StepAwareTraining(base, load_clip(folders[1], generator=Generator().manual_seed(0)), config)
 
@@ -126,7 +126,7 @@ def test_ties_are_learned_from_but_not_counted(training):
 
 def test_the_same_seed_trains_the_same_model(folders):
     def trained() -> torch.Tensor:
-        config = TrainPreferenceConfig(start_from="-", steps=3, batch_size=4, learning_rate=1e-3, warmup_steps=1)
+        config = PixelPreferenceConfig(start_from="-", steps=3, batch_size=4, learning_rate=1e-3, warmup_steps=1)
         base = make_tiny_denoiser("sd15", folders[0], sampling=SamplingConfig(steps=5))
         training = StepAwareTraining(base, load_clip(folders[1], generator=Generator().manual_seed(0)), config)
         train(training, make_pairs(training), seed=5)
