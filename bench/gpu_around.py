@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from spo.models.merging import merged_adapter
 from torch import nn
 
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.merging import merged_adapter
 
 
 @contextmanager

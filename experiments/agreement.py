@@ -1,10 +1,10 @@
-"""How often quicker ways to score candidates choose the same win and lose.
+"""Measure how often faster ways to score candidates choose the same win and lose.
 
     python -m experiments.agreement --size tiny                                   # the embedded default
     python -m experiments.agreement --size sd15 --tiny-vae madebyollin/taesd      # needs a GPU
 
-Every way scores the same candidates: what is drawn never depends on scores. The tiny autoencoder's agreement means
-something only where both autoencoders are trained; without --tiny-vae it is left out.
+All ways score the same candidates, because draws never depend on scores. The agreement of the tiny autoencoder is
+meaningful only if both autoencoders are trained; it is measured only with --tiny-vae.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def rollout_pairs(system: System, dtype: torch.dtype) -> Pairs:
 
 
 def agreement(size: str, *, prompts: int | None, tiny_vae: str | None) -> dict[str, Any]:
-    """Shares of the float32 pairs, and of their wins and loses, that each way chooses, too."""
+    """Shares of the float32 pairs, and of their wins and loses, that each way also chooses."""
     device = torch.device("cuda" if size in FULL_SIZE else "cpu")
     system = make_system(size, device, prompts=prompts)
     attach_lora(system)

@@ -1,12 +1,12 @@
-"""Whether a preference model puts candidates of one x_t in the right order, as SPO needs.
+"""Measure whether a preference model orders the candidates of one x_t correctly, as SPO needs.
 
     python -m experiments.candidate_agreement [MODEL ...] [--prompts 69] [--candidates 4]
 
-MODEL is a folder of a step-aware preference model (default: the one that `python -m spo train_preference` left). The
-base is sampled on the validation prompts as SPO samples it. At each step SPO would keep some pairs of
-the model's best and worst candidate; an independent metric decides which of the two is better. The table has the share
-of pairs on which both agree, by timestep and score, with 95% intervals over prompts; .5 is chance. Accuracy on pairs of
-different pictures, which the pipeline measures, says little about this: such pairs differ in more than finish.
+MODEL is a folder of a step-aware preference model (default: the model of `python -m spo train_preference`). The base is
+sampled on the validation prompts as in SPO. At each step SPO would keep some pairs of the model's best and worst
+candidate; an independent metric decides which of the two is better. The table has the share of pairs on which both
+agree, by timestep and score, with 95% intervals over prompts; 0.5 is chance. The pipeline's accuracy on pairs of
+different images says little about this, because such pairs differ in more than finish.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def measure(config: Config, scorer: Scorer, prompts: Sequence[str], settings: Sp
 
 
 def _agreement(scores: Tensor, chosen: Selection) -> Tensor:
-    """1 where the win of each prompt has the higher of scores (k, b), 0 where the lose has, .5 where they are equal."""
+    """For each prompt 1 if the win has the higher of scores (k, b), 0 if the lose has, 0.5 if they are equal."""
     return (take(scores, chosen.win) - take(scores, chosen.lose)).sign() / 2 + 0.5
 
 
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.candidate_agreement", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("models", nargs="*", type=Path, help="folders (default: what train_preference left)")
+    parser.add_argument("models", nargs="*", type=Path, help="folders (default: the model of train_preference)")
     parser.add_argument(
         "--method",
         default="spo",

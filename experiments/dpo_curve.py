@@ -1,13 +1,12 @@
-"""How far Diffusion-DPO gets with much more training: score against compute, beside another method's curve.
+"""Diffusion-DPO with much more training: score against compute, compared with other methods.
 
     python -m experiments.dpo_curve [--epochs 10] [--checkpoints 20] [--learning-rates 2e-3 1e-3] [--schedule linear]
         [--quick]
 
-Trains Diffusion-DPO for longer than the pipeline does, once for each learning rate, measures every checkpoint on the
-validation prompts with the pipeline's sampler and seeds, and measures the checkpoints that `python -m spo align spo`
-left in the same way. Writes one row a checkpoint; the compute that SPO needs for the best score of any of the longer
-runs is a figure read off these rows, and printed. What is finished is not done again: a killed run goes on when it is
-called again.
+Trains Diffusion-DPO for longer than the pipeline does, once for each learning rate, and measures every checkpoint on
+the validation prompts with the pipeline's sampler and seeds; measures the checkpoints of `python -m spo align spo` in
+the same way. Writes a row for each checkpoint and prints the compute that SPO needs for the best score of the longer
+runs. A killed run resumes when it is started again.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import mistakes_in_one_line
-from experiments.workbench import QUICK, Ruler, adopt, cells, means_of, place
+from experiments.workbench import QUICK, CheckpointScorer, cells, copy_outputs, means_of, work_folder
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.report.compute_saving import Point, saving
@@ -32,35 +31,34 @@ METHOD = "diffusion_dpo"
 
 
 def curve(config: Config, runs: Sequence[Config], *, seed: int, against: Sequence[str], root: Path) -> list[Row]:
-    """One row a checkpoint of each longer run, and of what the pipeline left of the methods `against`."""
+    """A row for each checkpoint of the longer runs, and of the pipeline's trainings of the methods `against`."""
     rows = []
     for run in runs:
         own = run.model_copy(update={"align": {METHOD: run.align[METHOD]}})
-        work = place("dpo_curve", own, {"seed": seed}, root=root)
-        adopt("prepare", config, source=root, target=work)
+        work = work_folder("dpo_curve", own, {"seed": seed}, root=root)
+        copy_outputs("prepare", config, source=root, target=work)
         workspace = Workspace(config, work)
         if not workspace.aligned(METHOD, seed).exists():
             align.run(run, METHOD, seed, root=work, tracker=NullTracker())
         rows += _measured(run, METHOD, workspace.checkpoints(METHOD, seed), work, seed=seed)
-    scored = work  # other methods' scores are kept beside the last run's
     for name in against:
         found = Workspace(config, root).checkpoints(name, seed)
         if not found:
             raise SpoError(f"{name} has no checkpoints; run `python -m spo align {name} --seed {seed}`")
-        rows += _measured(config, name, found, scored, seed=seed)
+        rows += _measured(config, name, found, work, seed=seed)  # scores are cached with the last run's
     return rows
 
 
 def _measured(config: Config, name: str, checkpoints: Sequence[Path], work: Path, *, seed: int) -> list[Row]:
     """A row for each checkpoint of a run."""
-    ruler = Ruler(config, work)
-    base = ruler.scores("base", None, "validation")
+    scorer = CheckpointScorer(config, work)
+    base = scorer.scores("base", None, "validation")
     main = (config.evaluate.primary, *config.evaluate.guarded)
     settings = config.align[name]
     rows = []
     for checkpoint in checkpoints:
         cost = read_json(checkpoint / "cost.json")
-        scores = ruler.scores(f"{name}-{checkpoint.name}", checkpoint, "validation")
+        scores = scorer.scores(f"{name}-{checkpoint.name}", checkpoint, "validation")
         means = means_of(scores)
         rows.append(
             {
@@ -72,7 +70,7 @@ def _measured(config: Config, name: str, checkpoints: Sequence[Path], work: Path
                 "checkpoint": checkpoint.name,
                 **{key: cost[key] for key in ("updates", "num_examples", "unet_forwards", "seconds")},
                 **{key: means[key] for key in main},
-                **cells(ruler.differences(scores, base, "validation"), main),
+                **cells(scorer.differences(scores, base, "validation"), main),
             }
         )
     return rows
@@ -117,7 +115,7 @@ def sentences(rows: Sequence[Row], config: Config) -> list[str]:
 def longer(
     config: Config, *, epochs: int, num_checkpoints: int, rate: float | None, schedule: str | None, quick: bool
 ) -> Config:
-    """The configuration of a longer run; None leaves the profile's own learning rate or schedule."""
+    """The configuration of a longer run; None keeps the profile's learning rate or schedule."""
     if METHOD not in config.align:
         raise SpoError(f"profile {config.profile} has no method {METHOD}; it has {sorted(config.align)}")
     settings = config.align[METHOD]

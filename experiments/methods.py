@@ -2,11 +2,11 @@
 
     python -m experiments.methods [--methods spo spo_blind d3po ...] [--factors 1 0.5] [--seed 0] [--quick]
 
-A trial trains a method with its own learning rate times a factor. Of its checkpoints the pipeline's rule takes one on
-the validation prompts, and of the method's trials the same rule takes the best one; that one is measured on the test
-prompts, against the base and against the first method. A table of trials and a table of methods are written anew
-after every trial. What is finished is not done again: a killed run goes on. Several with different --methods and --out
-may run side by side, and one with all of them then makes the table.
+A trial trains a method with its own learning rate times a factor. The pipeline's rule chooses a checkpoint of each
+trial on the validation prompts, and then a trial of each method; its checkpoint is measured on the test prompts,
+against the base and against the first method. The tables of trials and of methods are rewritten after every trial. A
+killed run resumes. Several runs with different --methods and --out may run at once; a run with all methods then makes
+the complete table.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import at_least, mistakes_in_one_line
-from experiments.workbench import Ruler, adopt, cells, digest, means_of, place, quickened
+from experiments.workbench import CheckpointScorer, cells, copy_outputs, digest, means_of, shortened, work_folder
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.evaluation.checkpoint_selection import choose_checkpoint
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trial:
-    """A method trained with one learning rate, and the checkpoint of it that counts."""
+    """A method trained with one learning rate, and its chosen checkpoint."""
 
     method: str
     factor: float
@@ -43,37 +43,37 @@ class Trial:
 
 
 class Comparison:
-    """Trains and measures trials, and remembers them."""
+    """Trains and measures trials."""
 
     def __init__(self, config: Config, *, seed: int, root: Path):
         self.config = config
         self.seed = seed
         self.root = root
         self.names = (config.evaluate.primary, *config.evaluate.guarded)
-        work = place("methods", config.model_copy(update={"align": {}}), {"seed": seed}, root=root)
-        adopt("prepare", config, source=root, target=work)
-        self.ruler = Ruler(config, work)
+        work = work_folder("methods", config.model_copy(update={"align": {}}), {"seed": seed}, root=root)
+        copy_outputs("prepare", config, source=root, target=work)
+        self.scorer = CheckpointScorer(config, work)
         self.trials: list[Trial] = []
 
     def try_out(self, method: str, factor: float) -> None:
-        """One more trial."""
+        """Make a trial."""
         settings = self.config.align[method]
         optimizer = settings.optimizer.model_copy(update={"learning_rate": factor * settings.optimizer.learning_rate})
         settings = settings.model_copy(update={"optimizer": optimizer, "watch": None})
         config = self.config.model_copy(update={"align": {method: settings}})
         preference = digest(Workspace(config, self.root).preference_model)
         more = {"seed": self.seed, **({"preference_model": preference} if settings.needs_preference_model else {})}
-        work = place("methods", config, more, root=self.root)
+        work = work_folder("methods", config, more, root=self.root)
         workspace = Workspace(config, work)
         folder = workspace.aligned(method, self.seed)
         if not folder.exists():
             for stage in ("prepare", "train_preference"):
-                adopt(stage, config, source=self.root, target=work)
+                copy_outputs(stage, config, source=self.root, target=work)
             align.run(config, method, self.seed, root=work, tracker=NullTracker())
         label = f"{method}-{work.name}"
-        checkpoint = self.ruler.choose(label, workspace.checkpoints(method, self.seed))
-        found = self.ruler.scores(f"{label}-{checkpoint.name}", checkpoint, "validation")
-        base = self.ruler.scores("base", None, "validation")
+        checkpoint = self.scorer.choose(label, workspace.checkpoints(method, self.seed))
+        found = self.scorer.scores(f"{label}-{checkpoint.name}", checkpoint, "validation")
+        base = self.scorer.scores("base", None, "validation")
         cost = read_json(folder / "metrics.json")
         row = {
             "method": method,
@@ -81,17 +81,17 @@ class Comparison:
             "learning_rate": optimizer.learning_rate,
             "checkpoint": checkpoint.name,
             **{key: cost[key] for key in ("rounds", "updates", "num_examples", "kept_share", "unet_forwards")},
-            **cells(self.ruler.differences(found, base, "validation"), self.names),
+            **cells(self.scorer.differences(found, base, "validation"), self.names),
         }
         self.trials.append(Trial(method, factor, checkpoint, found, row))
 
     def best(self, method: str) -> Trial:
-        """Of a method's trials the one that the pipeline's rule takes."""
+        """The trial of a method that the pipeline's rule chooses."""
         own = [trial for trial in self.trials if trial.method == method]
         evaluate = self.config.evaluate
         chosen = choose_checkpoint(
             [means_of(trial.validation) for trial in own],
-            means_of(self.ruler.scores("base", None, "validation")),
+            means_of(self.scorer.scores("base", None, "validation")),
             primary=evaluate.primary,
             guarded=evaluate.guarded,
             tolerance=evaluate.guard_tolerance,
@@ -101,10 +101,10 @@ class Comparison:
     def rows(self) -> list[Row]:
         """Each method's best trial on the test prompts: against the base, and against the first method."""
         methods = list(dict.fromkeys(trial.method for trial in self.trials))
-        base = self.ruler.scores("base", None, "test")
+        base = self.scorer.scores("base", None, "test")
         best = {method: self.best(method) for method in methods}
         scores = {
-            method: self.ruler.scores(f"{method}-{trial.row['learning_rate']:g}", trial.checkpoint, "test")
+            method: self.scorer.scores(f"{method}-{trial.row['learning_rate']:g}", trial.checkpoint, "test")
             for method, trial in best.items()
         }
         compared = [(method, "base", base) for method in methods]
@@ -117,7 +117,7 @@ class Comparison:
                 "trials": sum(trial.method == method for trial in self.trials),
                 "learning_rate": best[method].row["learning_rate"],
                 "checkpoint": best[method].checkpoint.name,
-                **cells(self.ruler.differences(scores[method], other, "test"), self.names),
+                **cells(self.scorer.differences(scores[method], other, "test"), self.names),
             }
             for method, against, other in compared
         ]
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = options.methods or list(config.align)
     if unknown := [name for name in methods if name not in config.align]:
         raise SpoError(f"profile {config.profile} has no method {unknown}; it has {sorted(config.align)}")
-    comparison = Comparison(quickened(config) if options.quick else config, seed=options.seed, root=Path())
+    comparison = Comparison(shortened(config) if options.quick else config, seed=options.seed, root=Path())
     trials, table = options.out / "trials.csv", options.out / "methods.csv"
     for factor in options.factors:
         for method in methods:

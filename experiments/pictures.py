@@ -1,4 +1,4 @@
-"""Pictures of the drawn world that experiments compare, with what an opinion of them is made of."""
+"""Pictures of the embedded world for experiments, with the parts of an opinion of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Pictures:
-    """Different pictures, and what the opinion of them is made of."""
+    """Pictures, and the scores that make an opinion of them."""
 
     pixels: Tensor  # (n, 3, side, side) of 8 bits
     prompts: list[str]  # n
@@ -48,7 +48,7 @@ def scored(pixels: Tensor, prompts: Sequence[str], images: Sequence[bytes] = ())
 
 
 def prepared_pictures(prepared: Prepared) -> Pictures:
-    """The pictures of the prepared training and validation pairs; of one size, being the drawn world's."""
+    """The pictures of the prepared training and validation pairs; they have one size in the embedded world."""
     known: dict[tuple[str, bytes], None] = {}
     for split in SPLITS:
         stored = PreferencePairs(prepared.pairs_file(split))
@@ -61,9 +61,9 @@ def prepared_pictures(prepared: Prepared) -> Pictures:
 
 
 def lessons(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int) -> Pictures:
-    """Pictures of the prompts by the base, with settings of the sampler as varied as the shipped pairs'; made once.
+    """Pictures of the prompts by the base, with sampler settings as varied as those of the shipped pairs; made once.
 
-    What `python -m spo pretrain` teaches preferences by beside the pairs, but of the finished base.
+    `python -m spo pretrain` uses such pictures beside the pairs, but from checkpoints of the base.
     """
     if not file.exists():
         random = generator(7)
@@ -73,7 +73,7 @@ def lessons(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int) 
 
 
 def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int, steps: int) -> Pictures:
-    """Pictures of the prompts by one model with one sampler, so that luck alone tells them apart; made once."""
+    """Pictures of the prompts by one model with one sampler, which differ only by chance; made once."""
     if not file.exists():
         model = build(ModelConfig(family="sd15", path=str(base), resolution=64), SamplingConfig(), "cpu")
         rows = torch.arange(len(prompts)).repeat_interleave(per_prompt)

@@ -1,7 +1,7 @@
-"""Preference pairs under another opinion: pictures of the drawn world, compared and labelled anew.
+"""Preference pairs with labels by another opinion, for pictures of the embedded world.
 
 The opinion is the one that labels the embedded default's pairs (spo/world/opinion.py), with another share of finish
-in it or more noise.
+or more noise.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Comparisons:
 
 
 def prepared_comparisons(file: Path, pictures: Pictures) -> Comparisons:
-    """Those of a prepared file, whose pictures are among `pictures`."""
+    """The comparisons of a prepared file, whose pictures are among `pictures`."""
     row = {key: i for i, key in enumerate(zip(pictures.prompts, pictures.images, strict=True))}
     stored = PreferencePairs(file)
     pairs = [stored[i] for i in range(len(stored))]
@@ -37,7 +37,7 @@ def prepared_comparisons(file: Path, pictures: Pictures) -> Comparisons:
 
 
 def rings(pictures: Pictures, generator: Generator) -> Comparisons:
-    """Each picture with another one of its prompt, in a ring, as the shipped pairs were made; in random order."""
+    """Compare each picture with the next one of its prompt, in a ring like the shipped pairs; in random order."""
     members: dict[str, list[int]] = {}
     for i, prompt in enumerate(pictures.prompts):
         members.setdefault(prompt, []).append(i)
@@ -48,10 +48,10 @@ def rings(pictures: Pictures, generator: Generator) -> Comparisons:
 
 
 def write_pairs(splits: Mapping[str, Comparisons], target: Path, opinion: Opinion, *, seed: int) -> dict[str, float]:
-    """Label the splits' comparisons and write <split>.parquet of each to `target`; how the labels are made up.
+    """Label the comparisons, write them to <target>/<split>.parquet, and return measurements of the first split.
 
-    `ties`, and of the decided pairs `agrees_finish` and `agrees_content`: how often the preferred picture is also the
-    better finished one, and the one that fits prompt and layout better; all of the first split.
+    `ties`: the share of ties; `agrees_finish` and `agrees_content`: the share of decided pairs whose preferred picture
+    also has the better finish, or fits prompt and layout better.
     """
     made: list[dict[str, float]] = []
     with atomic_path(target) as folder:

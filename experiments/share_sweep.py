@@ -4,15 +4,15 @@
         [--pairs prepared base] [--methods spo diffusion_dpo] [--preference-steps 2700] [--step-aware-steps 200]
         [--quick]
 
-The claim that it tests: generic labels are dominated by what a picture shows, so the signal of finish in a pair of
-different pictures drowns, while candidates of one x_t differ in little else. For each cell pairs are labelled anew by
-an opinion with that share and noise: the prepared ones, whose pictures are of better and worse checkpoints, or as many
-of the base's own pictures, which luck alone tells apart. A clean-image preference model that can see but prefers
-nothing is taught that opinion; then come the pipeline's own train_preference and align stages. Gains are of the test
-prompts, at the checkpoint that the pipeline's rule takes on the validation prompts.
+The hypothesis: what an image shows dominates generic labels, so the signal of finish is lost in a pair of different
+images, while candidates of one x_t differ in little else. For each cell of the sweep, pairs are labelled again by an
+opinion with that share and noise: either the prepared pairs, whose images come from better and worse checkpoints, or
+the same number of images by the base, which differ only by chance. A clean-image preference model that sees but has no
+preference learns that opinion; then the stages train_preference and align run. Gains are on the test prompts, for the
+checkpoint that the pipeline's rule chooses on the validation prompts.
 
-A cell's finished parts are kept under .cache/bench, so that a killed sweep goes on; the table is written anew after
-every cell.
+Finished parts of a cell are cached under .cache/bench, so a killed sweep resumes; the table is rewritten after every
+cell.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from bench.measure import at_least, mistakes_in_one_line
 from experiments.pictures import lessons, like_pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from experiments.teacher import Effort, Teacher
-from experiments.workbench import Ruler, adopt, place, quickened
+from experiments.workbench import CheckpointScorer, copy_outputs, shortened, work_folder
 from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.runtime.files import atomic_path, read_json, write_csv, write_json
@@ -47,17 +47,17 @@ METHODS = ("spo", "diffusion_dpo")
 
 @dataclass(frozen=True)
 class Cell:
-    share: float  # of the opinion's variance that is owed to finish
+    share: float  # of the opinion's variance that comes from finish
     temperature: float  # of its logistic error, in standard deviations of utility
     seed: int  # of labels and trainings
     pairs: str = "prepared"  # or "base": whose pictures are compared
 
     @property
     def name(self) -> str:
-        return f"{self.pairs}_{self.taste}"
+        return f"{self.pairs}_{self.labelling}"
 
     @property
-    def taste(self) -> str:
+    def labelling(self) -> str:
         return f"share-{self.share:g}_temperature-{self.temperature:g}_seed-{self.seed}"
 
     @property
@@ -66,7 +66,7 @@ class Cell:
 
 
 class Sweep:
-    """The cells' common ground: the pictures, the teacher of preference models, the measure."""
+    """Trains and measures the cells; they share the pictures, the teacher and the scorer of checkpoints."""
 
     def __init__(self, config: Config, methods: Sequence[str], *, effort: Effort, root: Path):
         missing = [name for name in methods if name not in config.align]
@@ -79,12 +79,12 @@ class Sweep:
         self.config = config.model_copy(update={"align": unwatched})
         self.methods = methods
         self.effort = effort
-        self.work = place("share_sweep", config, {"effort": asdict(effort)}, root=root)
-        adopt("prepare", config, source=root, target=self.work)
+        self.work = work_folder("share_sweep", config, {"effort": asdict(effort)}, root=root)
+        copy_outputs("prepare", config, source=root, target=self.work)
         self.prepared = Workspace(config, self.work).prepared
         self.prompts = self.prepared.prompts("train")
         self.pictures = prepared_pictures(self.prepared)
-        self.ruler = Ruler(config, self.work)
+        self.scorer = CheckpointScorer(config, self.work)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -93,7 +93,7 @@ class Sweep:
         return Teacher(self.base / "vae", self.prompts, pools, self.work / "sight", self.effort)
 
     def comparisons(self, pairs: str, seed: int) -> dict[str, Comparisons]:
-        """Those to train on, and to validate by."""
+        """The comparisons for training and validation."""
         found = {
             split: prepared_comparisons(self.prepared.pairs_file(split), self.pictures)
             for split in ("train", "validation")
@@ -106,7 +106,7 @@ class Sweep:
         return found
 
     def rows(self, cell: Cell) -> list[dict[str, Any]]:
-        """The cell's results: a row for each method against the base, and one for the first against each other."""
+        """The cell's results: a row for each method against the base, and for the first method against each other."""
         folder = self.work / cell.name
         file = folder / f"{'-'.join(self.methods)}.json"
         if not file.exists():
@@ -114,16 +114,16 @@ class Sweep:
         return read_json(file)
 
     def _train(self, cell: Cell, folder: Path) -> Config:
-        """Labels, start, preference model and methods; the cell's configuration."""
+        """Make the labels, the initial and the step-aware preference model, and align; the cell's configuration."""
         if not (folder / "labels.json").exists():
             target = Workspace(self.config, folder).prepared
             splits = self.comparisons(cell.pairs, cell.seed)
-            adopt_prompts(self.prepared, target)
+            copy_prompts(self.prepared, target)
             pairs = target.pairs_file("train").parent
             write_json(folder / "labels.json", write_pairs(splits, pairs, cell.opinion, seed=cell.seed))
         config = self.config.model_copy(update={"seed": cell.seed})
         if any(settings.needs_preference_model for settings in config.align.values()):
-            start = self.work / "preference-models" / cell.taste
+            start = self.work / "preference-models" / cell.labelling
             if not start.exists():
                 self.teacher.teach(cell.opinion, start, seed=cell.seed)
             preference = config.train_preference.model_copy(update={"start_from": str(start), "checkpoint": None})
@@ -137,18 +137,18 @@ class Sweep:
 
     def _measure(self, cell: Cell, folder: Path, config: Config) -> list[dict[str, Any]]:
         labels = read_json(folder / "labels.json")
-        base = self.ruler.scores("base", None, "test")
+        base = self.scorer.scores("base", None, "test")
         scores, chosen = {}, {}
         for name in self.methods:
             label = f"{cell.name}-{name}"
-            chosen[name] = self.ruler.choose(label, Workspace(config, folder).checkpoints(name, cell.seed))
-            scores[name] = self.ruler.scores(label, chosen[name], "test")
+            chosen[name] = self.scorer.choose(label, Workspace(config, folder).checkpoints(name, cell.seed))
+            scores[name] = self.scorer.scores(label, chosen[name], "test")
         first, *others = self.methods
         compared = [(name, "base", scores[name], base) for name in self.methods]
         compared += [(first, name, scores[first], scores[name]) for name in others]
         rows = []
         for name, other, of_name, of_other in compared:
-            for score, found in self.ruler.differences(of_name, of_other, "test").items():
+            for score, found in self.scorer.differences(of_name, of_other, "test").items():
                 if score in (config.evaluate.primary, *config.evaluate.guarded):
                     rows.append(
                         {
@@ -168,8 +168,8 @@ class Sweep:
         return rows
 
 
-def adopt_prompts(prepared: Prepared, target: Prepared) -> None:
-    """The same prompts for every cell."""
+def copy_prompts(prepared: Prepared, target: Prepared) -> None:
+    """Copy the prepared prompts, which are the same for every cell."""
     for split in ("train", "validation", "test"):
         with atomic_path(target.prompts_file(split)) as temporary:
             temporary.write_bytes(prepared.prompts_file(split).read_bytes())
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config.model_copy(update={"train_preference": settings})
     if options.quick:
         effort = Effort(sight_pictures=96, sight_steps=4, lessons_per_prompt=1, preference_steps=4)
-        config = quickened(config)
+        config = shortened(config)
     sweep = Sweep(config, options.methods, effort=effort, root=Path())
     rows: list[dict[str, Any]] = []
     grid = itertools.product(options.pairs, options.shares, options.temperatures, options.seeds)

@@ -1,7 +1,7 @@
-"""The clean-image preference model of a cell: one that can see and prefers nothing, taught the cell's opinion.
+"""The clean-image preference model of a cell: a model that sees but has no preference learns the cell's opinion.
 
-As `python -m spo pretrain` makes the embedded default's, from the same kinds of lessons: generated pictures of the
-training prompts, those of the prepared pairs and more of the base's, and drawn ones.
+`python -m spo pretrain` makes the embedded default's in the same way, from the same kinds of pictures: those of the
+prepared pairs, more by the base for the training prompts, and drawn ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from spo.world.scenes import Scene
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a preference model learns."""
+    """The amount of training of a preference model."""
 
     sight_pictures: int = RECIPE.sight_pictures
     sight_steps: int = RECIPE.sight_steps
@@ -34,7 +34,7 @@ class Effort:
 
 
 class Teacher:
-    """Makes preference models; the one that can only see is made once, in `folder`."""
+    """Trains preference models; the one without preference is trained once, in `folder`."""
 
     def __init__(self, vae: Path, prompts: Sequence[str], pools: Sequence[Pictures], folder: Path, effort: Effort):
         self.vae = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)

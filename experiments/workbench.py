@@ -1,7 +1,7 @@
-"""What the experiments share: runs of stages in a folder of their own, and gains over the base with intervals.
+"""Shared code of the experiments: runs of stages in their own folder, and gains over the base with intervals.
 
-An experiment calls the pipeline's stages as they are, on a changed configuration and under `.cache/bench`, so that it
-touches nothing that DVC knows. Whatever is finished there is not done again.
+An experiment calls the pipeline's stages with a changed configuration under `.cache/bench`, so it changes no files of
+DVC. Finished parts are not repeated.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ SPLITS = ("validation", "test")
 QUICK = {"num_prompts": 4, "num_validation_prompts": 4, "bootstrap_samples": 200}
 
 
-def place(name: str, config: Config, more: Mapping[str, Any], *, root: Path) -> Path:
-    """The experiment's folder: another one wherever the settings, the base or the prepared data are others."""
+def work_folder(name: str, config: Config, more: Mapping[str, Any], *, root: Path) -> Path:
+    """The experiment's folder; its name depends on the settings, the base and the prepared data."""
     settings = {**config.model_dump(mode="json", exclude={"methods", "training_seeds"}), **more}
     inputs = [Path(config.model.path), Workspace(config, root).prepared.folder]
     text = json.dumps([settings, [digest(path) for path in inputs]], sort_keys=True)
@@ -35,7 +35,7 @@ def place(name: str, config: Config, more: Mapping[str, Any], *, root: Path) -> 
 
 
 def digest(path: Path) -> str:
-    """Of all that lies in a folder but its metrics, which tell times; a hub name, which is no folder, has none."""
+    """A hash of all files in a folder except metrics.json, which has times; of nothing for a hub name."""
     found = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         if file.is_file() and file.name != "metrics.json":
@@ -43,20 +43,20 @@ def digest(path: Path) -> str:
     return found.hexdigest()[:10]
 
 
-def adopt(stage: str, config: Config, *, source: Path, target: Path) -> None:
-    """Copy a stage's outputs to the experiment, once; DataError where the stage has not run."""
-    have, wanted = Workspace(config, source).output(stage), Workspace(config, target).output(stage)
-    if not have.is_dir():
-        raise DataError(f"{have} is missing; run `python -m spo repro` first")
-    if not wanted.exists():
-        with atomic_path(wanted) as temporary:
-            shutil.copytree(have, temporary)
+def copy_outputs(stage: str, config: Config, *, source: Path, target: Path) -> None:
+    """Copy a stage's outputs to the experiment, once; DataError if the stage has not run."""
+    original, copy = Workspace(config, source).output(stage), Workspace(config, target).output(stage)
+    if not original.is_dir():
+        raise DataError(f"{original} is missing; run `python -m spo repro` first")
+    if not copy.exists():
+        with atomic_path(copy) as temporary:
+            shutil.copytree(original, temporary)
 
 
-class Ruler:
-    """Scores of the base and of checkpoints as `evaluate` has them: one picture a prompt, the sampler that decides.
+class CheckpointScorer:
+    """Scores the base and checkpoints like `evaluate`, with one image for each prompt and the deciding sampler.
 
-    What is finished is kept in `root`, under `.cache`.
+    Finished scores are cached in `root`, under `.cache`.
     """
 
     def __init__(self, config: Config, root: Path):
@@ -69,12 +69,12 @@ class Ruler:
         self.image_scorer = ImageScorer(config, root)
 
     def scores(self, name: str, checkpoint: Path | None, split: str) -> Scores:
-        """Scores (n,) by name; without a checkpoint the base's."""
+        """Scores (n,) by name, of the base if there is no checkpoint."""
         variant = ModelVariant(name, checkpoint=checkpoint)
         return self.image_scorer.scores(variant, self.tasks[split], self.config.deciding, split=split)
 
     def differences(self, scores: Scores, other: Scores, split: str) -> dict[str, Difference]:
-        """How far `scores` are above `other`, by name, with 95% intervals over prompts."""
+        """`scores` minus `other`, by name, with 95% intervals over prompts."""
         samples, prompts = self.config.bootstrap_samples, [task.prompt for task in self.tasks[split]]
         return {
             key: paired_difference(values.numpy(), other[key].numpy(), prompts, samples=samples)
@@ -82,7 +82,7 @@ class Ruler:
         }
 
     def choose(self, name: str, candidates: Sequence[Path]) -> Path:
-        """Of a training's checkpoints the one that the pipeline's rule takes on the validation prompts."""
+        """The checkpoint of a training that the pipeline's rule chooses on the validation prompts."""
         means = [means_of(self.scores(f"{name}-{each.name}", each, "validation")) for each in candidates]
         best = choose_checkpoint(
             means,
@@ -108,8 +108,8 @@ def cells(differences: Mapping[str, Difference], names: Sequence[str]) -> dict[s
     }
 
 
-def quickened(config: Config) -> Config:
-    """As little of everything as runs at all."""
+def shortened(config: Config) -> Config:
+    """The configuration with as little work as possible, to test that an experiment runs."""
     settings = {name: each.model_copy(update={"epochs": 1, "checkpoints": 2}) for name, each in config.align.items()}
     preference = config.train_preference.model_copy(update={"steps": 4, "evaluate_pairs": 16})
     evaluate = config.evaluate.model_copy(update=QUICK)

@@ -61,7 +61,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             r"branch_steps=3 must divide .* = 8; use one of \[1, 2, 4, 8\]",
         ),
         (lambda v: v["align"]["spo"].update(first_step=10), r"first_step=10 must be below sampling\.steps=10"),
-        (lambda v: v["evaluate"].update(primary="beauty"), r"evaluate: primary and guarded name scores .*got 'beauty'"),
+        (
+            lambda v: v["evaluate"].update(primary="beauty"),
+            r"evaluate: primary and guarded must be scores .*got 'beauty'",
+        ),
         (
             lambda v: v["evaluate"].update(loras={"spo": "a/b"}),
             r"evaluate\.loras: \['spo'\] are names of other",

@@ -1,4 +1,4 @@
-"""The methods, and what each trains with."""
+"""The alignment methods and their settings."""
 
 import math
 from collections.abc import Callable
@@ -12,126 +12,101 @@ from spo.config.model import SamplingConfig
 
 
 class LoraConfig(Section):
-    """alpha = rank, gaussian start, on the attention projections."""
+    """A LoRA on the attention projections, with alpha = rank and a gaussian start."""
 
     rank: Positive = 4
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class OptimizerConfig(Section):
-    """AdamW; the published SPO's rate is constant, and it never clips, though it says it does."""
+    """AdamW; the published SPO code has a constant rate and never clips gradients, although its settings say so."""
 
     learning_rate: Rate = 6e-5
-    warmup_updates: Annotated[int, Field(ge=0)] = 0  # over which the rate rises linearly
-    schedule: Literal["constant", "linear"] = "constant"  # linear: down to 0 over the rounds
+    warmup_updates: Annotated[int, Field(ge=0)] = 0  # the rate rises linearly over these
+    schedule: Literal["constant", "linear"] = "constant"  # linear: the rate falls to 0 over the rounds
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     eight_bit: bool = False
 
 
 class WatchConfig(Section):
-    """Pictures of the same few validation prompts while training, seen by the preference model and a metric."""
+    """Images of a few validation prompts during training, scored by the preference model and by a metric."""
 
-    every: Positive  # rounds; there is also a look at the start
+    every: Positive  # rounds; the first look is at the start
     num_prompts: Annotated[int, Field(ge=2)] = 16
     seed: int = 4321
     metric: MetricConfig  # independent: the training never sees it
-    score: str  # the one of the metric's scores that counts
-    stop_after_worse: Positive | None = None  # looks in a row below the best one that end the run; None: never
+    score: str  # the score of the metric to use
+    stop_after_worse: Positive | None = None  # ends the run after so many looks below the best one; None: never
 
     @model_validator(mode="after")
     def _score_exists(self) -> "WatchConfig":
         if self.score not in self.metric.scores:
-            raise ValueError(f"watch.score must be one of the metric's, {list(self.metric.scores)}; got {self.score!r}")
+            raise ValueError(f"watch.score must be one of {list(self.metric.scores)}; got {self.score!r}")
         return self
 
 
 class AlignConfig(Section):
-    """What every method has: how the loop trains on its examples.
+    """The settings of every method, and what other parts of the program need to know about a method.
 
-    A method of kind `spo` is in spo/methods/spo.py. Whatever else the program asks about a method stands here, so that
-    a new one touches its module, its section and a profile.
+    The method of kind `spo` is in spo/methods/spo.py. A new method needs only such a module, its section here and a
+    profile.
     """
 
     needs_preference_model: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False  # labelled preference pairs
 
     epochs: Positive = 10
-    batch_size: Positive = 40  # examples an update
-    micro_batch_size: Positive | None = None  # examples in memory at a time; None: all of an update's
-    checkpoints: Positive = 4  # saved along the way, for evaluation to choose from
+    batch_size: Positive = 40  # examples in an update
+    micro_batch_size: Positive | None = None  # examples in memory at a time; None: the whole update
+    checkpoints: Positive = 4  # saved during the training; evaluation chooses one
     full_fine_tuning: bool = False
-    watch: WatchConfig | None = None  # None: nobody looks before `evaluate`
+    watch: WatchConfig | None = None
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def sampling(self, sampling: SamplingConfig) -> SamplingConfig:
-        """How the policy is sampled or trained, given the profile's sampler."""
+        """The sampler of the policy, from the profile's sampler."""
         return sampling
 
     def misfit(self, sampling: SamplingConfig) -> str | None:
-        """What does not fit the sampler, as `key=value must ...`; None where all fits."""
+        """A setting that does not fit the sampler, as `key=value must ...`; None if all fit."""
         return None
 
     def repositories(self) -> dict[str, str]:
-        """Models that the method loads besides the profile's: a key of its section, and a folder or hub name."""
+        """Other models that the method loads: keys of its section, and folders or hub names."""
         return {}
 
     def memory_remedy(self) -> str:
-        """What to change where collecting examples runs out of memory."""
+        """What to change if collecting examples runs out of memory."""
         return "set model.dtype to bfloat16, or use a smaller model.resolution"
 
     def empty_remedy(self, margin: float) -> str:
-        """Why a whole epoch kept no example, and what to change; margin: the mean one."""
+        """Why a whole epoch kept no example, and what to change; margin: the mean margin."""
         return "the data holds no example to train on"
 
     def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
-        """Changes under which the method collects once, of few prompts, and makes one update; for `check`."""
+        """Changed settings for `check`, with which the method collects once, from few prompts, and makes one update."""
         at_a_time = min(self.micro_batch_size or self.batch_size, examples)
         small = {"epochs": 1, "batch_size": at_a_time, "micro_batch_size": None, "checkpoints": 1}
         return small | ({"watch": self.watch.model_dump() | {"num_prompts": 2}} if self.watch else {})
 
     def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:
-        """Samples that a training puts through the network; per_prompt: of a prompt sampled once, measured."""
+        """Network forwards (samples) of a training; per_prompt: measured for a prompt that is sampled once."""
         return 0.0
 
 
 class ScoringConfig(Section):
-    """How candidates are scored; anything but the defaults changes some labels: docs/performance.md."""
+    """How candidates are scored; other values than the defaults change some labels (docs/performance.md)."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the preference model
-    tiny_vae: str | None = None  # an AutoencoderTiny to decode for the preference model alone, e.g. madebyollin/taesd
-    timestep: Annotated[int, Field(ge=0)] | None = None  # given to the preference model as every t: one blind to t
+    tiny_vae: str | None = None  # an AutoencoderTiny that decodes for the preference model, e.g. madebyollin/taesd
+    timestep: Annotated[int, Field(ge=0)] | None = None  # the preference model gets it instead of every t
     at_step_time: bool = False  # kind latent: score a candidate at the time its step started from, as LPO's code does
 
 
-class SampledConfig(AlignConfig):
-    """What the methods have that sample the policy."""
-
-    needs_preference_model: ClassVar[bool] = True
-
-    rollouts_per_epoch: Positive | None = None  # None: every training prompt once an epoch
-    prompts_per_rollout: Positive = 40
-    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1  # how far the ratio of policy and reference may move
-    scoring: ScoringConfig = ScoringConfig()
-
-    def repositories(self) -> dict[str, str]:
-        return {"scoring.tiny_vae": self.scoring.tiny_vae} if self.scoring.tiny_vae else {}
-
-    def memory_remedy(self) -> str:
-        return f"lower the method's prompts_per_rollout, now {self.prompts_per_rollout}"
-
-    def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
-        small = super().miniature(examples=examples, prompts=prompts)
-        return small | {"rollouts_per_epoch": 1, "prompts_per_rollout": prompts}
-
-    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:
-        most = (self.rollouts_per_epoch or num_prompts) * self.prompts_per_rollout
-        return self.epochs * min(num_prompts, most) * per_prompt()
-
-
 class RisingThreshold(Section):
-    """LPO's: `low` at the step of the least std, `high` at that of the most (spo/core/threshold.py)."""
+    """LPO's threshold: `low` at the step with the least std, `high` at that with the most (spo/core/threshold.py)."""
 
     low: Fraction
     high: Fraction
@@ -153,12 +128,24 @@ Threshold = Annotated[
 ]
 
 
-class PairConfig(SampledConfig):
-    """What the methods have that make pairs of their samples."""
+class PairConfig(AlignConfig):
+    """The settings of methods that sample the policy and make pairs of the samples."""
 
-    beta: Rate = 10.0
-    threshold: Threshold = 0.3  # margin above which a pair is kept
+    needs_preference_model: ClassVar[bool] = True
     pairs_at_random: ClassVar[bool] = False
+
+    rollouts_per_epoch: Positive | None = None  # None: each training prompt once in an epoch
+    prompts_per_rollout: Positive = 40
+    threshold: Threshold = 0.3  # margin above which a pair is kept
+    beta: Rate = 10.0
+    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1  # of the ratio of policy and reference, around 1
+    scoring: ScoringConfig = ScoringConfig()
+
+    def repositories(self) -> dict[str, str]:
+        return {"scoring.tiny_vae": self.scoring.tiny_vae} if self.scoring.tiny_vae else {}
+
+    def memory_remedy(self) -> str:
+        return f"lower the method's prompts_per_rollout, now {self.prompts_per_rollout}"
 
     def empty_remedy(self, margin: float) -> str:
         return (
@@ -167,7 +154,12 @@ class PairConfig(SampledConfig):
         )
 
     def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
-        return super().miniature(examples=examples, prompts=prompts) | {"threshold": 0.0}
+        small = super().miniature(examples=examples, prompts=prompts)
+        return small | {"rollouts_per_epoch": 1, "prompts_per_rollout": prompts, "threshold": 0.0}
+
+    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:
+        most = (self.rollouts_per_epoch or num_prompts) * self.prompts_per_rollout
+        return self.epochs * min(num_prompts, most) * per_prompt()
 
 
 class SpoConfig(PairConfig):
@@ -214,12 +206,12 @@ class DiffusionDpoConfig(AlignConfig):
     needs_pairs: ClassVar[bool] = True
 
     method: Literal["diffusion_dpo"] = "diffusion_dpo"
-    updates_per_epoch: Positive | None = None  # None: every decided pair once an epoch
+    updates_per_epoch: Positive | None = None  # None: each decided pair once in an epoch
     beta: Rate = 5000.0  # of half the mean squared error over (c, h, w), as in the published code
     batch_size: Positive = 2048
     empty_captions: Fraction = 0.2  # share of captions that are dropped
     optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=2.048e-5,  # 1e-8 a pair of the batch
+        learning_rate=2.048e-5,  # 1e-8 for each pair of the batch
         warmup_updates=500,
         weight_decay=1e-2,
         max_grad_norm=1.0,

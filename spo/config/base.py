@@ -1,4 +1,4 @@
-"""The base class of all sections, and types of their values."""
+"""The base class of all sections, and the types of their values."""
 
 from typing import Annotated
 

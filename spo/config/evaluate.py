@@ -1,4 +1,4 @@
-"""The comparison of base and aligned models, and what it decides."""
+"""The comparison of base and aligned models, and the decision to promote a LoRA."""
 
 from typing import Annotated
 
@@ -9,10 +9,10 @@ from spo.config.metrics import MetricConfig
 
 
 class LoraSource(Section):
-    """Somebody else's LoRA: a folder, a .safetensors file or a hub repository; a plain string is its `source`."""
+    """A published LoRA: a folder, a .safetensors file or a hub repository; a plain string is its `source`."""
 
     source: str
-    weight_name: str | None = None  # of the file, where a folder or repository has several
+    weight_name: str | None = None  # of the file, if a folder or repository has several
     revision: str | None = None  # of a hub repository
 
     @model_validator(mode="before")
@@ -33,32 +33,26 @@ class SamplerConfig(Section):
     @property
     def description(self) -> str:
         """The settings, e.g. 20 steps, guidance 5, eta 0."""
-        return ", ".join(
-            [
-                *([] if self.scheduler == "DDIMScheduler" else [self.scheduler]),
-                f"{self.steps} steps, guidance {self.guidance_scale:g}",
-                *([] if self.eta is None else [f"eta {self.eta:g}"]),
-                *(f"{name}={value}" for name, value in self.options.items()),
-            ]
-        )
+        scheduler = "" if self.scheduler == "DDIMScheduler" else f"{self.scheduler}, "
+        eta = "" if self.eta is None else f", eta {self.eta:g}"
+        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"{scheduler}{self.steps} steps, guidance {self.guidance_scale:g}{eta}{options}"
 
 
-def _ddim() -> dict[str, SamplerConfig]:
-    return {"ddim": SamplerConfig(eta=0.0), "ddim-stochastic": SamplerConfig(eta=1.0)}
+DDIM = {"ddim": SamplerConfig(eta=0.0), "ddim-stochastic": SamplerConfig(eta=1.0)}
 
 
 class EvaluateConfig(Section):
     num_prompts: Positive  # of the test split, each with `images_per_prompt` seeds
     num_validation_prompts: Positive  # on which each method's checkpoint is chosen
     images_per_prompt: Positive = 1
-    samplers: Annotated[dict[Name, SamplerConfig], Field(min_length=1)] = Field(default_factory=_ddim)
-    # by name; the first one chooses checkpoints and decides
+    samplers: Annotated[dict[Name, SamplerConfig], Field(min_length=1)] = DDIM  # the first one decides
     batch_size: Positive = 64
     seed: int = 1234
     metrics: Annotated[tuple[MetricConfig, ...], Field(min_length=1)]
-    primary: str  # the score that is to rise
+    primary: str  # the score that should rise
     guarded: tuple[str, ...] = ()  # scores that must not fall
-    guard_tolerance: Annotated[float, Field(ge=0)] = 0.005  # fall of a guarded mean that choosing forgives
+    guard_tolerance: Annotated[float, Field(ge=0)] = 0.005  # allowed fall of a guarded mean of a checkpoint
     loras: dict[Name, LoraSource] = Field(default_factory=dict)  # columns of published LoRAs
     bootstrap_samples: Positive = 10_000
 
@@ -72,7 +66,7 @@ class EvaluateConfig(Section):
         known = [name for metric in self.metrics for name in metric.scores]
         for name in (self.primary, *self.guarded):
             if name not in known:
-                raise ValueError(f"primary and guarded name scores of the metrics, {known}; got {name!r}")
+                raise ValueError(f"primary and guarded must be scores of the metrics, {known}; got {name!r}")
         return self
 
 
@@ -81,5 +75,5 @@ class PromoteConfig(Section):
 
     method: str | None = None  # whose released LoRA is the candidate; None: the first of `methods`
     tolerance: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    # of a guarded score: how far the 95% interval of its change may reach below zero, in that score's units;
-    # of one that is not named here: evaluate.guard_tolerance
+    # for a guarded score: how far the 95% interval of its change may reach below zero, in that score's units;
+    # by default evaluate.guard_tolerance

@@ -1,4 +1,4 @@
-"""The metrics of evaluation: each measures images."""
+"""The metrics of evaluation, which measure images."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from spo.config.base import Section
 
 
 class MetricSection(Section):
-    """Settings of a metric. The class names the fields that hold what the metric must find here or on the hub."""
+    """Settings of a metric. Class variables name the fields that hold repositories and files, local or on the hub."""
 
     models: ClassVar[tuple[str, ...]] = ()  # repositories of a model: folders, or OWNER/NAME of the hub
     tokenizers: ClassVar[tuple[str, ...]] = ()  # repositories of a tokenizer
@@ -55,7 +55,7 @@ class ClipMetricConfig(OneScore):
 
 
 class HpsConfig(OneScore):
-    """HPSv2.1, as published: an OpenCLIP checkpoint, and the CLIP whose configuration and tokenizer it has."""
+    """HPSv2.1, as published: an OpenCLIP checkpoint, and the CLIP that has its configuration and tokenizer."""
 
     models = ("clip",)
     files = ("weights",)
@@ -93,6 +93,6 @@ MetricConfig = Annotated[
 
 
 def split_hub_file(source: str) -> tuple[str, str] | None:
-    """OWNER/NAME and FILE of a file on the hub; None if `source` has another form or its folder is here."""
+    """OWNER/NAME and FILE of a file on the hub; None if `source` has another form or its folder exists here."""
     found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/(.+)", source)
     return (found[1], found[2]) if found and not Path(source).parent.is_dir() else None

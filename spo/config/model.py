@@ -18,7 +18,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     resolution: Positive  # pixels; height and width
     gradient_checkpointing: bool = False
-    compile: bool = False  # torch.compile of the UNet's transformer blocks; pays off, if at all, on a GPU
+    compile: bool = False  # torch.compile of the UNet's transformer blocks; only useful on a GPU
 
 
 class SamplingConfig(Section):

@@ -1,4 +1,4 @@
-"""The preference model: one that looks at images, or one that reads latents."""
+"""Prompts and preference pairs, and the preference model that learns from the pairs."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,12 +9,31 @@ from spo.config.base import Fraction, Positive, Rate, Section
 from spo.config.model import SamplingConfig
 
 
+class PromptsConfig(Section):
+    source: str  # a .txt, .json, .jsonl, .csv, .tsv or .parquet file
+    field: str | None = None  # of the prompt, if rows have fields
+    max_prompts: Positive | None = None
+
+
+class PreferencesConfig(Section):
+    source: str  # a folder or file of JSON Lines or parquet, or hub:NAME
+    split: str = "train"  # of a hub data set
+    max_pairs: Positive | None = None
+
+
+class PrepareConfig(Section):
+    prompts: PromptsConfig
+    preferences: PreferencesConfig | None = None  # None: no pairs, for a preference model that is already trained
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+
+
 class LabelsConfig(Section):
-    """Where the labels of preference pairs come from: people, or a clean-image model's opinion (SDXL's recipe)."""
+    """The labels of preference pairs: by people, or by a model of clean images (SDXL's recipe)."""
 
     kind: Literal["human", "pseudo"] = "human"
-    model: str | None = None  # of pseudo-labels: a CLIP repository such as yuvalkirstain/PickScore_v1
-    processor: str | None = None  # tokenizer's repository, where `model` has none
+    model: str | None = None  # makes pseudo-labels: a CLIP repository such as yuvalkirstain/PickScore_v1
+    processor: str | None = None  # repository of the tokenizer, if `model` has none
     tie_margin: Fraction = 0.1  # softmax gap below which a pseudo-label is a tie
 
     @model_validator(mode="after")
@@ -40,7 +59,7 @@ class TrainPreferenceConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     evaluate_timesteps: tuple[Annotated[int, Field(ge=0)], ...] = (0, 251, 501, 701, 951)  # SPO's table of accuracies
-    evaluate_pairs: Positive = 512  # validation pairs that accuracy is measured on, at most
+    evaluate_pairs: Positive = 512  # validation pairs for the accuracy, at most
     log_every: Positive = 20
 
     def repositories(self) -> dict[str, tuple[str, str | None]]:
@@ -52,7 +71,7 @@ class TrainPreferenceConfig(Section):
         raise NotImplementedError
 
     def unfit(self, scoring: ScoringConfig) -> str | None:
-        """The setting of `scoring` that this kind cannot follow, and why; None where there is none."""
+        """A setting of `scoring` that this kind cannot use, and why; None if there is none."""
         raise NotImplementedError
 
     def memory_remedy(self) -> str:
@@ -65,12 +84,12 @@ class PixelPreferenceConfig(TrainPreferenceConfig):
 
     kind: Literal["pixel"] = "pixel"
     start_from: str  # a CLIP repository: PickScore, or the embedded default's
-    processor: str | None = None  # tokenizer's repository, where start_from has none
+    processor: str | None = None  # repository of the tokenizer, if start_from has none
     steps: Positive = 8000
     batch_size: Positive = 64
     learning_rate: Rate = 3e-6
     preprocessing: Literal["antialias", "published"] = "antialias"
-    blind: bool = False  # to t, which it is then told is 0 in training and in use: the paper's ablation
+    blind: bool = False  # gets t = 0 in training and in use: the paper's ablation
 
     def repositories(self) -> dict[str, tuple[str, str | None]]:
         if self.checkpoint:

@@ -1,4 +1,4 @@
-"""A whole profile, and its loading."""
+"""A whole profile, and how it is read."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,21 +6,34 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from spo.config.align import MethodConfig, SampledConfig
-from spo.config.base import Name, Section
+from spo.config.align import MethodConfig, PairConfig
+from spo.config.base import Name, Positive, Section
 from spo.config.evaluate import EvaluateConfig, PromoteConfig
 from spo.config.model import ModelConfig, SamplingConfig
-from spo.config.preference import LabelsConfig, PreferenceConfig
-from spo.config.prepare import PrepareConfig
-from spo.config.run import LaunchConfig, SafetyConfig
+from spo.config.preference import LabelsConfig, PreferenceConfig, PrepareConfig
 from spo.errors import ConfigError, one_line
+
+
+class SafetyConfig(Section):
+    """Settings that protect a run; changing them makes no stage run again and changes no result."""
+
+    save_every_seconds: Annotated[float, Field(ge=0)] = 60.0  # between saved states; longer if saving is slow
+    max_skipped_in_a_row: Positive = 10  # non-finite updates before the run ends
+    stuck_after: Positive = 20  # updates or rounds that teach nothing before a warning
+
+
+class LaunchConfig(Section):
+    """The processes that share the work of the heavy stages, one for each GPU; results do not depend on them."""
+
+    num_processes: Positive = 1
+    accelerate_config: str | None = None  # a file of `accelerate config`, e.g. for several machines
 
 
 class Config(Section):
     profile: str
     seed: int = 0
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("spo",)
-    training_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # each aligns anew
+    training_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # a run for each
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     prepare: PrepareConfig
@@ -37,7 +50,7 @@ class Config(Section):
         for name, method in self.align.items():
             if problem := method.misfit(self.sampling):
                 raise ValueError(f"align.{name}.{problem}")
-            scoring = method.scoring if name in self.methods and isinstance(method, SampledConfig) else None
+            scoring = method.scoring if name in self.methods and isinstance(method, PairConfig) else None
             if scoring and (problem := self.train_preference.unfit(scoring)):
                 raise ValueError(f"align.{name}.scoring.{problem}")
         if self.prepare.preferences is None and self.train_preference.checkpoint is None:
@@ -45,18 +58,15 @@ class Config(Section):
                 "prepare.preferences is missing: name preference pairs to train on, or a trained preference model in "
                 "train_preference.checkpoint"
             )
-        taken = [name for name in self.evaluate.loras if name in ("base", "contrast", *self.align)]
-        if taken:
+        if taken := [name for name in self.evaluate.loras if name in ("base", "contrast", *self.align)]:
             raise ValueError(f"evaluate.loras: {taken} are names of other columns; name the LoRAs differently")
-        strangers = sorted(set(self.promote.tolerance) - set(self.evaluate.guarded))
-        if strangers:
-            raise ValueError(f"promote.tolerance names {strangers}, but guarded are {list(self.evaluate.guarded)}")
-        missing = [name for name in self.methods if name not in self.align]
-        if missing:
+        if unknown := sorted(set(self.promote.tolerance) - set(self.evaluate.guarded)):
+            raise ValueError(f"promote.tolerance names {unknown}, but guarded are {list(self.evaluate.guarded)}")
+        if missing := [name for name in self.methods if name not in self.align]:
             raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")
         for key, values in {"methods": self.methods, "training_seeds": self.training_seeds}.items():
             if len(set(values)) < len(values):
-                raise ValueError(f"{key}={list(values)} names one of them twice; name each once")
+                raise ValueError(f"{key}={list(values)} repeats a value; name each once")
         return self
 
 
@@ -70,8 +80,7 @@ def load_config(root: Path = Path(), profile: str | None = None) -> Config:
     if not path.is_file():
         raise ConfigError(f"profile {name!r} has no {path}; there are {_profiles(root)}")
     values = _read_yaml(path)
-    twice = (set(shared) - {"profile"}) & set(values)
-    if twice:
+    if twice := (set(shared) - {"profile"}) & set(values):
         raise ConfigError(f"{sorted(twice)} are in both params.yaml and {path}; keep one of each")
     try:
         return Config.model_validate({**shared, **values, "profile": name})
@@ -99,7 +108,7 @@ def _first_line(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
         place = item["loc"]
-        if place[:1] == ("align",):  # of a method, pydantic also names the kind: align.NAME.KIND.KEY
+        if place[:1] == ("align",):  # pydantic also names the method's kind: align.NAME.KIND.KEY
             place = (*place[:2], *place[3:])
         if place[:1] == ("train_preference",):
             place = (*place[:1], *place[2:])

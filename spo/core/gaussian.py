@@ -9,19 +9,16 @@ from spo.core.types import Transition
 
 
 def sample(transition: Transition, noise: Tensor) -> Tensor:
-    """x_prev = mean + std * noise: (k, b, c, h, w) for standard normal noise (k, b, c, h, w).
-
-    k candidates come from the one Gaussian of each prompt; a transition may also hold k of its own.
-    """
+    """x_prev = mean + std * noise: (k, b, c, h, w) for standard normal noise (k, b, c, h, w)."""
     return transition.mean + transition.std * noise
 
 
 def log_prob(transition: Transition, x_prev: Tensor) -> Tensor:
-    """log p(x_prev | x_t), the MEAN over (c, h, w): SPO's beta is in these units, as in the published code.
+    """log p(x_prev | x_t) as the MEAN over (c, h, w), in at least float32; SPO's beta has this unit (published code).
 
     x_prev: (n, c, h, w) -> (n,), or (n, 2, c, h, w) -> (n, 2). The transition's leading axes are (n,) or (n, 1)
-    where a row's x_prev share one Gaussian, (n, 2) or (n * 2,) where each has its own. At least float32.
-    Raises ValueError where the two do not fit, or where std is 0 (eta = 0) and there is no density.
+    if the x_prev of a row share one Gaussian, (n, 2) or (n * 2,) if each has its own.
+    Raises ValueError if the shapes do not fit, or if std is 0 (eta = 0), which has no density.
     """
     lead, latent = x_prev.shape[:-3], x_prev.shape[-3:]
     num_rows, num_each = lead[0], math.prod(lead[1:])

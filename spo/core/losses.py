@@ -11,10 +11,10 @@ from spo.core.types import Loss
 
 
 def log_ratio(log_p: Tensor, log_p_ref: Tensor, *, clip_range: float | None = None) -> Tensor:
-    """log of the ratio p / p_ref, the ratio clamped to [1 - clip_range, 1 + clip_range] (SPO, section 4.3; 0.1 there).
+    """log(p / p_ref), with the ratio clamped to [1 - clip_range, 1 + clip_range] (SPO, section 4.3, uses 0.1).
 
-    log_p, log_p_ref: one shape, which is returned. Outside the range the gradient is 0. The clamp is on the
-    log side, where exp cannot overflow; value and gradient equal those of the published log(clamp(exp(d))).
+    log_p, log_p_ref: the same shape, which the result has too. Outside the range the gradient is 0. The clamp acts on
+    the logarithm, where exp cannot overflow; value and gradient equal those of the published log(clamp(exp(d))).
     Raises ValueError for a clip_range outside (0, 1).
     """
     difference = at_least_float32(log_p) - at_least_float32(log_p_ref)
@@ -28,31 +28,26 @@ def log_ratio(log_p: Tensor, log_p_ref: Tensor, *, clip_range: float | None = No
 def dpo_loss(log_ratio: Tensor, *, beta: float) -> Loss:
     """-log sigmoid(beta (log ratio of win - log ratio of lose)), mean over pairs (DPO, arXiv 2305.18290, eq. 7).
 
-    log_ratio: (n, 2), 0 = win, 1 = lose; log 2 where the policy equals the reference. Metrics, all means over
-    pairs: `logit`; `accuracy`, the share of logits > 0; `log_ratio_win` and `log_ratio_lose`.
-    Raises ValueError where there is no pair.
+    log_ratio: (n, 2), 0 = win, 1 = lose. The loss is log 2 if the policy equals the reference. Metrics, all means
+    over pairs: `logit`; `accuracy`, the share of logits > 0; `log_ratio_win` and `log_ratio_lose`.
+    Raises ValueError for no pairs.
     """
     if len(log_ratio) == 0:
         raise ValueError("a loss over 0 pairs has no value; skip the update")
     win, lose = at_least_float32(log_ratio).unbind(dim=1)
     logit = beta * (win - lose)  # (n,)
-    metrics = {
-        "logit": logit.mean(),
-        "accuracy": (logit > 0).float().mean(),
-        "log_ratio_win": win.mean(),
-        "log_ratio_lose": lose.mean(),
-    }
-    detached = {name: metric.detach() for name, metric in metrics.items()}
-    return Loss(-F.logsigmoid(logit).mean(), detached, log_ratio.detach())
+    values = {"logit": logit, "accuracy": (logit > 0).float(), "log_ratio_win": win, "log_ratio_lose": lose}
+    metrics = {name: value.mean().detach() for name, value in values.items()}
+    return Loss(-F.logsigmoid(logit).mean(), metrics, log_ratio.detach())
 
 
 def preference_loss(scores: Tensor, label: Tensor, weight: Tensor) -> Loss:
-    """Weighted cross-entropy of softmax(scores) against labels, less the labels' entropy: KL(label || softmax(scores)).
+    """KL(label || softmax(scores)), weighted: cross-entropy minus the labels' entropy, so a tie can reach 0 too.
 
-    So its floor is 0 for a tie, too, where the published code adds log 0.5.
-    scores: (n, 2); label: (n, 2), rows summing to 1, a tie is (.5, .5); weight: (n,) >= 0, divided by its sum.
+    (The published code adds log 0.5 for ties instead.)
+    scores: (n, 2); label: (n, 2), rows sum to 1, a tie is (.5, .5); weight: (n,) >= 0, divided by its sum.
     Metric `accuracy`: weighted share of examples whose preferred image scores higher; a tie counts half.
-    Raises ValueError where the weights sum to 0.
+    Raises ValueError if the weights sum to 0.
     """
     scores, label, weight = at_least_float32(scores), at_least_float32(label), at_least_float32(weight)
     if not weight.sum() > 0:

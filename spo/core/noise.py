@@ -1,7 +1,7 @@
-"""Random numbers keyed by what they are for: (seed, epoch, prompt, step, purpose).
+"""Random numbers keyed by their purpose: (seed, epoch, prompt, step, purpose).
 
-A run's numbers therefore do not depend on how prompts are batched, on the number of processes, on the order of
-calls, or on being resumed. The published code draws from one global generator a process.
+They do not depend on batching, the number of processes, the order of calls, or whether a run was resumed. The
+published code draws from one global generator in each process.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ _NORMAL, _CHOICE = 0, 1  # purposes
 
 
 class KeyedNoise:
-    """types.Noise for a batch of prompts, each named by an integer that is its own throughout a run.
+    """types.Noise for a batch of prompts; each prompt has an integer id that it keeps for the whole run.
 
-    Numbers are drawn on the CPU and moved to `device`, so that they are the same on every device.
-    Prompts with equal ids get equal numbers. torch's CPU generator keeps 32 bits of its seed: over a whole run
-    a few unrelated draws coincide by chance, which is harmless. Raises ValueError for no prompts.
+    Numbers are drawn on the CPU and moved to `device`, so they are the same on every device. Equal ids get equal
+    numbers. torch's CPU generator keeps 32 bits of its seed, so a few unrelated draws of a run coincide by chance,
+    which is harmless. Raises ValueError for no prompts.
     """
 
     def __init__(self, seed: int, epoch: int, prompt_ids: Sequence[int], device: torch.device | str = "cpu"):
@@ -36,7 +36,7 @@ class KeyedNoise:
         return torch.stack(draws).to(self.device)
 
     def choice(self, step: int, k: int) -> Tensor:
-        """Uniform int64 (b,) in [0, k) for grid step `step`; sees no scores."""
+        """Uniform int64 (b,) in [0, k) for grid step `step`."""
         draws = [torch.randint(k, (), generator=generator) for generator in self._generators(step, _CHOICE)]
         return torch.stack(draws).to(self.device)
 
@@ -48,12 +48,12 @@ class KeyedNoise:
 
 
 def seed_of(data: bytes) -> int:
-    """A seed of 63 bits from BLAKE2b, the same in every process and Python version (unlike `hash`)."""
+    """A 63-bit seed from BLAKE2b, the same in every process and Python version (unlike `hash`)."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of an epoch or step, counted from 0, of the run with this seed."""
+    """The seed of an epoch or step (counted from 0) of the run with this seed."""
     return seed * 1_000_003 + epoch
 
 

@@ -1,4 +1,4 @@
-"""Densities and losses are computed in float32 whatever the networks run in."""
+"""Densities and losses are computed in at least float32."""
 
 import torch
 from torch import Tensor

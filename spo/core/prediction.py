@@ -1,4 +1,4 @@
-"""What a network's output means, and what it should have been."""
+"""The meaning of a network's output, its training target, and guidance."""
 
 from typing import Literal
 
@@ -12,9 +12,9 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 def predict_x_0_and_noise(
     output: Tensor, x_t: Tensor, level: Level, *, prediction_type: PredictionType
 ) -> tuple[Tensor, Tensor]:
-    """The x_0 and eps, each (b, c, h, w), for which x_t = signal x_0 + noise eps and the network's output is right.
+    """The predicted x_0 and eps, each (b, c, h, w), with x_t = signal x_0 + noise eps.
 
-    `v_prediction` is of Salimans and Ho (arXiv 2202.00512); `flow` is the velocity eps - x_0 of rectified flow, whose
+    `v_prediction` is from Salimans and Ho (arXiv 2202.00512); `flow` is the velocity eps - x_0 of rectified flow, whose
     signal and noise sum to 1. Raises ValueError for another prediction type.
     """
     signal, noise = level.signal, level.noise
@@ -32,7 +32,7 @@ def predict_x_0_and_noise(
 
 
 def training_target(x_0: Tensor, eps: Tensor, level: Level, *, prediction_type: PredictionType) -> Tensor:
-    """The output (b, c, h, w) that is right for x_t = signal x_0 + noise eps. Raises ValueError as above."""
+    """The correct output (b, c, h, w) for x_t = signal x_0 + noise eps. Raises ValueError as above."""
     match prediction_type:
         case "epsilon":
             return eps
@@ -44,6 +44,11 @@ def training_target(x_0: Tensor, eps: Tensor, level: Level, *, prediction_type: 
             return eps - x_0
         case _:
             raise ValueError(_unknown(prediction_type))
+
+
+def guide(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) of two outputs of one shape; scale 1 is no guidance, SPO uses 5."""
+    return negative + scale * (positive - negative)
 
 
 def _unknown(prediction_type: str) -> str:

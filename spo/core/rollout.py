@@ -1,12 +1,12 @@
 """SPO's rollout: k paths from one noisy latent, scored at their ends (SPO, arXiv 2406.04314, algorithm 1).
 
-A prompt is denoised plainly for `first_step` steps. From then on each segment of `branch_steps` steps draws k
-paths from ONE x_t and scores their ends; sampling continues from one path, by default drawn without regard to the
-scores. A segment of 1 step is the paper's algorithm and SD 1.5's setting; 4 is SDXL's.
+A prompt is first denoised for `first_step` steps. From then on each segment of `branch_steps` steps draws k paths from
+ONE x_t and scores their ends; sampling continues from one path, by default drawn without regard to the scores. A
+segment of 1 step is the paper's algorithm and SD 1.5's setting; 4 is SDXL's.
 
-A preference model that asks for the predicted x_0 costs one pass of the policy for each of the k ends. That pass also
-serves as the next step of the path that sampling continues from, so no latent passes through the policy twice. One
-that scores the latents themselves costs a single pass, of that path.
+A preference model that reads the predicted x_0 costs one forward of the policy for each of the k ends. The same forward
+is the next step of the path that sampling continues from, so no latent passes through the policy twice. A preference
+model that scores the latents costs only the forward of that path.
 """
 
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ ContinueFrom = Literal["random", "win", "lose"]
 
 @dataclass(frozen=True)
 class Segment:
-    """k paths of `branch_steps` steps that part at one x_t, and the scores of their ends."""
+    """k paths of `branch_steps` steps from one x_t, and the scores of their ends."""
 
     latents: tuple[Tensor, ...]  # x_t (1, b, c, h, w), then (k, b, c, h, w) after each step
     times: tuple[float, ...]  # of those latents, descending
     cond: Conditioning  # b
     scores: Tensor  # (k, b)
-    unet_forwards: int  # predicted samples since the segment before
+    unet_forwards: int  # samples predicted since the previous segment
 
 
 @torch.no_grad()
@@ -47,18 +47,16 @@ def rollout(
     noise: Noise,
     continue_from: ContinueFrom = "random",
 ) -> Iterator[Segment]:
-    """Sample the prompts of cond once, yielding a Segment each `branch_steps` steps from `first_step` on.
+    """Sample the prompts of cond once and yield a Segment every `branch_steps` steps from `first_step` on.
 
     cond, text: the b prompts for the policy and the scorer; noise: of these prompts; candidates: k >= 2;
-    first_step, branch_steps: counts of grid steps. The last step's candidates are themselves scored, at t = 0.
-    continue_from "win" or "lose", the best or worst candidate, are the paper's ablations.
-    The policy must not be trained before the last segment: it would continue from predictions that are no longer its
-    own. Raises ValueError at the first segment where the counts do not fit the policy's grid.
+    first_step, branch_steps: counts of grid steps. The candidates of the last step are scored as they are, at t = 0.
+    continue_from "win" or "lose" (the best or worst candidate) are the paper's ablations.
+    Do not train the policy before the last segment, because later steps use earlier predictions. Raises ValueError at
+    the first segment if the counts do not fit the policy's grid.
     """
     num_steps, k = len(policy.timesteps), candidates
-    check_counts(num_steps, k, first_step, branch_steps)
-    if continue_from not in ("random", "win", "lose"):
-        raise ValueError(f"continue_from={continue_from!r} is unknown; use random, win or lose")
+    _check(num_steps, k, first_step, branch_steps, continue_from)
     step = _Step(policy, cond, noise)
 
     x_t = step.noise(-1, 1)  # (1, b, c, h, w)
@@ -95,11 +93,11 @@ def rollout(
 
 
 class _Step:
-    """The policy over paths (k, b, c, h, w), by grid index; counts the samples it predicts."""
+    """The policy on paths (k, b, c, h, w), by grid index; counts the samples it predicts."""
 
     def __init__(self, policy: Denoiser, cond: Conditioning, noise: Noise):
         self.policy = policy
-        self.grid = [*policy.timesteps.tolist(), 0]  # t_0 .. t_{T-1}, and the 0 at which sampling ends
+        self.grid = [*policy.timesteps.tolist(), 0]  # t_0 .. t_{T-1}, then 0, where sampling ends
         self.conds = {1: cond}
         self._noise = noise
         self._forwards = 0
@@ -109,16 +107,15 @@ class _Step:
         return self._noise.normal(i, (k, *self.policy.latent_shape)).transpose(0, 1)
 
     def transition(self, x_t: Tensor, i: int) -> Transition:
-        """p(x_prev | x_t) at grid step i, its fields (k, b, ...) as x_t is."""
+        """p(x_prev | x_t) at grid step i, with fields (k, b, ...)."""
         k, b = x_t.shape[:2]
         if k not in self.conds:
             self.conds[k] = self.conds[1].repeat(k)
         flat = x_t.flatten(0, 1)
         t, t_prev = (torch.full((k * b,), self.grid[j], device=x_t.device) for j in (i, i + 1))
         self._forwards += k * b
-        flat_transition = self.policy.transition(self.policy.predict(flat, t, self.conds[k]), flat, t, t_prev)
-        mean, std, x_0 = flat_transition.mean, flat_transition.std, flat_transition.x_0
-        return Transition(mean.unflatten(0, (k, b)), std.unflatten(0, (k, b)), x_0.unflatten(0, (k, b)))
+        transition = self.policy.transition(self.policy.predict(flat, t, self.conds[k]), flat, t, t_prev)
+        return transition.map(lambda tensor: tensor.unflatten(0, (k, b)))
 
     def pop_forwards(self) -> int:
         forwards, self._forwards = self._forwards, 0
@@ -126,7 +123,7 @@ class _Step:
 
 
 class _Ends:
-    """The ends (k, b, c, h, w) of a segment's paths at grid step i, passed through the policy when that is needed."""
+    """The ends (k, b, c, h, w) of a segment's paths at grid step i; predicts their x_0 only when it is read."""
 
     def __init__(self, step: _Step, x: Tensor, i: int):
         self.x = x
@@ -135,7 +132,7 @@ class _Ends:
         self._transition: Transition | None = None
 
     def predict_x_0(self) -> Tensor:
-        """(k, b, c, h, w); at the end of sampling the latents are clean already."""
+        """(k, b, c, h, w); at the end of sampling the latents are already clean."""
         if self._i == len(self._step.policy.timesteps):
             return self.x
         self._transition = self._step.transition(self.x, self._i)
@@ -143,20 +140,18 @@ class _Ends:
 
     def continue_from(self, index: Tensor) -> tuple[Tensor, Transition]:
         """x_t and its transition, (1, b, ...) each, of candidate index[j] of each prompt j."""
-        x_t = _only(self.x, index)
-        if self._transition is None:
-            return x_t, self._step.transition(x_t, self._i)
-        ahead = self._transition
-        return x_t, Transition(_only(ahead.mean, index), _only(ahead.std, index), _only(ahead.x_0, index))
+
+        def chosen(x: Tensor) -> Tensor:  # (k, b, ...) -> (1, b, ...)
+            return take(x, index).unsqueeze(0)
+
+        x_t = chosen(self.x)
+        return x_t, self._transition.map(chosen) if self._transition else self._step.transition(x_t, self._i)
 
 
-def _only(x: Tensor, index: Tensor) -> Tensor:
-    """One candidate each, as a path of width 1: (k, b, ...) -> (1, b, ...)."""
-    return take(x, index).unsqueeze(0)
-
-
-def check_counts(num_steps: int, candidates: int, first_step: int, branch_steps: int) -> None:
-    """ValueError where the counts do not fit a grid of `num_steps`."""
+def _check(num_steps: int, candidates: int, first_step: int, branch_steps: int, continue_from: str) -> None:
+    """ValueError if the arguments do not fit a grid of `num_steps`."""
+    if continue_from not in ("random", "win", "lose"):
+        raise ValueError(f"continue_from={continue_from!r} is unknown; use random, win or lose")
     if candidates < 2:
         raise ValueError(f"candidates={candidates} make no pair; use 2 or more")
     if not 0 <= first_step < num_steps:

@@ -1,7 +1,7 @@
-"""How much signal and how much noise a latent holds at a time: x_t = signal x_0 + noise eps.
+"""The shares of signal and noise in a latent at a time: x_t = signal x_0 + noise eps.
 
-A schedule also says how a step splits the noise of x_prev: a part is kept from the predicted eps, the rest is fresh.
-Times are training timesteps, integers or floats in [0, 1000].
+A schedule also splits the noise of x_prev: one part is kept from the predicted eps, the rest is fresh. Times are
+training timesteps, integers or floats in [0, 1000].
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ class Schedule(Protocol):
         ...
 
     def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
-        """(kept, std), each (b, 1, 1, 1), with kept^2 + std^2 = noise'^2 for every eta in [0, 1].
+        """The factors of the predicted eps and of fresh noise: (kept, std), each (b, 1, 1, 1), eta in [0, 1].
 
-        `kept` multiplies the predicted eps, `std` the fresh noise.
+        kept^2 + std^2 = noise'^2, the noise level at t_prev.
         """
         ...
 
@@ -41,7 +41,7 @@ class Schedule(Protocol):
 class VariancePreserving:
     """DDPM's schedule: signal = sqrt(alpha_bar), noise = sqrt(1 - alpha_bar) (arXiv 2006.11239, eq. 4).
 
-    alpha_bar: (N,) for the training timesteps 0 .. N - 1, float32 or wider. A time below 0 counts as 0, as in the
+    alpha_bar: (N,) for the training timesteps 0 .. N - 1, at least float32. A time below 0 counts as 0, as in the
     published SPO code. Between two timesteps log(alpha_bar) is linear.
     """
 
@@ -56,10 +56,10 @@ class VariancePreserving:
         return Level(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
-        """DDIM's std (arXiv 2010.02502, eq. 16). It equals `marginal_preserving_split` of the levels.
+        """DDIM's std (arXiv 2010.02502, eq. 16), which equals `marginal_preserving_split` of the levels.
 
-        In float32 the last factor cancels: at t = 1 its rounding is 1e-4 of it. The operations are therefore those of
-        the published code, in its order, so that both round alike.
+        The operations are in the order of the published code, because the last factor cancels in float32: at t = 1 its
+        rounding error is 1e-4 of its value.
         """
         now, then = self._at(t), self._at(t_prev)
         std = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
@@ -91,11 +91,11 @@ class RectifiedFlow:
 
 
 def marginal_preserving_split(now: Level, then: Level, *, eta: float) -> tuple[Tensor, Tensor]:
-    """(kept, std) of a step between two levels, after which x_prev is distributed as `then` says.
+    """(kept, std) of a step from the level `now` to the level `then`.
 
     With r = (signal / noise) / (signal' / noise') in [0, 1]: std = eta noise' sqrt(1 - r^2) and
     kept = noise' sqrt(1 - eta^2 (1 - r^2)). eta 0 is deterministic (for rectified flow Euler's step), eta 1 is DDPM's
-    posterior. At signal 0 all noise is fresh; at noise' 0 there is none, and so no density.
+    posterior. At signal 0 all noise is fresh; at noise' 0 std is 0, so there is no density.
     """
     r = now.signal * then.noise / (then.signal * now.noise)
     fresh = (1 - r**2).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Which candidates become the win and the lose of a pair."""
+"""Choose the win and the lose among the candidates, and make pairs of them."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from spo.core.types import Conditioning, Pairs, Selection
 
 
 def select_pairs(scores: Tensor, *, threshold: float) -> Selection:
-    """Best and worst candidate of each prompt; kept iff their softmax probabilities differ by more than threshold.
+    """Best and worst candidate of each prompt; kept if their softmax probabilities differ by more than threshold.
 
-    The margin is p_win - p_lose for p = softmax([s_win, s_lose]), which is tanh((s_win - s_lose) / 2)
+    The margin is p_win - p_lose for p = softmax([s_win, s_lose]), that is tanh((s_win - s_lose) / 2)
     (SPO, arXiv 2406.04314, section 4.2). scores: (k, b), k >= 2, higher is better; threshold in [0, 1].
-    Equal scores have margin 0, and NaN scores margin NaN: neither is kept. Raises ValueError for wrong k or threshold.
+    Equal scores have margin 0 and NaN scores margin NaN; neither is kept. Raises ValueError for wrong k or threshold.
     """
     if scores.ndim != 2 or len(scores) < 2:
         raise ValueError(f"scores have shape {tuple(scores.shape)}; use (k, b) with at least k = 2 candidates")

@@ -1,4 +1,4 @@
-"""The one Gaussian step p(x_prev | x_t) of every schedule: DDIM for diffusion, its like for rectified flow."""
+"""The Gaussian step p(x_prev | x_t) of every schedule; for diffusion it is DDIM."""
 
 from torch import Tensor
 
@@ -19,8 +19,8 @@ def gaussian_step(
 ) -> Transition:
     """p(x_prev | x_t) = N(signal' x_0 + kept eps, std^2 I), which keeps the schedule's marginals.
 
-    With alpha_bar this is DDIM (Song et al., arXiv 2010.02502, eqs. 12 and 16). x_0 and eps are the prediction; `kept`
-    and `std` are `Schedule.split_noise`.
+    x_0 and eps are predicted; `kept` and `std` come from `Schedule.split_noise`. With alpha_bar this is DDIM
+    (Song et al., arXiv 2010.02502, eqs. 12 and 16).
 
     output, x_t: (b, c, h, w); t, t_prev: (b,); eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling.
     Raises ValueError for another eta or prediction type.

@@ -18,6 +18,10 @@ class Transition:
     std: Tensor  # (b, 1, 1, 1)
     x_0: Tensor  # (b, c, h, w)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Transition":
+        """Apply the function to every tensor."""
+        return Transition(function(self.mean), function(self.std), function(self.x_0))
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -31,7 +35,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to minimise and, detached, what to watch while it falls."""
+    """A scalar to minimise, and detached values to log."""
 
     value: Tensor  # ()
     metrics: dict[str, Tensor]
@@ -39,7 +43,7 @@ class Loss:
 
 
 class Conditioning:
-    """Batch-first named tensors that condition a model; opaque except to its adapter."""
+    """Named tensors (b, ...) that condition a model; only the model's adapter knows what they are."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         sizes = {name: len(tensor) for name, tensor in tensors.items()}
@@ -50,16 +54,20 @@ class Conditioning:
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply the function to every tensor."""
+        return type(self)({name: function(tensor) for name, tensor in self.tensors.items()})
+
     def __getitem__(self, index: Tensor | slice) -> Self:
-        return type(self)({name: tensor[index] for name, tensor in self.tensors.items()})
+        return self.map(lambda tensor: tensor[index])
 
     def repeat(self, k: int) -> Self:
-        """The whole batch k times over: (b, ...) -> (k * b, ...)."""
-        return type(self)({name: tensor.repeat(k, *[1] * (tensor.ndim - 1)) for name, tensor in self.tensors.items()})
+        """The whole batch k times: (b, ...) -> (k * b, ...)."""
+        return self.map(lambda tensor: tensor.repeat(k, *[1] * (tensor.ndim - 1)))
 
     def repeat_interleave(self, k: int) -> Self:
         """Each row k times: (n, ...) -> (n * k, ...)."""
-        return type(self)({name: tensor.repeat_interleave(k, dim=0) for name, tensor in self.tensors.items()})
+        return self.map(lambda tensor: tensor.repeat_interleave(k, dim=0))
 
     @classmethod
     def cat(cls, parts: "Sequence[Conditioning]") -> Self:
@@ -68,10 +76,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Win-lose pairs of one denoising step; index 0 of the second axis is the win, 1 the lose.
-
-    Holding t_prev frees the loss from a scheduler's hidden state.
-    """
+    """Win-lose pairs of one denoising step; index 0 of the second axis is the win, 1 the lose."""
 
     x_t: Tensor  # (n, 1, c, h, w) where win and lose share x_t, else (n, 2, c, h, w)
     x_prev: Tensor  # (n, 2, c, h, w)
@@ -87,19 +92,19 @@ class Pairs:
         return self.map(lambda tensor: tensor[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
-        """The function of every tensor, each (n, ...)."""
+        """Apply the function to every tensor (n, ...)."""
         return Pairs(
             function(self.x_t),
             function(self.x_prev),
             function(self.t),
             function(self.t_prev),
-            Conditioning({name: function(tensor) for name, tensor in self.cond.tensors.items()}),
+            self.cond.map(function),
             function(self.margin),
         )
 
     @staticmethod
     def cat(parts: "Sequence[Pairs]") -> "Pairs":
-        """Join pairs; a shared x_t is expanded only where others do not share theirs."""
+        """Join pairs; a shared x_t is expanded only if other parts do not share theirs."""
         width = max(part.x_t.shape[1] for part in parts)
         return Pairs(
             torch.cat([part.x_t.expand(-1, width, -1, -1, -1) for part in parts]),
@@ -113,7 +118,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class LabelledPairs:
-    """Preference pairs as the training needs them."""
+    """Encoded preference pairs with their labels."""
 
     latents: Tensor  # (n, 2, c, h, w)
     label: Tensor  # (n, 2)
@@ -125,7 +130,7 @@ class LabelledPairs:
 
 
 class Noise(Protocol):
-    """Random numbers keyed by what they are for, never by the order of calls (see core/noise.py)."""
+    """Random numbers keyed by their purpose, not by the order of calls (see core/noise.py)."""
 
     def normal(self, step: int, shape: tuple[int, ...]) -> Tensor:
         """Standard normal (b, *shape) for grid step `step`; step -1 is the initial latent."""
@@ -137,9 +142,9 @@ class Noise(Protocol):
 
 
 class Candidates:
-    """k candidates of each of b prompts at one time, as a preference model sees them.
+    """k candidates of each of b prompts at one timestep, as a preference model sees them.
 
-    The latents are there. The predicted x_0 and the decoded images are computed when they are first asked for.
+    The predicted x_0 and the decoded images are computed when they are first read.
     """
 
     def __init__(
@@ -155,13 +160,13 @@ class Candidates:
         self.x = x  # (k, b, c, h, w)
         self.t = t  # in [0, 1000]; 0 for the end of sampling
         self.t_from = t_from  # the time that the step to x started from; None where no step led there
-        self.text = text  # what the scorer's `encode` made of the b prompts
+        self.text = text  # the scorer's `encode` of the b prompts
         self._predict_x_0 = predict_x_0
         self._decode = decode
 
     @cached_property
     def x_0(self) -> Tensor:
-        """Predicted clean latents (k, b, c, h, w): a pass of the policy for each candidate, but at t = 0."""
+        """Predicted clean latents (k, b, c, h, w), by one forward of the policy for each candidate, none at t = 0."""
         return self._predict_x_0()
 
     @cached_property
@@ -171,7 +176,7 @@ class Candidates:
 
 
 class Denoiser(Protocol):
-    """A diffusion model: what the core needs of it, and no more."""
+    """The part of a diffusion model that the core needs."""
 
     @property
     def timesteps(self) -> Tensor:
@@ -196,11 +201,11 @@ class Denoiser(Protocol):
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within it, `predict` is the reference model: the same network with its adapter off."""
+        """Inside this context `predict` is the reference model: the same network with its adapter off."""
         ...
 
     def merged(self) -> AbstractContextManager[None]:
-        """Within it, `predict` is the policy at its fastest; neither trained there nor compared with the reference."""
+        """Inside this context `predict` is fastest, but the policy cannot be trained and the reference not be used."""
         ...
 
 
@@ -208,9 +213,9 @@ class Scorer(Protocol):
     """A preference model; higher is better."""
 
     def encode(self, prompts: Sequence[str]) -> Any:
-        """Text features of b prompts, computed once a prompt; only the scorer looks into them."""
+        """Text features of b prompts; only the scorer reads them."""
         ...
 
     def __call__(self, candidates: "Candidates") -> Tensor:
-        """Scores (k, b), float32; the scorer asks the candidates for no more than it needs."""
+        """Scores (k, b), float32."""
         ...

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spo.config import Config, MetricConfig, SamplerConfig
 from spo.evaluation.model_variants import ModelVariant, Task
-from spo.evaluation.result_cache import ResultCache, digest_of_code, digest_of_model, digest_of_weights, key_of
+from spo.evaluation.result_cache import ResultCache, digest_of_code, digest_of_model, digest_of_weights
 from spo.metrics.metric import Metric, Scores, build_metrics, score
 from spo.models.generate import eight_bits, from_bytes, generate, to_bytes
 from spo.models.latent_diffusion import LatentDiffusion
@@ -21,6 +21,7 @@ from spo.models.policy import load_policy
 from spo.models.schedulers import build_scheduler
 from spo.runtime import distributed
 from spo.runtime.device import best_device
+from spo.runtime.hashing import json_hash
 from spo.runtime.progress import progress
 from spo.workspace import Workspace
 
@@ -75,7 +76,10 @@ class ImageScorer:
         inputs = self._context | {"lora": digest_of_variant(variant), "sampler": settings.model_dump(mode="json")}
         size = self.settings.batch_size
         parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-        keys = [key_of(**inputs, images=images, of=[[t.prompt, t.seed] for t in part]) for part in parts]
+        keys = [
+            json_hash(inputs | {"images": images, "of": [[task.prompt, task.seed] for task in part]}, 16)
+            for part in parts
+        ]
         label = f"{split}: {variant.description}, {sampler}"
         both = list(zip(parts, keys, strict=True))
         for part, key in both[distributed.rank() :: distributed.count()] if distributed.count() > 1 else ():
@@ -98,7 +102,7 @@ class ImageScorer:
     def _at(self, factor: float, batch: Batch) -> Scores:
         prompts = [task.prompt for task in batch.tasks]
         return self.cache.get(
-            key_of(contrast=factor, of=batch.key),
+            json_hash({"contrast": factor, "of": batch.key}, 16),
             lambda: score(self.metrics, eight_bits(contrast(from_bytes(batch.images), factor)), prompts),
         )
 

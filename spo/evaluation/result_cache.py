@@ -7,13 +7,12 @@ stale. At the end of a run, the entries that it did not use are removed.
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 import spo
 from spo.runtime.cache import keep, kept
-from spo.runtime.hashing import json_hash, short_hash
+from spo.runtime.hashing import short_hash
 
 CODE = ("core", "models", "preference", "evaluation", "metrics", "world")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
@@ -45,11 +44,6 @@ class ResultCache:
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in self._used:
                 path.unlink()
-
-
-def key_of(**parts: Any) -> str:
-    """A hash of values that JSON can hold."""
-    return json_hash(parts, 16)
 
 
 def digest_of_weights(folder: Path) -> str:

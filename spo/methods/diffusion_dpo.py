@@ -1,14 +1,14 @@
-"""Diffusion-DPO: pairs of a data set, noised (arXiv 2311.12908). The offline baseline: nothing is sampled.
+"""Diffusion-DPO: noised pairs of a data set (arXiv 2311.12908). This is the offline baseline; nothing is sampled.
 
-A pair's two images are noised to one random timestep with the same noise; the policy is to denoise the winner better
-than the reference does, by more than the loser. One round is one update.
+The two images of a pair are noised to one random timestep with the same noise. The policy learns to improve on the
+reference's denoising more for the winner than for the loser. One round is one update.
 
-As in the published code, T omega(lambda_t) is constant and part of beta, errors are means over (c, h, w), one half
-comes with beta, captions are dropped now and then, and there is no guidance. Unlike it, images are encoded once, to
-the mean of the posterior, and never mirrored; pairs are decided by the larger label, ties are dropped.
+As in the published code, T omega(lambda_t) is constant and part of beta, errors are means over (c, h, w), beta is
+halved, some captions are dropped, and there is no guidance. Unlike there, images are encoded once, to the mean of the
+posterior, and never mirrored; the larger label decides a pair, and ties are dropped.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -18,10 +18,10 @@ from torch import Generator, Tensor
 from spo.config import DiffusionDpoConfig
 from spo.core.losses import dpo_loss, log_ratio
 from spo.core.noise import KeyedNoise, epoch_seed
-from spo.core.types import Conditioning, Denoiser, Loss
+from spo.core.types import Conditioning, Denoiser, LabelledPairs, Loss
 from spo.methods.method import Inputs, Round, Tally
 
-NOISE, TIMESTEP, DROPOUT = range(3)  # what a pair's random numbers are for
+NOISE, TIMESTEP, DROPOUT = range(3)  # purposes of a pair's random numbers
 ENCODED_AT_A_TIME = 256  # captions
 FINE = 2**31  # a uniform integer below it, divided by it, is a uniform number in [0, 1)
 
@@ -37,7 +37,7 @@ class NoisingDenoiser(Denoiser, Protocol):
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """Win-lose pairs of clean latents, and the noise that both are to get; index 0 of the second axis is the win."""
+    """Win-lose pairs of clean latents, and the noise for both; index 0 of the second axis is the win."""
 
     x_0: Tensor  # (n, 2, c, h, w)
     noise: Tensor  # (n, c, h, w)
@@ -52,39 +52,29 @@ class NoisedPairs:
 
 
 class DiffusionDpo:
-    """What Diffusion-DPO collects and what it minimises.
+    """Trains on the decided pairs of a data set.
 
-    policy: without guidance. latents (m, 2, c, h, w), label (m, 2) and captions (m): the pairs, kept where they are;
-    a pair is known by its index among those that are no ties, to which all its noise is keyed.
-    Raises ValueError where all are ties.
+    policy: without guidance. The index of a pair among the decided ones is its id, which keys its noise.
+    Raises ValueError if all pairs are ties.
     """
 
-    def __init__(
-        self,
-        config: DiffusionDpoConfig,
-        policy: NoisingDenoiser,
-        latents: Tensor,
-        label: Tensor,
-        captions: Sequence[str],
-        *,
-        seed: int = 0,
-    ):
+    def __init__(self, config: DiffusionDpoConfig, policy: NoisingDenoiser, pairs: LabelledPairs, *, seed: int = 0):
+        label = pairs.label
         decided = (label[:, 0] != label[:, 1]).nonzero().flatten()
         if not len(decided):
             raise ValueError(f"all of {len(label)} pairs are ties; Diffusion-DPO needs decided ones")
         self.config = config
         self.policy = policy
-        self.latents = latents
+        self.latents = pairs.latents
         self.decided = decided  # (p,)
         self.win = label[decided].argmax(dim=1)  # (p,)
         self.margin = (label[decided, 0] - label[decided, 1]).abs()  # (p,)
-        self.captions = [captions[i] for i in decided.tolist()]
+        self.captions = [pairs.captions[i] for i in decided.tolist()]
         self.seed = seed
 
     @classmethod
     def build(cls, config: DiffusionDpoConfig, inputs: Inputs, *, seed: int) -> Self:
-        pairs = inputs.load_pairs()
-        return cls(config, inputs.policy, pairs.latents, pairs.label, pairs.captions, seed=seed)
+        return cls(config, inputs.policy, inputs.load_pairs(), seed=seed)
 
     @property
     def rounds_per_epoch(self) -> int:
@@ -92,7 +82,7 @@ class DiffusionDpo:
         return min(self.config.updates_per_epoch or whole, whole)
 
     def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[NoisedPairs]]:
-        """Each update's pairs; an epoch sees every decided pair once, in an order of its own."""
+        """The pairs of each update; an epoch visits every decided pair once, in its own order."""
         generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.randperm(len(self.decided), generator=generator)
         for index in order.split(self.config.batch_size)[skip : self.rounds_per_epoch]:
@@ -101,7 +91,7 @@ class DiffusionDpo:
             yield Round(pairs, [Tally(t, 1, 1, m) for t, m in zip(pairs.t.tolist(), margins, strict=True)])
 
     def _noised(self, epoch: int, index: Tensor) -> NoisedPairs:
-        """The pairs at `index` (n,) with what is random of them, on the policy's device."""
+        """The pairs at `index` (n,) with their random numbers, on the policy's device."""
         noise = KeyedNoise(self.seed, epoch, index.tolist())
         device = self.policy.timesteps.device
         win = self.win[index]
@@ -116,10 +106,8 @@ class DiffusionDpo:
         return NoisedPairs(x_0.float().to(device), normal.to(device), t.to(device), cond)
 
     def loss(self, pairs: NoisedPairs) -> Loss:
-        """-log sigmoid(-beta / 2 ((error_w - error_w_ref) - (error_l - error_l_ref))) (the objective in
-        the paper's section 4, with the published code's constants).
-
-        With log p standing for -error / 2, that is DPO's loss of the log-ratios, and so it is computed.
+        """-log sigmoid(-beta / 2 ((error_w - error_w_ref) - (error_l - error_l_ref))) (the paper's section 4, with
+        the published code's constants), computed as DPO's loss with log p = -error / 2.
         """
         log_p = denoising_log_prob(self.policy, pairs)
         with torch.no_grad(), self.policy.reference():

@@ -1,9 +1,9 @@
-"""What the training loop knows of a method: rounds of examples, and the loss of examples.
+"""The interface between the training loop and a method: rounds of examples, and the loss of examples.
 
-A round is one turn of the loop: the method collects examples, the loop trains on them. Whatever is random in a round is
-keyed by (seed, epoch, what it is for), so that any round can be collected without those before it.
+In a round the method collects examples and the loop trains on them. The random numbers of a round are keyed by
+(seed, epoch, purpose), so any round can be collected without the earlier ones.
 
-The method of kind `spo` is the class METHOD of spo/methods/spo.py, and takes its section of the profile.
+The method of kind `spo` is the class METHOD of spo/methods/spo.py; it takes its section of the profile.
 """
 
 import importlib
@@ -35,45 +35,43 @@ E = TypeVar("E", bound=Examples)  # the examples of one method
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of a round's candidates at one timestep."""
+    """The counts of a round's candidates at one timestep."""
 
     t: float
-    num_branched: int  # examples there could have been
+    num_branched: int  # possible examples
     num_kept: int
-    margin: float  # mean over all of them, kept or not
+    margin: float  # mean over the possible examples
 
 
 @dataclass(frozen=True)
 class Round(Generic[E]):
-    """The examples to train on next, None where none was kept, and what there is to record."""
+    """The examples to train on next (None if none was kept), and measurements."""
 
     examples: E | None
     tallies: Sequence[Tally]
-    measured: Mapping[str, float] = field(default_factory=dict)  # more columns of the history, the same every round
+    measured: Mapping[str, float] = field(default_factory=dict)  # columns of the history, the same in every round
 
 
 class Method(Protocol[E]):
-    """What a method collects and what it minimises."""
+    """Collects examples and computes their loss."""
 
     @property
     def rounds_per_epoch(self) -> int: ...
 
     def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[E]]:
-        """The epoch's rounds but the first `skip`; each is to be trained on before the next is asked for."""
+        """The rounds of the epoch after the first `skip`; train on each before asking for the next."""
         ...
 
     def loss(self, examples: E) -> Loss:
-        """The mean loss of the examples; the policy as it stands, the reference with the adapter off."""
+        """The mean loss of the examples."""
         ...
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method may learn from; it loads what it needs."""
+    """The models and data that a method may learn from; it loads what it needs."""
 
-    policy: (
-        Any  # a core.types.Denoiser; spo.models.latent_diffusion.LatentDiffusion where the method adds noise to data
-    )
+    policy: Any  # a core.types.Denoiser, or a LatentDiffusion for a method that adds noise to data
     prompts: Sequence[str]  # the training prompts
     load_scorer: Callable[[ScoringConfig], Scorer]  # the preference model
     load_pairs: Callable[[], LabelledPairs]  # the labelled training pairs

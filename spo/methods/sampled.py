@@ -1,7 +1,7 @@
-"""What the methods share that sample the policy: batches of prompts, pairs out of rollouts, the loss of single steps.
+"""Methods that sample the policy: batches of prompts, pairs from rollouts, and the loss of single steps.
 
-One epoch samples each training prompt once, a batch of prompts at a time; the examples of a batch are trained on at
-once, so that the next batch is sampled by the policy as it has become.
+One epoch samples each training prompt once, in batches of prompts. The policy is trained on the examples of a batch
+before the next batch is sampled.
 """
 
 from abc import ABC, abstractmethod
@@ -13,28 +13,27 @@ from typing import Any, Generic, Self, TypeVar, cast
 import torch
 from torch import Generator, Tensor
 
-from spo.config import PairConfig, RisingThreshold, SampledConfig
+from spo.config import PairConfig, RisingThreshold
 from spo.core.gaussian import log_prob
 from spo.core.losses import dpo_loss, log_ratio
 from spo.core.noise import KeyedNoise, epoch_seed
-from spo.core.rollout import Segment
+from spo.core.rollout import Segment, rollout
 from spo.core.selection import pairs_of, select_pairs
 from spo.core.threshold import rising_threshold, step_std
-from spo.core.types import Conditioning, Denoiser, Loss, Pairs, Scorer
-from spo.methods.method import E, Inputs, Round, Tally
+from spo.core.types import Denoiser, Loss, Pairs, Scorer
+from spo.methods.method import Inputs, Round, Tally
 from spo.runtime import distributed
 
-C = TypeVar("C", bound=SampledConfig)
 P = TypeVar("P", bound=PairConfig)
 
 
-class SampledMethod(ABC, Generic[C, E]):
-    """Collects examples by sampling the policy and scoring the samples with the preference model.
+class PairMethod(ABC, Generic[P]):
+    """Trains on the best and the worst path of each segment of a rollout, scored by the preference model.
 
-    prompts: the training prompts; a prompt is known by its index in them, to which all its noise is keyed.
+    prompts: the training prompts; the index of a prompt is its id, which keys its noise.
     """
 
-    def __init__(self, config: C, policy: Denoiser, scorer: Scorer, prompts: Sequence[str], *, seed: int = 0):
+    def __init__(self, config: P, policy: Denoiser, scorer: Scorer, prompts: Sequence[str], *, seed: int = 0):
         self.config = config
         self.policy = policy
         self.scorer = scorer
@@ -42,79 +41,77 @@ class SampledMethod(ABC, Generic[C, E]):
         self.seed = seed
 
     @classmethod
-    def build(cls, config: C, inputs: Inputs, *, seed: int) -> Self:
+    def build(cls, config: P, inputs: Inputs, *, seed: int) -> Self:
         return cls(config, inputs.policy, inputs.load_scorer(config.scoring), inputs.prompts, seed=seed)
+
+    @abstractmethod
+    def rollout_settings(self) -> dict[str, Any]:
+        """The settings of `core.rollout.rollout`: candidates, first_step, branch_steps, continue_from."""
 
     @property
     def rounds_per_epoch(self) -> int:
-        """As many as it takes to see every prompt once, or fewer where that is asked for."""
+        """The batches that cover all prompts, or fewer if `rollouts_per_epoch` says so."""
         whole = -(-len(self.prompts) // self.config.prompts_per_rollout)
         return min(self.config.rollouts_per_epoch or whole, whole)
 
-    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[E]]:
-        """The examples of each batch of prompts; to be trained on before the next is asked for.
+    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[Pairs]]:
+        """The pairs of each batch of prompts; train on them before asking for the next.
 
-        Of several processes each samples its share of the batch; all get all examples.
+        Each process samples its share of the batch, and all get all pairs.
         """
+        config, policy = self.config, self.policy
         generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.randperm(len(self.prompts), generator=generator).tolist()
-        size, device = self.config.prompts_per_rollout, self.policy.timesteps.device
+        size, device = config.prompts_per_rollout, policy.timesteps.device
         for number in range(skip, self.rounds_per_epoch):
-            chosen = order[number * size : (number + 1) * size]
-            shard = chosen[distributed.share(len(chosen))]
-            ids = shard or chosen[:1]  # a process without a prompt samples another's, and what it finds is dropped
-            batch = [self.prompts[i] for i in ids]
+            batch = order[number * size : (number + 1) * size]
+            shard = batch[distributed.share(len(batch))]
+            ids = shard or batch[:1]  # a process without a prompt samples another's and drops the result
+            prompts = [self.prompts[i] for i in ids]
             noise = KeyedNoise(self.seed, epoch, ids, device)
-            cond, text = self.policy.encode(batch), self.scorer.encode(batch)
-            with self.policy.merged():
-                collected = self._collect_batch(cond, text, noise, drop=not shard)
+            cond, text = policy.encode(prompts), self.scorer.encode(prompts)
+            with policy.merged():
+                segments = rollout(policy, self.scorer, cond, text, noise=noise, **self.rollout_settings())
+                kept = [
+                    keep_pairs(each, threshold=self.threshold(each.times[0]), at_random=config.pairs_at_random)
+                    for each in segments
+                ]
+                collected = _to_round([_gathered(each, drop=not shard) for each in kept])
             yield collected
 
-    @abstractmethod
-    def _collect_batch(self, cond: Conditioning, text: Any, noise: KeyedNoise, *, drop: bool) -> Round[E]:
-        """Sample the prompts of cond once: the examples of all processes, without this one's own if `drop`."""
-
-    @abstractmethod
-    def loss(self, examples: E) -> Loss: ...
-
-
-class PairMethod(SampledMethod[P, Pairs]):
-    """Trains on the best and the worst path of each segment of a rollout."""
-
-    @abstractmethod
-    def _roll(self, cond: Conditioning, text: Any, noise: KeyedNoise) -> Iterator[Segment]:
-        """Sample the prompts of cond once."""
-
-    def _collect_batch(self, cond: Conditioning, text: Any, noise: KeyedNoise, *, drop: bool) -> Round[Pairs]:
-        kept = [
-            keep_pairs(segment, threshold=self._threshold(segment.times[0]), at_random=self.config.pairs_at_random)
-            for segment in self._roll(cond, text, noise)
-        ]
-        return to_round([gathered(each, drop=drop) for each in kept])
-
-    def _threshold(self, t: float) -> float:
-        """That of a segment whose first step is from time t."""
+    def threshold(self, t: float) -> float:
+        """The threshold of a segment whose first step starts at time t."""
         threshold = self.config.threshold
         return self._rising[t] if isinstance(threshold, RisingThreshold) else threshold
 
     @cached_property
     def _rising(self) -> dict[float, float]:
-        """By the times of the policy's grid."""
+        """The rising threshold by the times of the policy's grid."""
         times, sampler = self.policy.timesteps, cast(Any, self.policy).sampler
         std = step_std(sampler.schedule, times, eta=sampler.eta)
         rising = cast(RisingThreshold, self.config.threshold)
         return dict(zip(times.tolist(), rising_threshold(std, low=rising.low, high=rising.high).tolist(), strict=True))
 
     def loss(self, examples: Pairs) -> Loss:
-        """DPO's loss of single steps, the ratios clamped (SPO's paper, eq. 9; published code for the clamp)."""
-        return step_loss(self.policy, examples, beta=self.config.beta, clip_range=self.config.clip_range)
+        """DPO's loss on the ratios of single steps, clamped as in the published code (SPO's paper, eq. 9).
+
+        The reference is the policy with its adapter off. Metrics are those of dpo_loss and `clipped`, the share of
+        ratios at the clamp, which have no gradient.
+        """
+        log_p = step_log_prob(self.policy, examples)
+        with torch.no_grad(), self.policy.reference():
+            log_p_ref = step_log_prob(self.policy, examples)
+        ratio = log_ratio(log_p, log_p_ref, clip_range=self.config.clip_range)
+        loss = dpo_loss(ratio, beta=self.config.beta)
+        clipped = (ratio != log_p - log_p_ref).float().mean()
+        return Loss(loss.value, {**loss.metrics, "clipped": clipped.detach()}, loss.log_ratio)
 
 
 @dataclass(frozen=True)
 class KeptPairs:
-    """The kept pairs of one segment, and what happened in it."""
+    """The kept pairs of one segment, and its measurements."""
 
-    pairs: tuple[Pairs, ...]  # one a step, each of num_kept pairs; in the first, win and lose share x_t
+    pairs: tuple[Pairs, ...]  # num_kept pairs for each step; in the first step win and lose share x_t
     times: tuple[float, ...]  # of those steps
     num_branched: int  # b, the prompts
     num_kept: int
@@ -125,8 +122,7 @@ class KeptPairs:
 def keep_pairs(segment: Segment, *, threshold: float, at_random: bool = False) -> KeptPairs:
     """Best and worst path of each prompt whose margin is above the threshold.
 
-    at_random pairs the first two candidates instead, which are as good as any two, being independent draws from one
-    Gaussian: the paper's ablation.
+    at_random pairs the first two candidates instead (the paper's ablation); they are independent draws like any two.
     """
     scores = segment.scores
     selection = select_pairs(scores[:2] if at_random else scores, threshold=threshold)
@@ -135,19 +131,13 @@ def keep_pairs(segment: Segment, *, threshold: float, at_random: bool = False) -
     return KeptPairs(pairs, segment.times[:-1], len(segment.cond), int(num_kept), score, margin)
 
 
-def gathered(kept: KeptPairs, *, drop: bool) -> KeptPairs:
-    """The pairs of all processes' prompts, in the prompts' order; this one's own are left out if `drop`."""
+def _gathered(kept: KeptPairs, *, drop: bool) -> KeptPairs:
+    """The pairs of all processes in the order of the prompts; this process's own are left out if `drop`."""
     if distributed.count() == 1:
         return kept
-    weight = 0 if drop else kept.num_branched
-    sums = distributed.add_up(
-        {
-            "branched": weight,
-            "kept": 0 if drop else kept.num_kept,
-            "score": kept.score * weight,
-            "margin": kept.margin * weight,
-        }
-    )
+    branched, num_kept = (0, 0) if drop else (kept.num_branched, kept.num_kept)
+    means = {"score": kept.score * branched, "margin": kept.margin * branched}
+    sums = distributed.add_up({"branched": branched, "kept": num_kept, **means})
     return KeptPairs(
         pairs=tuple((pairs[:0] if drop else pairs).map(distributed.gather) for pairs in kept.pairs),
         times=kept.times,
@@ -158,38 +148,20 @@ def gathered(kept: KeptPairs, *, drop: bool) -> KeptPairs:
     )
 
 
-def to_round(segments: Sequence[KeptPairs]) -> Round[Pairs]:
-    """The kept pairs of one batch of prompts; a segment's tally counts for each of its steps."""
+def _to_round(segments: Sequence[KeptPairs]) -> Round[Pairs]:
+    """The kept pairs of one batch of prompts; the tally of a segment counts for each of its steps."""
     kept = [pairs for segment in segments for pairs in segment.pairs if len(pairs)]
-    branched = sum(segment.num_branched for segment in segments)
     measured = {
-        "kept": sum(segment.num_kept for segment in segments) / branched,
+        "kept": sum(segment.num_kept for segment in segments) / sum(segment.num_branched for segment in segments),
         "margin": sum(segment.margin for segment in segments) / len(segments),
         "score": sum(segment.score for segment in segments) / len(segments),
     }
-    tallies = [
-        Tally(t, segment.num_branched, segment.num_kept, segment.margin) for segment in segments for t in segment.times
-    ]
+    tallies = [Tally(t, each.num_branched, each.num_kept, each.margin) for each in segments for t in each.times]
     return Round(Pairs.cat(kept) if kept else None, tallies, measured)
 
 
-def step_loss(policy: Denoiser, pairs: Pairs, *, beta: float, clip_range: float | None) -> Loss:
-    """DPO's loss on the clamped ratios of policy and reference, of the densities of single steps.
-
-    The reference is the policy with its adapter off. Metrics are dpo_loss's and `clipped`, the share of ratios at
-    the clamp, which have no gradient.
-    """
-    log_p = step_log_prob(policy, pairs)
-    with torch.no_grad(), policy.reference():
-        log_p_ref = step_log_prob(policy, pairs)
-    ratio = log_ratio(log_p, log_p_ref, clip_range=clip_range)
-    loss = dpo_loss(ratio, beta=beta)
-    clipped = (ratio != log_p - log_p_ref).float().mean()
-    return Loss(loss.value, {**loss.metrics, "clipped": clipped.detach()}, loss.log_ratio)
-
-
 def step_log_prob(policy: Denoiser, pairs: Pairs) -> Tensor:
-    """log p(x_prev | x_t) of win and lose (n, 2), means over (c, h, w); where they share x_t, of one forward."""
+    """log p(x_prev | x_t) of win and lose (n, 2), means over (c, h, w); one forward for both if they share x_t."""
     width = pairs.x_t.shape[1]
     x_t = pairs.x_t.flatten(0, 1)  # (n * width, c, h, w)
     t, t_prev = pairs.t.repeat_interleave(width), pairs.t_prev.repeat_interleave(width)

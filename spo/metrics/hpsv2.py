@@ -10,7 +10,7 @@ from spo.config import HpsConfig
 from spo.metrics.clip import Clip
 from spo.metrics.open_clip import from_open_clip
 from spo.metrics.weights import fetch_file, fill, read_tensors
-from spo.preference.repository import read_config, read_preprocessing, read_tokenizer
+from spo.preference.repository import read_config
 
 
 class HpsMetric:
@@ -21,12 +21,10 @@ class HpsMetric:
 
     def __init__(self, config: HpsConfig, device: torch.device):
         self.name = config.name
-        own = read_config(config.clip)
-        tokenizer, preprocess = read_tokenizer(config.clip, own), read_preprocessing(config.clip, own, "antialias")
-        model = CLIPModel(own)
+        model = CLIPModel(read_config(config.clip))
         path = fetch_file(config.weights)
         fill(model, from_open_clip(read_tensors(path), model.state_dict()), path)
-        self.clip = Clip(model, tokenizer, preprocess, device)
+        self.clip = Clip(config.clip, device, model=model)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {self.name: (100 * self.clip.cosine(images, prompts)).cpu()}

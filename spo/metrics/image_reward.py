@@ -1,7 +1,7 @@
 """ImageReward (arXiv 2304.05977): BLIP encodes prompt and image together; a head turns the result into a score.
 
-The published package needs old versions of its libraries. So its weights are loaded into transformers' BLIP, whose
-parts have other names.
+The published package needs old versions of its libraries, so its weights are loaded into transformers' BLIP, whose
+weights have other names.
 """
 
 import re
@@ -42,8 +42,11 @@ class ImageRewardMetric:
         path = fetch_file(config.weights)
         state = read_tensors(path)
         self.device = device
-        self.vision = _vision(_part(state, "blip.visual_encoder.", path), path).to(device)
-        self.text = _text(_part(state, "blip.text_encoder.", path), path).to(device)
+        try:
+            self.vision = _vision(_part(state, "blip.visual_encoder.", path), path).to(device)
+            self.text = _text(_part(state, "blip.text_encoder.", path), path).to(device)
+        except KeyError as error:
+            raise ModelError(f"{path} lacks the weight {error}; give the published ImageReward.pt") from None
         self.head = linear_head(state, "mlp.layers.", path).to(device)
         self.preprocess = Preprocessing(size=self.vision.config.image_size)
         if not Path(config.tokenizer).is_dir():
@@ -73,20 +76,17 @@ def _part(state: Mapping[str, Tensor], prefix: str, source: object) -> dict[str,
 
 
 def _vision(state: dict[str, Tensor], source: object) -> BlipVisionModel:
-    try:
-        width, _, patch, _ = state["patch_embed.proj.weight"].shape
-        side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-        config = BlipVisionConfig(
-            hidden_size=width,
-            intermediate_size=len(state["blocks.0.mlp.fc1.weight"]),
-            num_hidden_layers=_layers(state, r"blocks\.(\d+)\."),
-            num_attention_heads=width // HEAD_SIZE,
-            image_size=side * patch,
-            patch_size=patch,
-            layer_norm_eps=1e-6,  # BLIP's; transformers' default is another
-        )
-    except KeyError as error:
-        raise ModelError(f"{source} holds no visual_encoder.{error}; give the published ImageReward.pt") from None
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(state["blocks.0.mlp.fc1.weight"]),
+        num_hidden_layers=_layers(state, r"blocks\.(\d+)\."),
+        num_attention_heads=width // HEAD_SIZE,
+        image_size=side * patch,
+        patch_size=patch,
+        layer_norm_eps=1e-6,  # BLIP's, which differs from transformers' default
+    )
     model = BlipVisionModel(config)
     renamed = {name: state[_published(name)] for name in model.state_dict() if _published(name) in state}
     fill(model, renamed, source)
@@ -94,19 +94,16 @@ def _vision(state: dict[str, Tensor], source: object) -> BlipVisionModel:
 
 
 def _text(state: dict[str, Tensor], source: object) -> BlipTextModel:
-    try:
-        tokens, width = state["embeddings.word_embeddings.weight"].shape
-        config = BlipTextConfig(
-            vocab_size=tokens,
-            hidden_size=width,
-            encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
-            intermediate_size=len(state["encoder.layer.0.intermediate.dense.weight"]),
-            num_hidden_layers=_layers(state, r"encoder\.layer\.(\d+)\."),
-            num_attention_heads=width // HEAD_SIZE,
-            max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
-        )
-    except KeyError as error:
-        raise ModelError(f"{source} holds no text_encoder.{error}; give the published ImageReward.pt") from None
+    tokens, width = state["embeddings.word_embeddings.weight"].shape
+    config = BlipTextConfig(
+        vocab_size=tokens,
+        hidden_size=width,
+        encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        intermediate_size=len(state["encoder.layer.0.intermediate.dense.weight"]),
+        num_hidden_layers=_layers(state, r"encoder\.layer\.(\d+)\."),
+        num_attention_heads=width // HEAD_SIZE,
+        max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
+    )
     model = BlipTextModel(config, add_pooling_layer=False)
     fill(model, {name: value for name, value in state.items() if not name.startswith("pooler.")}, source)
     return model

@@ -8,19 +8,16 @@ from torch import Tensor
 from spo.config import AestheticConfig
 from spo.metrics.clip import Clip
 from spo.metrics.weights import fetch_file, linear_head, read_tensors
-from spo.preference.repository import read_clip, read_config, read_preprocessing, read_tokenizer
 
 
 class AestheticMetric:
-    """LAION's aesthetic predictor: linear layers on the CLIP ViT-L/14 features of an image, about 1 to 10."""
+    """LAION's aesthetic predictor, on CLIP ViT-L/14 features; its scores are about 1 to 10."""
 
     def __init__(self, config: AestheticConfig, device: torch.device):
         self.name = config.name
-        own = read_config(config.clip)
-        tokenizer, preprocess = read_tokenizer(config.clip, own), read_preprocessing(config.clip, own, "antialias")
         path = fetch_file(config.head)
         self.head = linear_head(read_tensors(path), "layers.", path).to(device)
-        self.clip = Clip(read_clip(config.clip), tokenizer, preprocess, device)
+        self.clip = Clip(config.clip, device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -26,14 +26,14 @@ class Metric(Protocol):
 def build_metrics(
     configs: Sequence[MetricConfig], device: torch.device, *, needed: Collection[str] | None = None
 ) -> list[Metric]:
-    """Load the metrics. One without weights is left out with a line; it is a ModelError if a score is `needed`.
+    """Load the metrics. One without weights is skipped with a message; ModelError if one of its scores is `needed`.
 
     needed: names of scores; None: all.
     """
     metrics = []
     for config in configs:
         try:
-            metrics.append(_build(config, device))
+            metrics.append(importlib.import_module(f"spo.metrics.{config.kind}").METRIC(config, device))
         except ModelError as error:
             if needed is None or set(config.scores) & set(needed):
                 raise
@@ -41,12 +41,8 @@ def build_metrics(
     return metrics
 
 
-def _build(config: MetricConfig, device: torch.device) -> Metric:
-    return importlib.import_module(f"spo.metrics.{config.kind}").METRIC(config, device)
-
-
 def score(metrics: Sequence[Metric], images: Tensor, prompts: Sequence[str]) -> Scores:
-    """All scores (n,) of images (n, 3, H, W)."""
+    """All scores (n,) of images (n, 3, H, W) with prompts (n)."""
     scores: Scores = {}
     for metric in metrics:
         starts = range(0, len(images), IMAGES_AT_A_TIME)

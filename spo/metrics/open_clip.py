@@ -32,7 +32,7 @@ PARTS = ("q_proj", "k_proj", "v_proj")  # one tensor in OpenCLIP
 
 
 def from_open_clip(state: Mapping[str, Tensor], names: Mapping[str, object]) -> dict[str, Tensor]:
-    """The weights `names` of a transformers CLIPModel from an OpenCLIP state dict; ModelError if one is missing."""
+    """The weights `names` of a transformers CLIPModel, from an OpenCLIP state dict; ModelError if one is missing."""
     try:
         return {name: _weight(state, name) for name in names}
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""Published weights of metrics: a file here or on the hub. Only its tensors are read."""
+"""Published weights of metrics, from a local file or the hub. Only tensors are read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +15,13 @@ from spo.runtime import hub
 
 
 def fetch_file(source: str) -> Path:
-    """A file here, or OWNER/NAME/FILE of the hub; ModelError if it is neither."""
+    """The path of a local file, or of OWNER/NAME/FILE on the hub; ModelError if it is neither."""
     path = Path(source)
     if path.is_file():
         return path
     on_hub = split_hub_file(source)
     if on_hub is None:
-        raise ModelError(f"{source} is no file here; put one there, or name one of the hub as OWNER/NAME/FILE")
+        raise ModelError(f"{source} is no file here; put one there, or name one on the hub as OWNER/NAME/FILE")
     hub.connect()
     repository, file = on_hub
     try:
@@ -45,8 +45,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except Exception as error:  # torch's reader fails in many ways on a damaged pickle
-        raise ModelError(f"{path} cannot be read as tensors only: {one_line(error, 160)}; get it again") from None
+    except Exception as error:  # torch's reader raises many kinds of errors for a damaged pickle
+        raise ModelError(f"{path} cannot be read as tensors only: {one_line(error, 160)}; download it again") from None
     if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
         values = values["state_dict"]
     named = values.items() if isinstance(values, Mapping) else ()
@@ -64,7 +64,7 @@ def _usable(value: Tensor) -> bool:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Load exactly the module's weights; ModelError if one is missing, unknown or of another shape."""
+    """Load the module's weights and freeze it; ModelError if one is missing, unknown or of another shape."""
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""Diffusion models as the core's Denoiser: one small adapter a family, its LoRA, and how both are loaded."""
+"""Diffusion models as the core's Denoiser: an adapter for each family, its LoRA, and loading."""

@@ -1,4 +1,4 @@
-"""Images of a plain diffusers pipeline, each from a seed of its own."""
+"""Images of the diffusers pipeline, each with its own seed."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from spo.runtime.progress import progress
 
 
 def image_seed(seed: int, prompt: str, image_index: int) -> int:
-    """The seed of a prompt's image: known by what it is for, whatever is generated beside it."""
+    """The seed of a prompt's image; it does not depend on the other images."""
     return seed_of(f"{seed}/{image_index}/{prompt}".encode())
 
 
@@ -27,50 +27,43 @@ def generate(
     batch_size: int,
     label: str | None = None,
 ) -> Tensor:
-    """Images (n, 3, H, W) in [0, 1], on the CPU, of the diffusers pipeline with whatever LoRA is on.
+    """Images (n, 3, H, W) in [0, 1], on the CPU, of the diffusers pipeline with the LoRA that is on, if any.
 
-    prompts, seeds: n each; an image depends on its prompt and seed alone, not on its batch. A label shows progress.
+    prompts, seeds: n each; an image depends only on its prompt and seed, not on its batch. A label shows progress.
     """
-    rows = [row.tolist() for row in torch.arange(len(prompts)).split(batch_size)]
-    own = model.network.pipeline.scheduler
-    model.network.pipeline.scheduler = build_scheduler(sampler, own.config)
+    pipeline = model.network.pipeline
+    _, height, width = model.latent_shape
+    starts = range(0, len(prompts), batch_size)
+    scheduler, batches = pipeline.scheduler, []
+    pipeline.scheduler = build_scheduler(sampler, scheduler.config)
     try:
-        batches = [
-            _batch(model, [prompts[i] for i in row], [seeds[i] for i in row], sampler)
-            for row in (rows if label is None else progress(rows, label=label))
-        ]
+        for start in starts if label is None else progress(starts, label=label):
+            images = pipeline(
+                prompt=list(prompts[start : start + batch_size]),
+                height=height * pipeline.vae_scale_factor,
+                width=width * pipeline.vae_scale_factor,
+                num_inference_steps=sampler.steps,
+                guidance_scale=sampler.guidance_scale,
+                eta=sampler.eta or 0.0,
+                generator=[Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
+                output_type="pt",
+            ).images
+            batches.append(images.float().cpu().clamp(0, 1))
     finally:
-        model.network.pipeline.scheduler = own
+        pipeline.scheduler = scheduler
     return torch.cat(batches)
 
 
-def _batch(model: LatentDiffusion, prompts: list[str], seeds: list[int], sampler: SamplerConfig) -> Tensor:
-    _, height, width = model.latent_shape
-    pipeline = model.network.pipeline
-    scale = pipeline.vae_scale_factor
-    images = pipeline(
-        prompt=prompts,
-        height=height * scale,
-        width=width * scale,
-        num_inference_steps=sampler.steps,
-        guidance_scale=sampler.guidance_scale,
-        eta=sampler.eta or 0.0,
-        generator=[Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-    ).images
-    return images.float().cpu().clamp(0, 1)
-
-
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as a PNG keeps them, uint8."""
+    """Images in [0, 1] as uint8, rounded as in a PNG."""
     return (images * 255).round().byte()
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] of uint8."""
+    """Images in [0, 1] from uint8."""
     return images.float() / 255
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """Images in [0, 1] as a PNG keeps them: scores are of these, so that the files give them again."""
+    """Images in [0, 1] rounded as in a PNG; scores use these, so the saved files give the same scores."""
     return from_bytes(to_bytes(images))

@@ -1,6 +1,6 @@
-"""Diffusers repositories, by hub name or local folder, to pipelines and denoisers.
+"""Load diffusers repositories, by hub name or local folder, as pipelines and denoisers.
 
-Weights are read from .safetensors only and no code of a repository is run.
+Weights are read from .safetensors only, and no code of a repository is run.
 """
 
 import os
@@ -37,11 +37,11 @@ from spo.runtime import hub
 PIPELINES: dict[str, type[Pipeline]] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 NETWORKS = {"sd15": StableDiffusionNetwork, "sdxl": StableDiffusionXLNetwork}
 
-VARIANTS = 256  # of one block's code that torch may compile: widths, batch sizes, adapter on, off or merged, gradients
+VARIANTS = 256  # compiled versions of one block: widths, batch sizes, adapter on, off or merged, gradients on or off
 
 
 def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:
-    """The configured model as a Denoiser; nothing of it trains yet."""
+    """The configured model as a Denoiser, frozen."""
     pipeline = load_pipeline(config, device)
     _check_grid(pipeline, config, sampling)
     if config.gradient_checkpointing:
@@ -58,9 +58,9 @@ def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | 
 
 
 def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
-    """The pipeline of `config.path`, with DDIM's scheduler and without safety checker or progress bars.
+    """The pipeline of `config.path`, with a DDIM scheduler and without safety checker or progress bars.
 
-    ModelError if it is missing, incomplete, of another family, or has no .safetensors weights.
+    ModelError if it is missing, incomplete, of another family, or without .safetensors weights.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -86,20 +86,20 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for convolutional in (pipeline.unet, pipeline.vae):
-        convolutional.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs as on GPUs
+        convolutional.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs
     return pipeline
 
 
 def compile_blocks(unet: UNet2DConditionModel) -> None:
-    """Have torch compile the UNet's transformer blocks, alike ones once, when each is first called.
+    """Compile the UNet's transformer blocks when they are first called; equal blocks share their code.
 
-    Shapes are fixed, so each new one compiles again: slices of sampling, parts of an update, last and smaller ones. The
-    compiled code is kept by torch from one process to the next. ConfigError without a C++ compiler.
+    Every new shape compiles again, e.g. a smaller last batch. torch caches the code for later processes. ConfigError
+    without a C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(
-            f"model.compile=true needs a C++ compiler, and {compiler} is not there; install it, or set CXX"
+            f"model.compile=true needs a C++ compiler, but there is no {compiler}; install it, or set CXX"
         )
     torch._dynamo.config.recompile_limit = VARIANTS
     unet.compile_repeated_blocks(dynamic=False)
@@ -118,7 +118,7 @@ def load_tiny_vae(path: str, policy: LatentDiffusion) -> AutoencoderTiny:
 
 
 def _check_grid(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) -> None:
-    """Refuse a grid whose last step is from t = 0 to t = 0: it has no noise, and so no density."""
+    """ModelError for a grid whose last step is from t = 0 to t = 0, which has no noise and so no density."""
     total = pipeline.scheduler.config.num_train_timesteps
     if sampling.steps > total:
         raise ModelError(f"sampling.steps={sampling.steps} is more than the {total} timesteps of {config.path!r}")
@@ -135,17 +135,17 @@ def _check_family(config: ModelConfig) -> None:
     found, expected = index.get("_class_name"), PIPELINES[config.family].__name__
     if found != expected:
         fitting = next((name for name, kind in PIPELINES.items() if kind.__name__ == found), None)
-        mend = f"set model.family={fitting}" if fitting else f"families: {', '.join(PIPELINES)}"
+        remedy = f"set model.family={fitting}" if fitting else f"families: {', '.join(PIPELINES)}"
         raise ModelError(
-            f"model.path={config.path!r} holds a {found}, but family {config.family} is a {expected}; {mend}"
+            f"model.path={config.path!r} holds a {found}, but family {config.family} is a {expected}; {remedy}"
         )
 
 
 @contextmanager
 def _explained(key: str, path: str) -> Iterator[None]:
-    """Turn what the libraries raise while loading `path` into a ModelError of one line."""
+    """Turn the libraries' errors while loading `path` into a ModelError of one line."""
     if not Path(path).is_dir() and not hub.is_name(path):
-        raise ModelError(f"{key}={path!r} is no folder here; put a diffusers model there, or name one of the hub")
+        raise ModelError(f"{key}={path!r} is no folder here; put a diffusers model there, or name one on the hub")
     remedy = "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
     with hub.loading(f"{key}={path!r}", path, key, remedy), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own, on every hub name

@@ -1,4 +1,4 @@
-"""The policy's LoRA: added, saved for diffusers or for web user interfaces, loaded; and LoRAs of others, borrowed."""
+"""The policy's LoRA: add, save for diffusers or for web user interfaces, load; and use published LoRAs for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,14 +47,14 @@ def add_lora(module: Any, config: LoraConfig, *, seed: int) -> None:
 
 
 def save_lora(network: Network, folder: str | Path) -> None:
-    """Write a folder that diffusers' `pipeline.load_lora_weights(folder)` takes."""
+    """Write a folder for diffusers' `pipeline.load_lora_weights(folder)`."""
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network.module))
     with atomic_path(folder) as temporary:
         network.pipeline.save_lora_weights(temporary, unet_lora_layers=layers)
 
 
 def save_kohya(network: Network, file: str | Path) -> None:
-    """Write a .safetensors file under kohya's names, with alpha: for AUTOMATIC1111, ComfyUI and their kin."""
+    """Write a .safetensors file with kohya's names and alpha, for AUTOMATIC1111, ComfyUI and similar programs."""
     state = {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(network.module).items()}
     state = convert_state_dict_to_kohya(state)
     with atomic_path(file) as temporary:
@@ -62,10 +62,10 @@ def save_kohya(network: Network, file: str | Path) -> None:
 
 
 def load_lora(network: Network, source: str | Path, *, weight_name: str | None = None) -> None:
-    """Replace the policy's LoRA by one of a folder, a file or a hub repository, in diffusers' or kohya's names.
+    """Replace the policy's LoRA by one from a folder, a file or a hub repository, with diffusers' or kohya's names.
 
-    It is trainable and in float32 afterwards. Only .safetensors is read. ModelError if it is missing, changes a
-    text encoder too (which the reference could not undo) or was made for another UNet.
+    It is then trainable and in float32. Only .safetensors is read. ModelError if it is missing, also changes a text
+    encoder (which the reference could not undo) or was made for another UNet.
     """
     unet = network.module
     with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
@@ -85,10 +85,10 @@ def load_lora(network: Network, source: str | Path, *, weight_name: str | None =
 def published_lora(
     network: Network, source: str | Path, *, weight_name: str | None = None, revision: str | None = None
 ) -> Iterator[None]:
-    """Within it, the pipeline has somebody else's LoRA, of UNet and text encoders, in place of the policy's own.
+    """Inside this context the pipeline has a published LoRA, for UNet and text encoders, instead of the policy's own.
 
-    It is loaded as plain diffusers does, from a folder, a .safetensors file or a hub repository, in diffusers' or
-    kohya's names; afterwards the pipeline is the base. ModelError if it is missing or fits no layer of this pipeline.
+    It is loaded like in diffusers, from a folder, a .safetensors file or a hub repository, with diffusers' or kohya's
+    names; afterwards the pipeline is the base. ModelError if it is missing or fits no layer of this pipeline.
     """
     network.restore()
     pipeline = network.pipeline
@@ -97,7 +97,7 @@ def published_lora(
         with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
             state, alphas, metadata = _read(network, source, weight_name, revision)
             if not state:
-                raise ModelError(f"LoRA {source} holds no weight; give one of the same base model")
+                raise ModelError(f"LoRA {source} holds no weights; give one for the same base model")
             pipeline.load_lora_into_unet(state, alphas, pipeline.unet, metadata=metadata, _pipeline=pipeline)
             for name in ("text_encoder", "text_encoder_2"):
                 if any(key.startswith(f"{name}.") for key in state):
@@ -117,7 +117,7 @@ def published_lora(
 def _read(
     network: Network, source: str | Path, weight_name: str | None, revision: str | None
 ) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
-    """Weights under diffusers' names, alphas and metadata of a LoRA; only .safetensors is read."""
+    """Weights with diffusers' names, alphas and metadata of a LoRA; only .safetensors is read."""
     path = Path(source)
     chosen = path.name if path.is_file() else weight_name
     if chosen is not None and not chosen.endswith(".safetensors"):

@@ -8,30 +8,32 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from spo.core.guidance import guide
+from spo.core.prediction import guide
 from spo.core.types import Conditioning
-from spo.models.merging import merged_adapter
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 class Network(ABC):
-    """A pipeline's denoising network and its text encoders; a family says how the two fit together.
+    """A pipeline's denoising network and its text encoders; each model family is a subclass.
 
-    All of the pipeline is frozen and in eval mode; what trains is added later, by `lora.add_lora` or `unfreeze`.
-    Computation is in the network's dtype (autocast below float32), trainable weights and results are float32.
+    The whole pipeline is frozen and in eval mode; `lora.add_lora` or `unfreeze` adds trainable weights later.
+    Computation is in the network's dtype (autocast below float32); trainable weights and results are float32.
 
     Args:
         pipeline: already on its device
         resolution: height and width of an image, in pixels
-        batch_size: samples, each half of the guidance counted, that go through at a time without gradients;
-            None: 64, and fewer where they would have more than 32 times 64 x 64 positions
+        batch_size: samples (both halves of the guidance count) in one forward without gradients; None: 64, or fewer
+            if they would have more than 32 times 64 x 64 positions
     """
 
     component: ClassVar[str]  # the pipeline's name of the denoising network: unet or transformer
-    upcasts_vae: ClassVar[bool] = False  # whether the pipeline runs a float16 VAE in float32 where its config says so
+    upcasts_vae: ClassVar[bool] = (
+        False  # whether the pipeline runs a float16 VAE in float32 if the VAE's config says so
+    )
 
     def __init__(self, pipeline: Pipeline, *, resolution: int, batch_size: int | None = None):
         for part in pipeline.components.values():
@@ -45,14 +47,14 @@ class Network(ABC):
         size = resolution // pipeline.vae_scale_factor
         self.latent_shape = (self.module.config.in_channels, size, size)
         self.batch_size = batch_size or min(64, max(2, 32 * 64**2 // size**2))
-        self.forwards: float = 0  # samples that went through, each half of the guidance counted
+        self.forwards: float = 0  # samples so far; both halves of the guidance count
         self._negative: dict[str, Tensor] | None = None
         self._merged = False
         self._frozen: nn.Module | None = None
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """One row a prompt: its embeddings, and under `negative_...` those that guidance leads away from."""
+        """The embeddings of each prompt and, under `negative_...`, those of guidance's negative prompt."""
         if not prompts:
             raise ValueError("encode needs at least one prompt, got none")
         if self._negative is None:
@@ -68,14 +70,14 @@ class Network(ABC):
         """Named embeddings (b, ...) of the prompts."""
 
     def _embed_negative(self) -> dict[str, Tensor]:
-        """The same of the empty prompt (1, ...)."""
+        """Named embeddings (1, ...) of the empty prompt."""
         return self._embed([""])
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, guidance_scale: float) -> Tensor:
         """The guided output (b, c, h, w), float32, for x_t (b, c, h, w) at times t (b,).
 
-        At a guidance scale of 1 the network sees each sample once, else twice: both halves go through in one call.
-        Differentiable; without gradients it goes by slices of `batch_size`.
+        With a guidance scale of 1 the network gets each sample once, else twice, both halves in one call.
+        Differentiable; without gradients at most `batch_size` samples go through at once.
         """
         if not len(x_t) == len(t) == len(cond):
             raise ValueError(f"predict got {len(x_t)} latents, {len(t)} timesteps and {len(cond)} conditions")
@@ -104,27 +106,27 @@ class Network(ABC):
 
     @staticmethod
     def _halves(cond: Conditioning, name: str, guided: bool) -> Tensor:
-        """The named tensor, after its negative if guided: (b, ...) or (2 * b, ...)."""
+        """The named tensor (b, ...), or its negative and it (2 * b, ...) if guided."""
         positive = cond.tensors[name]
         return torch.cat([cond.tensors[f"negative_{name}"], positive]) if guided else positive
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains: the LoRA's weights, or after `unfreeze` all. Not to be called within `reference()`."""
+        """The trainable weights: the LoRA's, or all after `unfreeze`. Do not call it inside `reference()`."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def unfreeze(self) -> None:
-        """Full fine-tuning: the whole network trains, in float32, and a frozen copy of it is the reference."""
+        """Full fine-tuning: train the whole network in float32; a frozen copy of it is the reference."""
         self._frozen = copy.deepcopy(self.module)
         self.module.float().requires_grad_(True)
 
     def replace(self, module: nn.Module) -> None:
-        """Make `module` the policy; the network of before, frozen, is the reference."""
+        """Make `module` the policy and the previous network, frozen, the reference."""
         self.restore()
         self._frozen = self.module
         self._use(module.eval().requires_grad_(False))
 
     def restore(self) -> None:
-        """Undo `replace` and `unfreeze`: the base is the policy again."""
+        """Undo `replace` and `unfreeze`, so the base is the policy again."""
         if self._frozen is not None:
             self._use(self._frozen)
             self._frozen = None
@@ -140,9 +142,9 @@ class Network(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it, `predict` and the pipeline are the reference model: the adapter is off, or the frozen copy is on.
+        """Inside this context `predict` and the pipeline are the reference: the adapter is off, or the frozen copy on.
 
-        Gradients of what was computed before are unharmed. RuntimeError while the adapter is merged.
+        It does not affect gradients of earlier results. RuntimeError while the adapter is merged.
         """
         if self._frozen is not None:
             policy = self.module
@@ -164,17 +166,27 @@ class Network(ABC):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Within it, `predict` is the policy without the cost of its adapter, and is not to be trained.
+        """Inside this context W + B A replaces W and the adapter is off, so `predict` is faster; do not train there.
 
-        The adapter is added into the weights, which come back to the bit. Only in float32: half precision would round
-        most of a small update away, so there nothing is merged.
+        Afterwards the original tensors are back (peft's own unmerging leaves rounding errors). In half precision
+        nothing is merged, because most of a small update would be rounded away; neither is an adapter that is off.
         """
-        if not self.has_adapter or self.dtype != torch.float32:
+        modules = self.module.modules() if self.dtype == torch.float32 else ()
+        layers = [layer for layer in modules if isinstance(layer, LoraLayer) and not layer.disable_adapters]
+        if not layers:
             yield
             return
-        with merged_adapter(self.module):
+        weights = [layer.get_base_layer().weight for layer in layers]
+        originals = [weight.data for weight in weights]
+        try:
+            with torch.no_grad():
+                for layer, weight in zip(layers, weights, strict=True):
+                    weight.data = weight.data + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+            self.module.disable_adapters()
             self._merged = True
-            try:
-                yield
-            finally:
-                self._merged = False
+            yield
+        finally:
+            self._merged = False
+            for weight, original in zip(weights, originals, strict=True):
+                weight.data = original
+            self.module.enable_adapters()

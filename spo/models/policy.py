@@ -1,4 +1,4 @@
-"""What training leaves and others take: the policy's weights, a LoRA or after full fine-tuning the whole UNet."""
+"""Save, load and export the policy: a LoRA, or the whole UNet after full fine-tuning."""
 
 import copy
 from pathlib import Path
@@ -18,7 +18,7 @@ Format = Literal["diffusers", "kohya", "merged"]
 
 
 def save_policy(network: Network, folder: str | Path) -> None:
-    """Write a checkpoint: a LoRA that diffusers' `load_lora_weights` takes, or `unet/` where all of it was trained."""
+    """Write a checkpoint: a LoRA for diffusers' `load_lora_weights`, or `unet/` if the whole UNet was trained."""
     if network.has_adapter:
         save_lora(network, folder)
         return
@@ -27,9 +27,9 @@ def save_policy(network: Network, folder: str | Path) -> None:
 
 
 def load_policy(network: Network, source: str | Path) -> None:
-    """Make the policy that of a checkpoint, or of any LoRA that `load_lora` takes; the reference stays the base.
+    """Load the policy from a checkpoint or any LoRA that `load_lora` accepts; the reference stays the base.
 
-    A whole UNet comes frozen, in the base's dtype. ModelError if it is missing, damaged or of another base model.
+    A whole UNet is frozen and has the base's dtype. ModelError if it is missing, damaged or of another base model.
     """
     network.restore()
     folder = Path(source) / UNET
@@ -63,9 +63,9 @@ def save_merged(network: Network, folder: str | Path) -> None:
 
 
 def export(network: Network, format: Format, out: Path) -> None:
-    """Write the policy for others: a LoRA folder, a LoRA file of kohya's names, or a whole pipeline.
+    """Write the policy as a LoRA folder, a LoRA file with kohya's names, or a whole pipeline.
 
-    ModelError where there is no LoRA to write, or `out` has another kind of name.
+    ModelError for a LoRA format if the whole UNet was trained.
     """
     if format == "merged":
         save_merged(network, out)

@@ -1,5 +1,6 @@
-"""The sampler of training: a schedule, a grid of timesteps, and the Gaussian step between two of them."""
+"""The sampler of training: a schedule, a grid of timesteps, and the Gaussian step between two timesteps."""
 
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -13,27 +14,19 @@ from spo.core.step import gaussian_step
 from spo.core.types import Transition
 
 
+@dataclass(frozen=True)
 class Sampler:
-    """timesteps: (T,), descending; eta and guidance_scale as in `SamplingConfig`."""
+    """eta and guidance_scale as in `SamplingConfig`."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        timesteps: Tensor,
-        *,
-        prediction_type: PredictionType,
-        eta: float,
-        guidance_scale: float,
-    ):
-        self.schedule = schedule
-        self.timesteps = timesteps
-        self.prediction_type = prediction_type
-        self.eta = eta
-        self.guidance_scale = guidance_scale
+    schedule: Schedule
+    timesteps: Tensor  # (T,), descending
+    prediction_type: PredictionType
+    eta: float
+    guidance_scale: float
 
     @classmethod
     def ddim(cls, scheduler_config: Any, sampling: SamplingConfig, device: torch.device) -> Self:
-        """DDIM over the grid of diffusers' DDIMScheduler, so that it is the pipeline's own sampling."""
+        """DDIM on the grid of diffusers' DDIMScheduler, so it samples like the pipeline."""
         scheduler = DDIMScheduler.from_config(scheduler_config)
         scheduler.set_timesteps(sampling.steps)
         return cls(
@@ -57,7 +50,7 @@ class Sampler:
         )
 
     def predict_x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents (b, c, h, w) that an output for x_t (b, c, h, w) at times t (b,) means."""
+        """The clean latents (b, c, h, w) predicted by an output for x_t (b, c, h, w) at times t (b,)."""
         level = self.schedule.level(t)
         return predict_x_0_and_noise(output, x_t.float(), level, prediction_type=self.prediction_type)[0]
 
@@ -67,5 +60,5 @@ class Sampler:
         return level.signal * x_0 + level.noise * noise
 
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The network's right output (b, c, h, w) for `add_noise(x_0, noise, t)`."""
+        """The correct output (b, c, h, w) of the network for `add_noise(x_0, noise, t)`."""
         return training_target(x_0, noise, self.schedule.level(t), prediction_type=self.prediction_type)

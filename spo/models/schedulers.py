@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that a sampler may name."""
+"""The diffusers schedulers for a sampler."""
 
 import inspect
 from collections.abc import Mapping
@@ -20,10 +20,9 @@ USABLE = sorted(
 
 
 def build_scheduler(sampler: SamplerConfig, base: Mapping[str, Any] | None = None) -> Any:
-    """The sampler's scheduler, with the noise schedule of the scheduler configuration `base`.
+    """The sampler's scheduler, with the noise schedule of the scheduler configuration `base`, or the class's default.
 
-    Without a base the schedule is the class's own, which is enough to check the settings. ConfigError if they are
-    wrong.
+    ConfigError if the settings are wrong.
     """
     name = sampler.scheduler
     if name not in USABLE:

@@ -1,13 +1,13 @@
 """Preference models on disk: our folders, the published files, and plain CLIPs to start from.
 
-A folder of ours holds config.json (our format's mark, the CLIP's configuration, the preprocessing),
-model.safetensors and the tokenizer. The published code has one pickled state dict without any of the rest.
+Our folder holds config.json (the format's name, the CLIP's configuration, the preprocessing), model.safetensors and
+the tokenizer. The published code writes only a pickled state dict.
 """
 
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from spo.errors import ModelError, one_line
 from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Mode, Preprocessing
-from spo.preference.repository import read_clip, read_config, read_preprocessing, read_tokenizer
+from spo.preference.repository import read_clip, read_processor, read_tokenizer
 from spo.runtime.files import atomic_path, write_json
 
 FORMAT = "spo step-aware preference model"
@@ -31,7 +31,7 @@ MAKE_ONE = "make one with the train_preference stage or with import-preference-m
 
 @dataclass(frozen=True)
 class PreferenceModel:
-    """A preference model and what belongs to it."""
+    """A preference model with its tokenizer and preprocessing."""
 
     model: StepAwareCLIP
     tokenizer: CLIPTokenizer
@@ -48,14 +48,11 @@ def load_clip(
 ) -> PreferenceModel:
     """A plain CLIP (hub name or folder) as the step-aware model that equals it for every t, float32 on the CPU.
 
-    `processor` has the tokenizer and the mean and std where `repository` has none: PickScore's are
+    `processor` has the tokenizer and the mean and std if `repository` has none: PickScore's are
     yuvalkirstain/PickScore_v1 and laion/CLIP-ViT-H-14-laion2B-s32B-b79K. `generator` as in StepAwareCLIP.from_clip.
-    ModelError where something is missing, not to be had, or does not fit.
+    ModelError if something is missing or does not fit.
     """
-    config = read_config(repository, revision=revision)
-    other = {} if processor else {"revision": revision}
-    tokenizer = read_tokenizer(processor or repository, config, **other)
-    preprocess = read_preprocessing(processor or repository, config, preprocessing, **other)
+    _, tokenizer, preprocess = read_processor(repository, processor, mode=preprocessing, revision=revision)
     clip = read_clip(repository, revision=revision)
     return PreferenceModel(StepAwareCLIP.from_clip(clip, generator=generator), tokenizer, preprocess)
 
@@ -63,7 +60,7 @@ def load_clip(
 def save_preference_model(
     model: StepAwareCLIP, tokenizer: CLIPTokenizer, preprocessing: Preprocessing, folder: str | Path
 ) -> None:
-    """Write a folder that load_preference_model reads; it is whole or not there."""
+    """Write a folder for load_preference_model, atomically."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tokenizer.save_pretrained(temporary)
@@ -75,12 +72,13 @@ def save_preference_model(
 
 
 def load_preference_model(folder: str | Path) -> PreferenceModel:
-    """Read what save_preference_model wrote, in float32 on the CPU; ModelError in one line if it cannot be."""
+    """Read a folder of save_preference_model, in float32 on the CPU; ModelError if it cannot be read."""
     folder = Path(folder)
     values = read_settings(folder, kind="pixel")
     try:
         config = CLIPConfig.from_dict(values["clip"])
-        preprocess = _preprocessing(**values["preprocessing"])
+        pixels = values["preprocessing"]
+        preprocess = Preprocessing(**{**pixels, "mean": tuple(pixels["mean"]), "std": tuple(pixels["std"])})
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder} is a damaged preference model: {one_line(error)}; {MAKE_ONE}") from None
@@ -101,18 +99,18 @@ def read_settings(folder: Path, *, kind: str) -> dict[str, Any]:
 
 
 def read_published(file: str | Path, config: CLIPConfig) -> StepAwareCLIP:
-    """The step-aware model of a published .bin, of a CLIP with the configuration `config`.
+    """The step-aware model of a published .bin, for a CLIP with the configuration `config`.
 
-    Only tensors are unpickled. ModelError if the file is missing or damaged, holds code or anything but tensors,
-    or if a weight is missing, unknown or of another shape.
+    Only tensors are unpickled. ModelError if the file is missing or damaged, holds anything but tensors, or if a
+    weight is missing, unknown or of another shape.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error follows where it matters
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error follows if it matters
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist; give the path of a published preference model (.bin)") from None
-    except Exception as error:  # a damaged pickle has torch's reader fail in any way
+    except Exception as error:  # torch's reader raises many kinds of errors for a damaged pickle
         raise ModelError(
             f"{file} cannot be read as a file of tensors alone, so nothing of it was run: {one_line(error, 120)}; "
             "download the published .bin again"
@@ -133,20 +131,17 @@ def import_published(
     preprocessing: Mode = "published",
     revision: str | None = None,
 ) -> None:
-    """Make a published .bin a folder of ours; configuration and tokenizer come from the CLIP `repository`.
+    """Convert a published .bin to our folder; configuration and tokenizer come from the CLIP `repository`.
 
-    The published files are of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; its weights are not needed. `processor` as in
-    load_clip. ModelError where the file or the repository cannot be read or they do not fit.
+    The published files belong to laion/CLIP-ViT-H-14-laion2B-s32B-b79K, whose weights are not needed. `processor` as in
+    load_clip. ModelError if the file or the repository cannot be read or they do not fit.
     """
-    config = read_config(repository, revision=revision)
-    other = {} if processor else {"revision": revision}
-    tokenizer = read_tokenizer(processor or repository, config, **other)
-    preprocess = read_preprocessing(processor or repository, config, preprocessing, **other)
+    config, tokenizer, preprocess = read_processor(repository, processor, mode=preprocessing, revision=revision)
     save_preference_model(read_published(file, config), tokenizer, preprocess, folder)
 
 
 def export_published(folder: str | Path, file: str | Path) -> None:
-    """Write a folder of ours as the published code's .bin; ModelError if the folder cannot be read."""
+    """Convert our folder to the published code's .bin; ModelError if the folder cannot be read."""
     state = load_preference_model(folder).model.state_dict()
     with atomic_path(file) as temporary:
         torch.save({published_name(name): tensor for name, tensor in state.items()}, temporary)
@@ -158,10 +153,6 @@ def published_name(name: str) -> str:
     name = re.sub(r"^layer_modulation\.(\d+)\.", r"vision_model.encoder.layers.\1.adaLN_modulation.1.", name)
     name = re.sub(r"^final_modulation\.", "vision_model.adaLN_modulation.1.", name)
     return f"model.{name}"
-
-
-def _preprocessing(*, size: int, mean: Sequence[float], std: Sequence[float], mode: Mode) -> Preprocessing:
-    return Preprocessing(size=size, mean=tuple(mean), std=tuple(std), mode=mode)
 
 
 def _usable(weight: Tensor) -> bool:

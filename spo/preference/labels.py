@@ -1,4 +1,4 @@
-"""What the preference model learns: for each pair the shares (label_0, label_1), a tie being (0.5, 0.5)."""
+"""Labels of preference pairs: the shares (label_0, label_1) of each pair, (0.5, 0.5) for a tie."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def human_labels(labels: Tensor) -> Tensor:
-    """Shares (n, 2), float32, each row summing to 1, of votes or labels (n, 2) >= 0: (1, 0), (0.5, 0.5), (3, 1), ...
+    """Shares (n, 2), float32, whose rows sum to 1, of votes or labels (n, 2) >= 0: (1, 0), (0.5, 0.5), (3, 1), ...
 
-    ValueError where a row is negative, not finite, or (0, 0).
+    ValueError if a row is negative, not finite, or (0, 0).
     """
     labels = labels.float()
     if labels.ndim != 2 or labels.shape[1] != 2:
@@ -23,9 +23,10 @@ def human_labels(labels: Tensor) -> Tensor:
 
 
 def pseudo_labels(scores: Tensor, *, tie_margin: float) -> Tensor:
-    """The opinion (n, 2) of a clean-image model on scores (n, 2): a one-hot winner, or a tie.
+    """Labels (n, 2) by a clean-image model's scores (n, 2): a one-hot winner, or a tie.
 
-    |softmax(scores)_0 - softmax(scores)_1| > tie_margin decides; the published SDXL recipe, not in the paper, has 0.1.
+    There is a winner if |softmax(scores)_0 - softmax(scores)_1| > tie_margin; the published SDXL code, not the paper,
+    uses 0.1.
     """
     share = scores.float().softmax(dim=1)
     gap = share[:, :1] - share[:, 1:]  # (n, 1) in [-1, 1]
@@ -34,6 +35,21 @@ def pseudo_labels(scores: Tensor, *, tie_margin: float) -> Tensor:
 
 
 def prompt_weights(prompts: Sequence[str]) -> Tensor:
-    """Weights (n,): 1 / (examples of its prompt), so that every prompt counts alike."""
+    """Weights (n,): 1 / (examples with this prompt), so that all prompts count the same."""
     counts = Counter(prompts)
     return torch.tensor([1 / counts[prompt] for prompt in prompts])
+
+
+def pairwise_accuracy(scores: Tensor, labels: Tensor) -> tuple[float, int]:
+    """The share of pairs that scores (n, 2) order as labels (n, 2) do, and the number of pairs.
+
+    Tied pairs do not count; without others the share is nan. Equal scores count half, so a model without preference
+    has 0.5; the published code counts them as wrong. ValueError if the shapes do not fit.
+    """
+    if scores.shape != labels.shape or scores.ndim != 2 or scores.shape[1] != 2:
+        raise ValueError(f"scores {tuple(scores.shape)} and labels {tuple(labels.shape)} must both be (n, 2)")
+    expected = torch.sign(labels[:, 0] - labels[:, 1])
+    given = torch.sign(scores[:, 0] - scores[:, 1])
+    correct = (1 + expected * given) / 2  # 1, 0, or 0.5 for equal scores
+    decided = expected != 0
+    return correct[decided].float().mean().item(), int(decided.sum())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Generator, Tensor, nn
 
-from spo.core.guidance import guide
+from spo.core.prediction import guide
 from spo.core.types import Conditioning
 
 GUIDANCE_SCALE = 7.5

@@ -1,7 +1,7 @@
-"""The step-aware preference model: a CLIP whose vision tower knows the timestep (paper section 4.1).
+"""The step-aware preference model: a CLIP whose vision tower is conditioned on the timestep (paper section 4.1).
 
-A plain CLIP judges clean images. Adaptive layer norm (DiT, arXiv 2212.09748) tells its vision tower how far the
-predicted x_0 it looks at still is from the clean image. It starts as the identity: the plain CLIP for every t.
+A plain CLIP scores clean images. Adaptive layer norm (DiT, arXiv 2212.09748) conditions its vision tower on the
+timestep of the predicted x_0. It starts as the identity, so the model starts as the plain CLIP for every t.
 """
 
 import math
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from transformers import CLIPModel
 
-FREQUENCIES = 128  # each as a cosine and a sine: the sinusoidal embedding is 256 wide
+FREQUENCIES = 128  # each as a cosine and a sine, so the sinusoidal embedding has width 256
 MAX_PERIOD = 10_000
 
 
 class TimestepEmbedder(nn.Module):
-    """Linear(SiLU(Linear(sinusoids of t))), as wide as the vision tower."""
+    """Linear(SiLU(Linear(sinusoids of t))), with the width of the vision tower."""
 
     def __init__(self, width: int, *, generator: Generator | None = None):
         super().__init__()
@@ -37,7 +37,7 @@ class TimestepEmbedder(nn.Module):
 
 @dataclass(frozen=True)
 class Modulations:
-    """What the adaptive norms make of g timesteps."""
+    """The outputs of the modulation layers for g timesteps."""
 
     layers: tuple[Tensor, ...]  # (g, 6 * width) each
     final: Tensor  # (g, 2 * width)
@@ -51,9 +51,8 @@ class StepAwareCLIP(nn.Module):
 
     Each encoder layer has six modulations of t, the shift, scale and gate of its attention and of its MLP:
     x + gate * branch(norm(x) * (1 + scale) + shift); the pooled token has a shift and a scale after its norm.
-    The modulations depend on t alone, so they are computed once for each distinct t of a batch.
-
-    Only the modules that CLIPModel exposes are called, none is copied; `clip` is wrapped, not cloned.
+    The modulations depend only on t, so they are computed once for each distinct t of a batch. `clip` is wrapped, not
+    copied.
     """
 
     def __init__(self, clip: CLIPModel, *, generator: Generator | None = None):
@@ -68,9 +67,9 @@ class StepAwareCLIP(nn.Module):
 
     @classmethod
     def from_clip(cls, clip: CLIPModel, *, generator: Generator | None = None) -> Self:
-        """The start of training: equals `clip` for every t, on its device and in its dtype.
+        """A model that equals `clip` for every t, on its device and in its dtype.
 
-        `generator`: a CPU generator of the timestep embedder's weights, which act only once training has begun.
+        `generator`: a CPU generator for the timestep embedder's weights, which have no effect before training.
         """
         return cls(clip, generator=generator).to(device=clip.device, dtype=clip.dtype)
 
@@ -110,7 +109,7 @@ class StepAwareCLIP(nn.Module):
 
 
 def _identity_modulation(width: int, *, parts: int, gates: tuple[int, ...] = ()) -> nn.Linear:
-    """A layer whose parts are 0, and 1 for the gates, for every t."""
+    """A layer whose output is 0, or 1 for the gates, for every t."""
     layer = nn.Linear(width, parts * width)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -1,6 +1,6 @@
-"""From an image in [0, 1] to what a CLIP sees: one function for training, use and evaluation.
+"""Images in [0, 1] to normalised pixels for a CLIP, in the same way for training, sampling and evaluation.
 
-The published code has two that differ in the order of clamp, resize and crop; ours is the one of its use.
+The published code has two versions, which differ in the order of clamp, resize and crop; ours is that of its sampling.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ Mode = Literal["antialias", "published"]
 class Preprocessing:
     """Bicubic resize of the shortest side to `size`, centre crop, clamp to [0, 1], normalise.
 
-    `antialias` resizes as CLIP's own image processor does; `published` leaves antialiasing out, as the published
-    code does, and is meant for checkpoints that were trained so. At `size` x `size` both leave the image as it is.
+    `antialias` resizes like CLIP's image processor; `published` does not antialias, like the published code, and is
+    for checkpoints that were trained so. An image of `size` x `size` is not resized.
     """
 
     size: int  # pixels

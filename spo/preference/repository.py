@@ -1,9 +1,10 @@
 """A plain CLIP by hub name or local folder: its configuration, weights, tokenizer and preprocessing.
 
-No code of a repository is run. Pickled weights, where a repository has no safetensors, are read as tensors only.
+No code of a repository is run. If a repository has no safetensors, its pickled weights are read as tensors only.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
@@ -27,19 +29,19 @@ PICKLED = ["pytorch_model*.bin"]
 def fetch(repository: str | Path, patterns: list[str], *, revision: str | None = None) -> Path:
     """The local folder of a repository: itself, or the hub's cache with the files that match `patterns`.
 
-    ModelError where it is neither a folder nor to be had from the hub.
+    ModelError if it is neither a folder nor on the hub.
     """
     folder, name = Path(repository), str(repository)
     if folder.is_dir():
         return folder
     if not hub.is_name(name):
-        raise ModelError(f"CLIP model {name!r} is no folder here; put one there, or name one of the hub as OWNER/NAME")
+        raise ModelError(f"CLIP model {name!r} is no folder here; put one there, or name one on the hub as OWNER/NAME")
     with hub.loading(f"CLIP model {name!r}", name, "its place", ""):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def read_clip(repository: str | Path, *, revision: str | None = None) -> CLIPModel:
-    """The CLIPModel in float32 on the CPU; ModelError if it is missing, no CLIP, or lacks weights."""
+    """The CLIPModel in float32 on the CPU; ModelError if it or some weights are missing, or if it is no CLIP."""
     config = read_config(repository, revision=revision)
     folder = fetch(repository, SAFETENSORS, revision=revision)
     if not any(folder.glob(SAFETENSORS[0])):
@@ -64,7 +66,7 @@ def read_clip(repository: str | Path, *, revision: str | None = None) -> CLIPMod
 
 
 def read_config(repository: str | Path, *, revision: str | None = None) -> CLIPConfig:
-    """The CLIP's configuration; ModelError if there is none, or another kind of model's."""
+    """The CLIP's configuration; ModelError if it is missing or describes another kind of model."""
     values = _read_json(fetch(repository, SMALL_FILES, revision=revision) / "config.json", repository)
     if values is None or values.get("model_type") != "clip":
         found = "has no config.json" if values is None else f"is a {values.get('model_type')!r} model"
@@ -72,10 +74,34 @@ def read_config(repository: str | Path, *, revision: str | None = None) -> CLIPC
     return CLIPConfig.from_dict(values)
 
 
+def read_processor(
+    repository: str | Path,
+    processor: str | Path | None = None,
+    *,
+    mode: Mode = "antialias",
+    revision: str | None = None,
+) -> tuple[CLIPConfig, CLIPTokenizer, Preprocessing]:
+    """A CLIP's configuration, tokenizer and preprocessing; ModelError if one is missing or does not fit.
+
+    processor: the repository of the tokenizer and of the mean and std, if `repository` has none.
+    """
+    config = read_config(repository, revision=revision)
+    files, revision = (processor, None) if processor else (repository, revision)
+    tokenizer = read_tokenizer(files, config, revision=revision)
+    return config, tokenizer, _read_preprocessing(files, config, mode, revision=revision)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], config: CLIPConfig) -> Tensor:
+    """Token ids (b, length), padded; a prompt longer than the text tower's context is cut."""
+    text: Any = config.text_config
+    options = {"truncation": True, "max_length": text.max_position_embeddings, "return_tensors": "pt"}
+    return tokenizer(list(prompts), padding="max_length", **options).input_ids
+
+
 def read_tokenizer(repository: str | Path, config: CLIPConfig, *, revision: str | None = None) -> CLIPTokenizer:
     """The tokenizer; ModelError if it is missing or does not fit the text tower of `config`.
 
-    Without its files transformers would make an empty one and all prompts alike.
+    Without its files transformers would make an empty tokenizer, to which all prompts are equal.
     """
     folder = fetch(repository, SMALL_FILES, revision=revision)
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
@@ -96,10 +122,10 @@ def read_tokenizer(repository: str | Path, config: CLIPConfig, *, revision: str 
     return tokenizer
 
 
-def read_preprocessing(
+def _read_preprocessing(
     repository: str | Path, config: CLIPConfig, mode: Mode, *, revision: str | None = None
 ) -> Preprocessing:
-    """The CLIP's size and the repository's mean and std; CLIP's usual ones where it has no preprocessor_config.json."""
+    """The CLIP's size and the repository's mean and std, by default CLIP's usual ones."""
     folder = fetch(repository, SMALL_FILES, revision=revision)
     values = _read_json(folder / "preprocessor_config.json", repository) or {}
     vision: Any = config.vision_config

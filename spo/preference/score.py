@@ -1,4 +1,4 @@
-"""The preference model in use: a core.types.Scorer."""
+"""Scores of candidates by the preference model: a core.types.Scorer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +9,16 @@ from torch import Tensor
 from spo.core.types import Candidates
 from spo.preference.checkpoint import PreferenceModel
 from spo.preference.pixel import Modulations
+from spo.preference.repository import tokenize
 
 
 class PreferenceScorer:
     """Scores of images by a preference model, without gradients; higher is better.
 
-    A `dtype` below float32 runs under autocast; the weights stay as they are, and features and scores are float32.
-    Text features are computed once a prompt and handed in, and what the adaptive norms make of a timestep once a
-    timestep, so the model must not be trained meanwhile; the published code computes both anew at every step.
-    `timestep` is given to the model in place of every other one: it is then blind to t (the paper's ablation).
+    A `dtype` below float32 runs under autocast; weights are not changed, and features and scores are float32.
+    The modulations of a timestep are cached, so the model must not be trained meanwhile; the published code computes
+    them and the text features anew at every step. If `timestep` is given, the model gets it instead of every t, so it
+    is blind to t (the paper's ablation).
     """
 
     def __init__(
@@ -43,20 +44,14 @@ class PreferenceScorer:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Text features (b, d); prompts longer than the model's context are cut."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self.model.clip.text_model.config.max_position_embeddings,
-            return_tensors="pt",
-        ).input_ids
+        tokens = tokenize(self.tokenizer, prompts, self.model.clip.config)
         with torch.autocast(**self._precision):
             return self.model.text_features(tokens.to(self.device))
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        """Scores (k, b) of candidates by their decoded x_0; their `text` is what `encode` gives."""
+        """Scores (k, b) of candidates by their decoded x_0; their `text` is the result of `encode`."""
         images, k = candidates.images, len(candidates.x)
-        t = torch.tensor(candidates.t)  # on the CPU: to look it up there waits for no GPU
+        t = torch.tensor(candidates.t)  # on the CPU, where reading it does not wait for a GPU
         return self.score_images(images.flatten(0, 1), candidates.text.repeat(k, 1), t).unflatten(0, (k, -1))
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ from spo.runtime.hashing import file_checksum
 from spo.runtime.stopping import uninterrupted
 from spo.runtime.text import flatten
 
-VERSION = 1
+VERSION = 2
 KEPT = 2
 SHARE_OF_TIME = 0.05  # that saving may take, at most
 

@@ -66,19 +66,19 @@ def gather(rows: Tensor) -> Tensor:
     """
     if count() == 1:
         return rows
-    home = away = rows.device
+    gathering = rows.device
     if dist.get_backend() == "nccl":  # cannot gather CPU tensors
-        away = torch.device("cuda", torch.cuda.current_device())
+        gathering = torch.device("cuda", torch.cuda.current_device())
     sizes = gather_objects(len(rows))
     parts: list[list[Tensor]] = [[rows[:0]] for _ in sizes]
     for start in range(0, max(sizes), BLOCK):
         own = rows[start : start + BLOCK]
-        padded = torch.zeros(min(BLOCK, max(sizes) - start), *rows.shape[1:], dtype=rows.dtype, device=away)
+        padded = torch.zeros(min(BLOCK, max(sizes) - start), *rows.shape[1:], dtype=rows.dtype, device=gathering)
         padded[: len(own)] = own
         received = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(received, padded)
         for part, block, size in zip(parts, received, sizes, strict=True):
-            part.append(block[: max(0, size - start)].to(home))
+            part.append(block[: max(0, size - start)].to(rows.device))
     return torch.cat([block for part in parts for block in part])
 
 

@@ -1,9 +1,10 @@
-"""Align the diffusion model by one method of the profile: a LoRA, saved several times along the way."""
+"""Align the diffusion model by one method of the profile; writes checkpoints of its LoRA during the training."""
 
 import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from spo.training.preference_scorer import load_scorer
 from spo.training.watch import Watch
 from spo.workspace import Workspace
 
-BATCH = 32  # pictures painted at a time, or as many as `evaluate` takes where that is less
+BATCH = 32  # the watch's images at a time, at most
 
 
 def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: Tracker) -> None:
@@ -45,20 +46,10 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     method = build_method(settings, build_inputs(config, policy, root=root), seed=seed)
     cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, root=root)
-    work_dir = store.folder / "output"  # there, since DVC removes the outputs of a stage that it runs again
+    work_dir = store.folder / "output"  # DVC removes the outputs of a stage before it runs again
     with distributed.written_by_main(nullcontext(work_dir)) as made:
-        metrics = align(
-            method,
-            policy,
-            settings,
-            made,
-            tracker,
-            seed=seed,
-            cost=cost,
-            watch=watch,
-            safety=config.safety,
-            store=store,
-        )
+        options: dict[str, Any] = {"seed": seed, "cost": cost, "watch": watch, "safety": config.safety, "store": store}
+        metrics = align(method, policy, settings, made, tracker, **options)
         with distributed.written_by_main(atomic_path(Workspace(config, root).aligned(name, seed))) as folder:
             shutil.copytree(made, folder)
             write_json(folder / "metrics.json", metrics)
@@ -68,7 +59,7 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
 
 
 def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
-    """Where the states of the run are, and what they depend on."""
+    """The store of the run's states, with the settings and inputs that they depend on."""
     method = config.align[name]
     settings = config.model_dump(mode="json", include={"model", "sampling"})
     settings |= {"align": {name: method.model_dump(mode="json")}, "training_seed": seed}
@@ -86,12 +77,12 @@ def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
 
 
 def build_policy(config: Config, name: str) -> LatentDiffusion:
-    """The base behind the method's sampler."""
+    """The base model with the method's sampler."""
     return build(config.model, config.align[name].sampling(config.sampling), best_device())
 
 
 def build_inputs(config: Config, policy: LatentDiffusion, *, root: Path) -> Inputs:
-    """What a method may learn from."""
+    """The data and models that a method may learn from."""
     workspace = Workspace(config, root)
 
     def scorer(scoring: ScoringConfig) -> Scorer:
@@ -106,9 +97,10 @@ def build_inputs(config: Config, policy: LatentDiffusion, *, root: Path) -> Inpu
 
 
 def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Watch | None:
-    """The watch of the method called `name`, which paints the first validation prompts, eta 0.
+    """The watch of the method `name`, which generates images of the first validation prompts with eta 0.
 
-    None where it has none, or its metric's weights are absent: that is a ModelError only if the watch may end the run.
+    None if the method has none or the weights of its metric are missing; that is a ModelError if the watch may end the
+    run.
     """
     settings = config.align[name].watch
     if settings is None:
@@ -117,28 +109,24 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     needed = (settings.score,) if settings.stop_after_worse else ()
     metrics = build_metrics([settings.metric], policy.device, needed=needed)
     if not metrics:
-        print(f"align {name} goes on unwatched", flush=True)
+        print(f"align {name} runs without a watch", flush=True)
         return None
     preference = load_scorer(config, root, policy)
     text = preference.encode(prompts)
     sampler = SamplerConfig(steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale, eta=0.0)
 
+    seeds = [image_seed(settings.seed, prompt, 0) for prompt in prompts]
+    size = min(BATCH, config.evaluate.batch_size)
+
     def paint() -> Tensor:
-        # full fine-tuning trains a UNet in float32 between parts of half precision
+        # full fine-tuning trains a float32 UNet between half-precision parts
         with torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
-            return generate(
-                policy,
-                prompts,
-                [image_seed(settings.seed, prompt, 0) for prompt in prompts],
-                sampler=sampler,
-                batch_size=min(BATCH, config.evaluate.batch_size),
-                label="watch",
-            )
+            return generate(policy, prompts, seeds, sampler=sampler, batch_size=size, label="watch")
 
-    def favour(pictures: Tensor) -> Tensor:
-        return preference.score_images(pictures, text, torch.zeros((), dtype=torch.long)).cpu()
+    def preference_score(images: Tensor) -> Tensor:
+        return preference.score_images(images, text, torch.zeros((), dtype=torch.long)).cpu()
 
-    def judgement(pictures: Tensor) -> Tensor:
-        return score(metrics, pictures, prompts)[settings.score]
+    def independent_score(images: Tensor) -> Tensor:
+        return score(metrics, images, prompts)[settings.score]
 
-    return Watch(settings, paint, favour, judgement)
+    return Watch(settings, paint, preference_score, independent_score)

@@ -1,8 +1,8 @@
 """Compare base and aligned models on the same held-out prompts, seeds and samplers.
 
 One rule chooses each training's checkpoint on the validation prompts; the reported scores are of the test prompts. The
-control column shows the base's images with the best change of contrast. Finished batches are kept in .cache/evaluate,
-so that an evaluation that was killed resumes with them.
+control column shows the base's images with the best change of contrast. Finished batches are cached in .cache/evaluate,
+so an evaluation that was killed resumes with them.
 """
 
 import shutil
@@ -31,25 +31,25 @@ from spo.workspace import Workspace
 
 SAMPLE_COLUMNS = 10
 TABLES = ("means.csv", "comparisons.csv", "validation.csv", "validation_scores.csv", "scores.csv")
+Chosen = dict[str, dict[int, ModelVariant]]  # by method and training seed
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     """Write images/, lora/, samples.png, metrics.json and five tables to runs/<profile>/evaluate.
 
-    lora/<method> holds the training seed's LoRA that the rule prefers on the validation prompts.
+    lora/<method> holds the LoRA of the training seed that the rule chooses on the validation prompts.
     """
     start = time.perf_counter()
     evaluation = Evaluation(config, root)
     advice = f"lower evaluate.batch_size, now {config.evaluate.batch_size}"
     target = Workspace(config, root).evaluate
-    output = distributed.written_by_main(atomic_path(target))
-    with memory_advice(advice), output as folder:
+    with memory_advice(advice), distributed.written_by_main(atomic_path(target)) as folder:
         folder.mkdir()
         validation, chosen = evaluation.choose()
         columns, factor = evaluation.compare(chosen, folder / "images")
-        metrics = evaluation.write_tables(folder, columns, validation, chosen)
+        metrics = evaluation.write_tables(folder, columns, validation)
         for name, variant in evaluation.release(validation, chosen).items():
-            assert variant.checkpoint is not None  # it was chosen among a training's
+            assert variant.checkpoint is not None
             shutil.copytree(variant.checkpoint, folder / "lora" / name)
             metrics[name]["released"] = f"seed-{variant.training_seed}/{variant.checkpoint.name}"
         metrics[CONTROL]["factor"] = factor
@@ -66,75 +66,69 @@ class Evaluation:
     """The images to make, and the scorer that makes and scores them."""
 
     def __init__(self, config: Config, root: Path):
-        self.settings = config.evaluate
-        prepared, settings, seed = Workspace(config, root).prepared, config.evaluate, config.evaluate.seed
-        self.validation = tasks(prepared, "validation", settings.num_validation_prompts, 1, seed)
-        self.test = tasks(prepared, "test", settings.num_prompts, settings.images_per_prompt, seed)
+        self.config = config
+        self.settings = settings = config.evaluate
+        prepared = Workspace(config, root).prepared
+        self.validation = tasks(prepared, "validation", settings.num_validation_prompts, 1, settings.seed)
+        self.test = tasks(prepared, "test", settings.num_prompts, settings.images_per_prompt, settings.seed)
         self.trainings = {
-            (name, training_seed): checkpoints(config, name, training_seed, root)
+            name: {seed: checkpoints(config, name, seed, root) for seed in config.training_seeds}
             for name in config.methods
-            for training_seed in config.training_seeds
         }
-        self.validation_scores: list[Row] = []  # of each image, in the scores that choose
-        self.others = [ModelVariant(name, borrowed=lora) for name, lora in self.settings.loras.items()]
+        self.validation_scores: list[Row] = []  # of each image, in the primary and guarded scores
+        self.others = [ModelVariant(name, borrowed=lora) for name, lora in settings.loras.items()]
         self.image_scorer = ImageScorer(config, root)
 
-    def choose(self) -> tuple[list[Row], dict[tuple[str, int], ModelVariant]]:
-        """Score every checkpoint on the validation prompts; return a row for each, and each training's choice."""
+    def choose(self) -> tuple[list[Row], Chosen]:
+        """Score every checkpoint on the validation prompts; a row for each, and the choice for each training."""
         rows = [self._validation_row(ModelVariant(BASE))]
-        chosen = {}
-        for training, candidates in self.trainings.items():
-            found = [self._validation_row(variant) for variant in candidates]
-            best = self._best(found, rows[0])
-            found[best]["chosen"] = 1
-            chosen[training] = candidates[best]
-            rows += found
+        chosen: Chosen = {}
+        for name, by_seed in self.trainings.items():
+            for seed, candidates in by_seed.items():
+                found = [self._validation_row(variant) for variant in candidates]
+                best = self._best(found, rows[0])
+                found[best]["chosen"] = 1
+                chosen.setdefault(name, {})[seed] = candidates[best]
+                rows += found
         return rows, chosen
 
-    def release(
-        self, validation: Sequence[Row], chosen: dict[tuple[str, int], ModelVariant]
-    ) -> dict[str, ModelVariant]:
-        """Choose among the training seeds of each method, by the same rule on the same prompts."""
+    def release(self, validation: Sequence[Row], chosen: Chosen) -> dict[str, ModelVariant]:
+        """Choose a training seed of each method, by the same rule on the same prompts."""
         base, *rows = validation
         released = {}
-        for name in dict.fromkeys(method for method, _ in chosen):
-            variants = [variant for (method, _), variant in chosen.items() if method == name]
-            released[name] = variants[self._best([r for r in rows if r["column"] == name and r["chosen"]], base)]
+        for name, by_seed in chosen.items():
+            best = self._best([row for row in rows if row["column"] == name and row["chosen"]], base)
+            released[name] = list(by_seed.values())[best]
         return released
 
-    def compare(self, chosen: dict[tuple[str, int], ModelVariant], folder: Path) -> tuple[list[Column], float]:
-        """Score the base, the control, every training's choice and others' LoRAs on the test prompts.
+    def compare(self, chosen: Chosen, folder: Path) -> tuple[list[Column], float]:
+        """Score the base, the control, the chosen checkpoints and published LoRAs on the test prompts.
 
-        The deciding sampler's images go to `folder`.
-
-        Returns the columns, sampler by sampler, and the control's factor of contrast with the deciding one.
+        The deciding sampler's images go to `folder`. Returns the columns, sampler by sampler, and the control's factor
+        of contrast for the deciding sampler.
         """
         columns: list[Column] = []
         factors: list[float] = []
         for sampler in self.settings.samplers:
             keep = folder if sampler == self.settings.deciding else None
             columns += self._untrained(sampler, keep, factors)
-            for name in dict.fromkeys(method for method, _ in chosen):
-                of_method = {seed: variant for (method, seed), variant in chosen.items() if method == name}
-                scores = [self._scores(variant, sampler, keep) for variant in of_method.values()]
-                columns.append(Column(name, sampler, tuple(of_method), _stacked(scores)))
+            for name, by_seed in chosen.items():
+                scores = [self._scores(variant, sampler, keep) for variant in by_seed.values()]
+                columns.append(Column(name, sampler, tuple(by_seed), _stacked(scores)))
             for other in self.others:
                 columns.append(Column(other.column, sampler, (None,), _stacked([self._scores(other, sampler, keep)])))
         return columns, factors[0]
 
-    def write_tables(
-        self, folder: Path, columns: Sequence[Column], validation: Sequence[Row], chosen: dict[Any, ModelVariant]
-    ) -> dict[str, Any]:
-        """Write the tables; return the figures of the verdict."""
-        prompts, samples = [task.prompt for task in self.test], self.settings.bootstrap_samples
-        means = mean_rows(columns, prompts, samples=samples)
-        comparisons = comparison_rows(columns, prompts, samples=samples)
+    def write_tables(self, folder: Path, columns: Sequence[Column], validation: Sequence[Row]) -> dict[str, Any]:
+        """Write the tables; the metrics of the stage."""
+        settings, prompts = self.settings, [task.prompt for task in self.test]
+        means = mean_rows(columns, prompts, samples=settings.bootstrap_samples)
+        comparisons = comparison_rows(columns, prompts, samples=settings.bootstrap_samples)
         tables = (means, comparisons, validation, self.validation_scores, score_rows(columns, self.test))
         for name, rows in zip(TABLES, tables, strict=True):
             write_csv(folder / name, rows)
-        settings = self.settings
         facts = {"sampler": settings.deciding, "prompts": len(set(prompts)), "images": len(prompts)}
-        facts["training_seeds"] = len({seed for _, seed in chosen})
+        facts["training_seeds"] = len(self.config.training_seeds)
         which: dict[str, Any] = {"primary": settings.primary, "guarded": settings.guarded}
         return {**facts, **compact(means, comparisons, sampler=settings.deciding, **which)}
 
@@ -177,35 +171,32 @@ class Evaluation:
             **names,
             **variant.cost(),
             "chosen": 0,
-            "primary": scores[self.settings.primary].mean().item(),  # under one name in every profile, for dvc's plot
+            "primary": scores[self.settings.primary]
+            .mean()
+            .item(),  # has the same name in every profile, for DVC's plot
             **{name: values.mean().item() for name, values in scores.items()},
         }
 
     def _best(self, candidates: Sequence[Row], base: Row) -> int:
         settings = self.settings
-        return choose_checkpoint(
-            candidates,
-            base,
-            primary=settings.primary,
-            guarded=settings.guarded,
-            tolerance=settings.guard_tolerance,
-        )
+        which: dict[str, Any] = {"primary": settings.primary, "guarded": settings.guarded}
+        return choose_checkpoint(candidates, base, tolerance=settings.guard_tolerance, **which)
 
 
-def save_images(images: Tensor, wanted: Sequence[Task], folder: Path) -> None:
+def save_images(images: Tensor, tasks: Sequence[Task], folder: Path) -> None:
     """PNG files <prompt index>-<image index>.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    for image, task in zip(images, wanted, strict=True):
+    for image, task in zip(images, tasks, strict=True):
         to_picture(image).save(folder / f"{task.prompt_index:04d}-{task.image_index}.png")
 
 
 def _stacked(of_seeds: Sequence[Scores]) -> Scores:
-    """The scores of all training seeds, (seeds, n) each."""
+    """The scores of all training seeds, each (seeds, n)."""
     return {name: torch.stack([scores[name] for scores in of_seeds]) for name in of_seeds[0]}
 
 
 def _first_pictures(folder: Path) -> list[Image.Image]:
-    """Images of the first prompts, by the first training seed."""
+    """Images of the first prompts, of the first training seed."""
     if seeds := sorted(folder.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-"))):
         folder = seeds[0]
     return [Image.open(path).copy() for path in sorted(folder.glob("*-0.png"))[:SAMPLE_COLUMNS]]

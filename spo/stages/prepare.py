@@ -1,11 +1,11 @@
-"""Check raw prompts and preference pairs and split them so that no prompt is on two sides.
+"""Check raw prompts and preference pairs, and split them so that no prompt is on two sides.
 
 Reads the sources in `config.prepare`; writes runs/<profile>/prepare/ in one step:
 prompts/{train,validation,test}.txt, preferences/{train,validation}.parquet, rejected.jsonl and metrics.json.
 
-Without pairs, where the preference model is trained already, preferences/ stays empty.
-A pair with a validation or test prompt as its caption goes to validation, one with a training prompt to training;
-other captions are split by the same hash of caption and seed.
+Without pairs (for a preference model that is already trained) preferences/ stays empty. A pair whose caption is a
+validation or test prompt goes to validation, one whose caption is a training prompt to training; other captions are
+split by the same hash of caption and seed.
 """
 
 import json
@@ -80,7 +80,7 @@ def _prepare_preferences(config: Config, root: Path, folder: Path, log: TextIO, 
     ):
         for item in progress(read_preferences(source.source, root=root, split=source.split), label="preference pairs"):
             if isinstance(item, Rejected):
-                read += item.row is not None  # a file as a whole is no row
+                read += item.row is not None  # None: a whole file was rejected
                 reasons[item.reason] += 1
                 _write_line(log, item)
                 continue

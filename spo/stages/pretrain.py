@@ -1,7 +1,7 @@
-"""Make the data of the profile `tiny` anew: base model, preference model to start from, prompts and pairs.
+"""Make the models and data of the profile `tiny` again: base model, initial preference model, prompts and pairs.
 
-The results are in git, and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it, in about two hours on
-two CPU cores. Finished parts are kept in .cache/pretrain, so a killed run continues with the next part. The recipe is
+The results are in git and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it, in about two hours on two
+CPU cores. Finished parts are cached in .cache/pretrain, so a killed run continues with the next part. The recipe is
 fixed; the last digits of the weights depend on the machine.
 """
 
@@ -52,7 +52,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Make a part, unless it is finished."""
+    """Make a part if it is not finished."""
     if not folder.exists():
         with atomic_path(folder) as temporary:
             temporary.mkdir()

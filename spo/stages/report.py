@@ -1,4 +1,4 @@
-"""Report a run: one self-contained page, a short summary for the terminal, and the time taken.
+"""Report a run: one self-contained page, a short summary for the terminal, and the time that it took.
 
 Reads the outputs of prepare, train_preference, align and evaluate under runs/<profile>/ and writes
 report/report.html, report/summary.txt and report/metrics.json beside them.
@@ -50,7 +50,7 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
 
 
 def results_of(config: Config, inputs: Inputs) -> Results:
-    """The evaluation's tables with the settings of the profile; DataError if another sampler decided."""
+    """The evaluation's tables with the settings of the profile; DataError if the deciding sampler has changed."""
     evaluate = config.evaluate
     if (decided := inputs.evaluation.get("sampler")) != evaluate.deciding:
         raise DataError(

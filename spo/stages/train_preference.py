@@ -1,4 +1,4 @@
-"""Train the preference model, of either kind, on the prepared pairs, or copy the named checkpoint."""
+"""Train the preference model, of either kind, on the prepared pairs, or copy the configured checkpoint."""
 
 import sys
 import time
@@ -38,31 +38,35 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
             prepared.pairs_file("validation"), base, config, cache=cache, limit=settings.evaluate_pairs
         )
     training = TRAININGS[settings.kind].start(base, config)
-    if settings.checkpoint is not None:
-        done = Done(accuracy=_accuracies(training, validation, "start", config))
+    store = None if settings.checkpoint else state_store(config, root)
+    saved = store.load() if store else None
+    if saved:
+        training.updater.restore(saved.tensors, saved.values["updater"])
+        print(f"train_preference: continues from step {saved.number}", file=sys.stderr, flush=True)
+        done = Done(**saved.values["done"])
     else:
-        store = state_store(config, root)
-        done = _restored(training, store) or Done(accuracy=_accuracies(training, validation, "start", config))
+        done = Done(accuracy=_accuracies(training, validation, "start", config))
+    if store:
         pairs = load_pairs(prepared.pairs_file("train"), base, config, cache=cache)
-        start -= done.seconds  # as if one process had done it all
+        start -= done.seconds  # spent by earlier processes
         _train(training, pairs, config, store, done, tracker, start=start)
         done.accuracy += _accuracies(training, validation, "trained", config)
     with distributed.written_by_main(atomic_path(workspace.train_preference)) as folder:
         training.save(folder / "model")
         write_csv(folder / "accuracy.csv", done.accuracy)
         write_csv(folder / "history.csv", done.history)
-        metrics = {**_metrics(done.accuracy, done.history), "skipped": training.guard.skipped}
+        metrics = {**_metrics(done.accuracy, done.history), "skipped": training.updater.guard.skipped}
         metrics["unet_forwards"] = round(done.step * settings.batch_size * settings.forwards_per_pair(config.sampling))
         write_json(folder / "metrics.json", {**metrics, "seconds": round(time.perf_counter() - start, 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
-    if settings.checkpoint is None and distributed.is_main():
+    if store and distributed.is_main():
         store.clear()
 
 
 @dataclass
 class Done:
-    """A training's progress and measurements; its weights are elsewhere."""
+    """A training's progress and measurements, without its weights."""
 
     accuracy: list[dict[str, Any]]  # of the start model, later also of the trained one
     history: list[dict[str, float]] = field(default_factory=list)
@@ -71,7 +75,7 @@ class Done:
 
 
 def state_store(config: Config, root: Path) -> StateStore:
-    """The store of the stage's states, with what they depend on."""
+    """The store of the stage's states, with the settings and inputs that they depend on."""
     settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "labels", "train_preference"})
     inputs: dict[str, str | Path | None] = {
         "model": config.model.path,
@@ -83,16 +87,6 @@ def state_store(config: Config, root: Path) -> StateStore:
     pairs = fingerprint_of_pairs(workspace.prepared.pairs_file("train"))
     settings |= {"inputs": {"pairs": pairs, **fingerprints(inputs)}}
     return StateStore(workspace.state("train_preference"), settings)
-
-
-def _restored(training: PreferenceTraining, store: StateStore) -> Done | None:
-    """Restore the training from its newest state; None where there is none."""
-    state = store.load()
-    if state is None:
-        return None
-    training.restore(state.tensors, state.values["training"])
-    print(f"train_preference: continues from step {state.number}", file=sys.stderr, flush=True)
-    return Done(**state.values["done"])
 
 
 def _train(
@@ -108,9 +102,9 @@ def _train(
     """Train to the end and update `done`; `start` is when the stage started, on `time.perf_counter`'s clock."""
 
     def snapshot() -> State:
-        tensors, values = training.state()
+        tensors, values = training.updater.state()
         done.seconds = time.perf_counter() - start
-        return State(done.step, tensors, {"training": values, "done": asdict(done)})
+        return State(done.step, tensors, {"updater": values, "done": asdict(done)})
 
     settings = config.train_preference
     for past in done.history:
@@ -140,7 +134,7 @@ def _log(row: dict[str, float], every: int, tracker: Tracker) -> None:
 def _accuracies(
     training: PreferenceTraining, pairs: LabelledPairs | None, name: str, config: Config
 ) -> list[dict[str, Any]]:
-    """One row a timestep; none without pairs."""
+    """A row for each timestep; none without pairs."""
     rows: list[dict[str, Any]] = []
     if pairs is None:
         return rows

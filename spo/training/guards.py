@@ -1,4 +1,4 @@
-"""What watches over a training run: updates that must not be made, and signs that nothing is being learned."""
+"""Guards of a training run: they stop bad updates and warn if nothing is being learned."""
 
 import math
 import sys
@@ -7,51 +7,52 @@ from dataclasses import dataclass
 
 from spo.errors import TrainingError
 
-AT_THE_CLIP = 0.9  # share of ratios at the clamp from which on an update teaches next to nothing
-NO_MARGIN = 1e-6  # below which scores count as all alike
+AT_THE_CLIP = 0.9  # share of ratios at the clamp above which an update teaches almost nothing
+NO_MARGIN = 1e-6  # margin below which all scores count as equal
 
 
 @dataclass
 class FiniteGuard:
-    """Lets through the updates whose loss and gradient are finite, and ends the run after too many others in a row."""
+    """Allows updates with finite loss and gradient; ends the run after too many others in a row."""
 
     most_in_a_row: int
+    remedy: str
     skipped: int = 0
     in_a_row: int = 0
 
-    def allows(self, loss: float, grad_norm: float, *, mend: str) -> bool:
-        """Whether to make the update; if not, it is counted. TrainingError, which says `mend`, where it is too much."""
+    def allows(self, loss: float, grad_norm: float) -> bool:
+        """Whether to make the update; counts it if not. TrainingError with the remedy after too many in a row."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
         self.skipped += 1
         self.in_a_row += 1
         if self.skipped == 1:
-            warn(f"an update is left out: its loss is {loss:.4g}, its gradient's norm {grad_norm:.4g}")
+            warn(f"an update is skipped: its loss is {loss:.4g}, its gradient norm {grad_norm:.4g}")
         if self.in_a_row >= self.most_in_a_row:
             raise TrainingError(
                 f"{self.in_a_row} updates in a row had a loss or gradient that is not finite (the last: {loss:.4g} and "
-                f"{grad_norm:.4g}), and none of them was made; {mend}"
+                f"{grad_norm:.4g}) and were skipped; {self.remedy}"
             )
         return False
 
 
 class Streak:
-    """Warns once each time that a sign has held for `length` observations in a row."""
+    """Warns once each time a condition has held for `length` observations in a row."""
 
     def __init__(self, length: int, message: str):
         self._length = length
         self._message = message
         self._count = 0
 
-    def see(self, sign: bool) -> None:
-        self._count = self._count + 1 if sign else 0
+    def see(self, condition: bool) -> None:
+        self._count = self._count + 1 if condition else 0
         if self._count == self._length:
             warn(self._message.format(n=self._length))
 
 
 class StallDetector:
-    """Looks at the rounds of alignment for signs that nothing is being learned."""
+    """Warns if the rounds of an alignment teach nothing."""
 
     def __init__(self, length: int):
         self._no_pairs = Streak(
@@ -61,17 +62,17 @@ class StallDetector:
         )
         self._alike = Streak(
             length,
-            "for {n} rounds the preference model has scored all candidates alike: with sampling.eta=0 they are one "
-            "picture, and a broken preference model judges any two the same; look at train_preference's accuracy",
+            "for {n} rounds the preference model has scored all candidates alike: with sampling.eta=0 they are the "
+            "same image, and a broken preference model scores all images alike; look at train_preference's accuracy",
         )
         self._clipped = Streak(
             length,
-            "for {n} updates nine ratios of ten lay at the clip, which gives no gradient: the policy is as far from "
-            "the reference as clip_range lets it go; lower optimizer.learning_rate, or raise clip_range",
+            "for {n} updates nine of ten ratios were at the clip, which gives no gradient: the policy is as far from "
+            "the reference as clip_range allows; lower optimizer.learning_rate, or raise clip_range",
         )
 
     def see(self, *, kept: bool, margin: float, rows: Sequence[Mapping[str, float]]) -> None:
-        """A round: whether it kept a pair, its largest margin, and the measurements of its updates."""
+        """One round: whether it kept a pair, its largest margin, and the measurements of its updates."""
         self._no_pairs.see(not kept)
         self._alike.see(margin < NO_MARGIN)
         for row in rows:
@@ -79,5 +80,5 @@ class StallDetector:
 
 
 def warn(message: str) -> None:
-    """One line on stderr, clear of a progress bar."""
+    """Write one line to stderr, below a progress bar."""
     print(f"\nwarning: {message}" if sys.stderr.isatty() else f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a training run has taken, and what happened in it: its state beside weights and optimizer, as plain numbers."""
+"""The cost of a training run, and its tables."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from spo.runtime.files import write_csv
 
 @dataclass
 class Cost:
-    """What training has taken so far."""
+    """What a training has used so far."""
 
     rounds: int = 0  # of collecting and training
     updates: int = 0
     num_examples: int = 0
-    unet_forwards: int = 0  # samples, each half of the guidance counted; a latent preference model's are half a forward
+    unet_forwards: int = 0  # samples; both halves of the guidance count, a latent preference model counts as half
     vae_decodes: int = 0  # images
     seconds: float = 0.0
-    skipped: int = 0  # updates that were left out, their loss or gradient being not finite
+    skipped: int = 0  # updates with a loss or gradient that was not finite
 
 
 @dataclass
@@ -29,22 +29,22 @@ class TimestepSums:
 
     branched: int = 0
     kept: int = 0
-    margin: float = 0.0  # over the branched
+    margin: float = 0.0  # over the branched pairs
     trained: int = 0
-    log_ratio_win: float = 0.0  # over the trained
+    log_ratio_win: float = 0.0  # over the trained pairs
     log_ratio_lose: float = 0.0
 
 
 @dataclass
 class History:
-    """One row an update, one a look from outside, and sums over the pairs of each timestep."""
+    """A row for each update and for each look of the watch, and sums over the pairs of each timestep."""
 
     updates: list[dict[str, float]] = field(default_factory=list)
+    looks: list[dict[str, float]] = field(default_factory=list)
     timesteps: dict[float, TimestepSums] = field(default_factory=dict)
-    looks: list[dict[str, float]] = field(default_factory=list)  # of the watch
 
     def count(self, grid: Sequence[float], tallies: Sequence[Tally]) -> None:
-        """Add what became of candidates; a t between two of the sampler's `grid` counts at the lower."""
+        """Add the tallies; a t between two timesteps of the sampler's `grid` counts for the lower one."""
         for tally in tallies:
             sums = self._at(grid, tally.t)
             sums.branched += tally.num_branched
@@ -52,7 +52,7 @@ class History:
             sums.margin += tally.margin * tally.num_branched
 
     def count_ratios(self, grid: Sequence[float], t: Sequence[float], log_ratio: Sequence[Sequence[float]]) -> None:
-        """Add the log-ratios (win, lose) of pairs that were trained on at t."""
+        """Add the log-ratios (win, lose) of the pairs that were trained on, at timesteps t."""
         for timestep, (win, lose) in zip(t, log_ratio, strict=True):
             sums = self._at(grid, timestep)
             sums.trained += 1
@@ -64,18 +64,16 @@ class History:
         return self.timesteps.setdefault(ascending[max(0, bisect_right(ascending, t) - 1)], TimestepSums())
 
     def to_json(self) -> dict[str, Any]:
-        """A copy of plain numbers, for `from_json`."""
-        sums = {str(t): asdict(of_t) for t, of_t in self.timesteps.items()}
-        rows = {"updates": [dict(row) for row in self.updates], "looks": [dict(row) for row in self.looks]}
-        return {**rows, "timesteps": sums}
+        """A copy for `from_json`."""
+        sums = [[t, asdict(of_t)] for t, of_t in self.timesteps.items()]
+        return {"updates": list(self.updates), "looks": list(self.looks), "timesteps": sums}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        sums = {_number(t): TimestepSums(**of_t) for t, of_t in values["timesteps"].items()}
-        return cls(values["updates"], sums, values["looks"])
+        return cls(values["updates"], values["looks"], {t: TimestepSums(**of_t) for t, of_t in values["timesteps"]})
 
     def write(self, folder: Path) -> None:
-        """history.csv, watch.csv and timesteps.csv; a mean of nothing is nan."""
+        """Write history.csv, watch.csv and timesteps.csv; a mean over nothing is nan."""
         write_csv(folder / "history.csv", self.updates)
         write_csv(folder / "watch.csv", self.looks)
         rows = [
@@ -90,11 +88,6 @@ class History:
             for t, sums in sorted(self.timesteps.items(), reverse=True)
         ]
         write_csv(folder / "timesteps.csv", rows)
-
-
-def _number(text: str) -> float:
-    """An integer timestep stays one."""
-    return float(text) if "." in text else int(text)
 
 
 def _mean(total: float, count: int) -> float:

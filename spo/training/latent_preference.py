@@ -30,7 +30,7 @@ class LatentPreferenceTraining(PreferenceTraining):
     ModelError where the model reads the latents of another autoencoder than the base's.
     """
 
-    blind_mend = "the pairs' images, and at the model that training started from"
+    no_gradient_remedy = "the pairs' images, and at the model that training started from"
     config: LatentPreferenceConfig
 
     def __init__(

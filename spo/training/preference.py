@@ -1,8 +1,8 @@
-"""Training the step-aware preference model (arXiv 2406.04314, section 4.1).
+"""Training of the step-aware preference model (arXiv 2406.04314, section 4.1).
 
-A pair's two images are noised to one random timestep with the SAME noise; the frozen base predicts the x_0 of each
-with guidance; decoded, they are what the model judges at that timestep. So it learns to tell, half-way through
-sampling, which of two paths will end in the better image. Below float32 it computes under autocast; its weights are
+The two images of a pair are noised to one random timestep with the SAME noise; the frozen base predicts the x_0 of each
+with guidance; the preference model scores the decoded x_0 at that timestep. So it learns to tell, in the middle of
+sampling, which of two paths will end in the better image. Below float32 it computes under autocast; its weights stay
 float32.
 """
 
@@ -16,13 +16,14 @@ from spo.config import Config, PixelPreferenceConfig, SafetyConfig
 from spo.core.types import Conditioning, LabelledPairs
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.checkpoint import PreferenceModel, load_clip, load_preference_model, save_preference_model
+from spo.preference.repository import tokenize
 from spo.training.preference_steps import PreferenceTraining
 
 
 class StepAwareTraining(PreferenceTraining):
-    """The base, which shows what a pair looks like from timestep t, and the model that is to judge it."""
+    """The frozen base, which predicts the images of a pair at timestep t, and the preference model that is trained."""
 
-    blind_mend = "the pairs' images, and at train_preference.start_from"
+    no_gradient_remedy = "the pairs' images, and at train_preference.start_from"
     config: PixelPreferenceConfig
 
     def __init__(
@@ -68,7 +69,7 @@ class StepAwareTraining(PreferenceTraining):
     def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor, *, clean: bool = False) -> Tensor:
         """Scores (n, 2) of the pairs at `index` (n,), noised to timesteps t (n,); one UNet call for both images.
 
-        clean: judge the images as they are, as the end of a rollout is judged at t = 0.
+        clean: score the images as they are, like the end of a rollout at t = 0.
         """
         latents = pairs.latents[index]
         captions = [pairs.captions[i] for i in index.tolist()]
@@ -76,13 +77,7 @@ class StepAwareTraining(PreferenceTraining):
             images = self.base.decode(latents.flatten(0, 1).to(self.base.device))  # (2 n, 3, H, W)
         else:
             images = self.views(latents, noise.expand_as(latents), t, self.base.encode(captions))
-        tokens = self.preference.tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=self.model.clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).input_ids.to(self.base.device)
+        tokens = tokenize(self.preference.tokenizer, captions, self.model.clip.config).to(self.base.device)
         given_t = torch.zeros_like(t) if self.config.blind else t
         given_t = given_t.repeat_interleave(2).to(self.base.device)
         pixels = self.preference.preprocess(images)
@@ -93,7 +88,7 @@ class StepAwareTraining(PreferenceTraining):
 
     @torch.no_grad()
     def views(self, latents: Tensor, noise: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Images (n * 2, 3, H, W) in [0, 1]: the x_0 predicted from latents (n, 2, ...) noised to t (n,)."""
+        """Images (n * 2, 3, H, W) in [0, 1] of the x_0 predicted from latents (n, 2, ...) noised to t (n,)."""
         device = self.base.device
         t = t.repeat_interleave(2).to(device)
         x_t = self.base.sampler.add_noise(latents.flatten(0, 1).to(device), noise.flatten(0, 1).to(device), t)

@@ -6,8 +6,7 @@ step), shares of several processes, micro-batches, the loss scale, what is skipp
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,19 +18,20 @@ from spo.core.losses import preference_loss
 from spo.core.noise import epoch_seed
 from spo.core.types import LabelledPairs
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.preference.accuracy import pairwise_accuracy
+from spo.preference.labels import pairwise_accuracy
 from spo.runtime import distributed
-from spo.runtime.checkpoint import pack_optimizer, unpack_optimizer
 from spo.training.guards import FiniteGuard, Streak
-from spo.training.scaling import LossScale
+from spo.training.updates import Updater
 
-Row = dict[str, float] | None  # a step's measurements, where it was made
+REMEDY = "lower train_preference.learning_rate, set max_grad_norm, or train in float32 or bfloat16"
+
+Row = dict[str, float] | None  # a step's measurements; None if the step was skipped
 
 
 class PreferenceTraining(ABC):
     """A preference model that trains on pairs of the base's latents."""
 
-    blind_mend: ClassVar[str]  # where to look when there has been no gradient for long
+    no_gradient_remedy: ClassVar[str]  # where to look when there has been no gradient for long
 
     def __init__(
         self,
@@ -44,16 +44,17 @@ class PreferenceTraining(ABC):
         self.base = base
         self.model: Any = model.to(base.device)
         self.config = config
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
         self.dtype = getattr(torch, config.dtype)
-        self.scale = LossScale.of(self.dtype)
-        self.guard = FiniteGuard(safety.max_skipped_in_a_row)
-        self._blind = Streak(
+        self.updater = Updater(
+            torch.optim.AdamW(self.model.parameters(), weight_decay=config.weight_decay),
+            FiniteGuard(safety.max_skipped_in_a_row, REMEDY),
+            dtype=self.dtype,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self._no_gradient = Streak(
             safety.stuck_after,
             "for {n} steps the preference model has had no gradient; its scores do not differ between the images of a "
-            f"pair: look at {self.blind_mend}",
+            f"pair: look at {self.no_gradient_remedy}",
         )
 
     @classmethod
@@ -95,29 +96,17 @@ class PreferenceTraining(ABC):
         One whose loss or gradient is not finite changes nothing and has none; TrainingError after too many of them.
         """
         self.model.train()
-        config, optimizer = self.config, self.optimizer
         generator = Generator().manual_seed(epoch_seed(seed, step))
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * self._schedule(step)
-        index = torch.randint(len(pairs), (config.batch_size,), generator=generator)
+        index = torch.randint(len(pairs), (self.config.batch_size,), generator=generator)
         t = self.times(len(index), generator)
         noise = self.noise(pairs, index, generator)
-        optimizer.zero_grad()
         measured = self._accumulate(pairs, index, t, noise)
-        distributed.sum_gradients(self.model.parameters())
-        self.scale.unscale(self.model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or float("inf"))
+        norm = self.updater.clip_gradient()
         row = {**distributed.add_up(measured), "grad_norm": norm.item()}
-        if math.isfinite(row["loss"]) and self.scale.overflowed(math.isfinite(row["grad_norm"])):
+        self._no_gradient.see(row["grad_norm"] == 0)
+        rate = self.config.learning_rate * self._rate_share(step)
+        if not self.updater.step(row["loss"], row["grad_norm"], learning_rate=rate):
             return None
-        self._blind.see(row["grad_norm"] == 0)
-        if not self.guard.allows(
-            row["loss"],
-            row["grad_norm"],
-            mend="lower train_preference.learning_rate, set max_grad_norm, or train in float32 or bfloat16",
-        ):
-            return None
-        optimizer.step()
         return {**row, "logit_scale": self.logit_scale.exp().item()}
 
     def _accumulate(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor) -> dict[str, float]:
@@ -132,27 +121,12 @@ class PreferenceTraining(ABC):
             scores = self.scores(pairs, index[rows], t[rows], noise[rows])
             device = scores.device
             loss = preference_loss(scores, pairs.label[index[rows]].to(device), weight[rows].to(device))
-            self.scale.scale(loss.value * part).backward()
+            self.updater.backward(loss.value * part)
             for name, value in (("loss", loss.value), ("accuracy", loss.metrics["accuracy"])):
                 measured[name] = measured.get(name, 0.0) + value.item() * part
         return measured
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What training has changed: tensors, and what is none."""
-        tensors, numbers = pack_optimizer(self.optimizer)
-        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        values = {"optimizer": numbers, "skipped": self.guard.skipped, "scale": asdict(self.scale)}
-        return {**model, **tensors}, values
-
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Put back what `state` gave."""
-        model = {name: tensors[f"model.{name}"] for name in self.model.state_dict()}
-        self.model.load_state_dict(model)
-        unpack_optimizer(self.optimizer, tensors, values["optimizer"])
-        self.guard.skipped = values["skipped"]
-        self.scale = LossScale(**values["scale"])
-
-    def _schedule(self, step: int) -> float:
+    def _rate_share(self, step: int) -> float:
         warm = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
         if self.config.schedule == "constant":
             return warm
@@ -176,5 +150,4 @@ class PreferenceTraining(ABC):
             )
             for index in torch.arange(len(pairs)).split(self.config.batch_size)
         ]
-        result = pairwise_accuracy(torch.cat(parts).cpu(), pairs.label)
-        return result.accuracy, result.num_pairs
+        return pairwise_accuracy(torch.cat(parts).cpu(), pairs.label)

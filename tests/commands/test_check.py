@@ -9,7 +9,7 @@ import yaml
 from spo.__main__ import main
 from spo.commands import miniature as check
 from spo.commands.miniature import forwards, miniature
-from spo.config import Config, SampledConfig, load_config
+from spo.config import Config, PairConfig, load_config
 from spo.errors import DataError
 from spo.stages import prepare
 from spo.tracking import NullTracker
@@ -99,7 +99,7 @@ def test_every_profile_has_a_miniature_with_the_same_models_and_samplers(profile
     assert small.train_preference.steps == 1
     for method in small.align.values():
         assert method.epochs == 1
-        assert not isinstance(method, SampledConfig) or method.rollouts_per_epoch == 1
+        assert not isinstance(method, PairConfig) or method.rollouts_per_epoch == 1
 
 
 def test_the_time_of_diffusion_dpo_is_told_from_the_pairs_there_are(tmp_path: Path) -> None:

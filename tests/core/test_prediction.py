@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spo.core.prediction import predict_x_0_and_noise, training_target
+from spo.core.prediction import guide, predict_x_0_and_noise, training_target
 from spo.core.schedule import RectifiedFlow, VariancePreserving
 from tests.schedules import stable_diffusion
 
@@ -36,3 +36,14 @@ def test_an_unknown_prediction_type_is_named():
     for call in (training_target, predict_x_0_and_noise):
         with pytest.raises(ValueError, match="prediction_type='x' is unknown; use epsilon, v_prediction, sample or"):
             call(x, x, level, prediction_type="x")
+
+
+def test_scale_1_is_the_conditional_and_scale_0_the_unconditional_prediction():
+    negative, positive = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 5.0])
+    torch.testing.assert_close(guide(negative, positive, 1.0), positive)
+    torch.testing.assert_close(guide(negative, positive, 0.0), negative)
+
+
+def test_guidance_extrapolates_linearly():
+    negative, positive = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 5.0])
+    torch.testing.assert_close(guide(negative, positive, 5.0), torch.tensor([11.0, 33.0]))

@@ -133,7 +133,7 @@ def test_log_prob_of_every_pair_is_finite():
         assert log_prob(policy.transition(output, x_t, pairs.t, pairs.t_prev), pairs.x_prev).isfinite().all()
 
 
-def test_candidates_are_judged_by_their_own_x_0_at_the_next_timestep_and_the_last_as_they_are():
+def test_candidates_are_scored_by_their_own_x_0_at_the_next_timestep_and_the_last_as_they_are():
     policy, scorer = AnalyticDenoiser(), BrightnessScorer()
     cond = policy.encode((-1, 0, 1))
     segments = run(policy, scorer)
@@ -254,7 +254,7 @@ def test_a_segment_of_several_steps_gives_a_pair_a_step_along_unbroken_paths():
             assert torch.equal(before.margin, after.margin)
 
 
-def test_a_segment_of_several_steps_is_judged_once_at_its_end():
+def test_a_segment_of_several_steps_is_scored_once_at_its_end():
     scorer = BrightnessScorer()
     run(scorer=scorer, branch_steps=4)
     assert [t.unique().tolist() for _, _, t in scorer.calls] == [[301], [0]]

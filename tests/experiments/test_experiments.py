@@ -1,4 +1,4 @@
-"""The long experiments, made small: they run, go on where they stopped, and mean what they say."""
+"""Small versions of the long experiments: they run, resume, and their tables are correct."""
 
 import contextlib
 import csv

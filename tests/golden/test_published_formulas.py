@@ -1,4 +1,4 @@
-"""The published code's formulas, written anew in float64 from its text, on inputs that the golden set does not have."""
+"""The published code's formulas, rewritten in float64, on inputs that the golden set does not have."""
 
 import itertools
 import math

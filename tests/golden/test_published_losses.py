@@ -7,8 +7,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from spo.core.gaussian import log_prob
-from spo.core.guidance import guide
 from spo.core.losses import dpo_loss, log_ratio, preference_loss
+from spo.core.prediction import guide
 from spo.core.step import gaussian_step
 from tests.schedules import previous, stable_diffusion
 

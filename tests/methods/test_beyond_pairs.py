@@ -1,5 +1,6 @@
 """The loop trains a method without pairs: candidates with advantages, as in policy-gradient methods."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from spo.config import SampledConfig
+from spo.config import AlignConfig
 from spo.core.gaussian import log_prob
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
 from spo.core.types import Conditioning, Loss
 from spo.methods.method import Round, Tally
-from spo.methods.sampled import SampledMethod
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import add_lora
 from spo.tracking import NullTracker
@@ -22,10 +22,6 @@ from tests.methods.tiny import PROMPTS, BrightnessScorer
 from tests.models.tiny import make_tiny_denoiser
 
 K = 3
-
-
-class AdvantageConfig(SampledConfig):
-    method: str = "advantages"
 
 
 @dataclass(frozen=True)
@@ -59,10 +55,18 @@ class Advantages:
         return Advantages(*fields, cond, torch.cat([part.advantage for part in parts]))
 
 
-class PolicyGradient(SampledMethod[AdvantageConfig, Advantages]):
-    """-advantage log p of every candidate: REINFORCE with the group's mean as its baseline."""
+class PolicyGradient:
+    """-advantage log p of every candidate: REINFORCE with the group's mean as its baseline. One round an epoch."""
 
-    def _collect_batch(self, cond, text, noise: KeyedNoise, *, drop: bool) -> Round[Advantages]:
+    rounds_per_epoch = 1
+
+    def __init__(self, policy: LatentDiffusion):
+        self.policy = policy
+        self.scorer = BrightnessScorer()
+
+    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[Advantages]]:
+        cond, text = self.policy.encode(PROMPTS), self.scorer.encode(PROMPTS)
+        noise = KeyedNoise(0, epoch, range(len(PROMPTS)))
         parts = []
         for segment in rollout(
             self.policy, self.scorer, cond, text, candidates=K, first_step=1, branch_steps=1, noise=noise
@@ -73,7 +77,7 @@ class PolicyGradient(SampledMethod[AdvantageConfig, Advantages]):
             advantage = (centred / (centred.std(dim=0) + 1.0)).T
             parts.append(Advantages(x_t[0], x_prev.transpose(0, 1), t, t_prev, cond, advantage))
         tallies = [Tally(part.t[0].item(), len(part), len(part), 1.0) for part in parts]
-        return Round(Advantages.cat(parts), tallies)
+        yield Round(Advantages.cat(parts), tallies)
 
     def loss(self, examples: Advantages) -> Loss:
         output = self.policy.predict(examples.x_t, examples.t, examples.cond)
@@ -85,9 +89,9 @@ class PolicyGradient(SampledMethod[AdvantageConfig, Advantages]):
 @pytest.fixture
 def trained(folder: Path, tmp_path: Path) -> tuple[LatentDiffusion, dict, PolicyGradient]:
     policy = make_tiny_denoiser("sd15", folder)
-    config = AdvantageConfig(epochs=1, prompts_per_rollout=3, batch_size=8, checkpoints=1)
+    config = AlignConfig(epochs=1, batch_size=8, checkpoints=1)
     add_lora(policy.network.module, config.lora, seed=0)
-    method = PolicyGradient(config, policy, BrightnessScorer(), PROMPTS)
+    method = PolicyGradient(policy)
     return policy, align(method, policy, config, tmp_path / "out", NullTracker()), method
 
 
@@ -96,7 +100,7 @@ def test_a_method_without_pairs_trains_saves_and_counts_its_examples(trained, tm
     steps = len(policy.timesteps) - 1
     assert metrics["num_examples"] == steps * len(PROMPTS)
     assert metrics["kept_share"] == 1.0
-    assert metrics["updates"] == 2 + 1  # batches of 8 out of 3 * 4 and 2 * 4 examples
+    assert metrics["updates"] == 3  # batches of 8 out of 5 * 4 examples
     assert any(weight.abs().max() > 0 for weight in policy.network.parameters()[1::2])
     assert (tmp_path / "out" / "checkpoints").is_dir()
 

@@ -1,4 +1,4 @@
-"""What the training loop may count on, of every method, over a real network of random weights."""
+"""The properties of every method that the training loop relies on, with a real network of random weights."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_another_epoch_and_another_seed_give_other_noise(name: str, policy: Late
     assert all(not torch.equal(a, b) for a, b in zip(noises, noises[1:] + noises[:1], strict=True))
 
 
-def test_what_a_round_tells_of_its_pairs_adds_up(name: str, policy: LatentDiffusion) -> None:
+def test_the_tallies_of_a_round_add_up(name: str, policy: LatentDiffusion) -> None:
     for round_ in make_method(name, policy).collect(0):
         assert sum(tally.num_kept for tally in round_.tallies) == len(round_.examples)
         assert {tally.t for tally in round_.tallies if tally.num_kept} == set(round_.examples.t.tolist())

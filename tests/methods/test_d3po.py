@@ -1,4 +1,4 @@
-"""D3PO's pairs are steps of whole trajectories, which one judgement of their ends labels."""
+"""D3PO's pairs are steps of whole trajectories; one score of the ends labels them all."""
 
 import torch
 
@@ -23,7 +23,7 @@ def test_every_step_of_the_brighter_image_is_a_win(policy: LatentDiffusion) -> N
         assert len(pairs.margin.unique()) == 1
 
 
-def test_the_ends_are_judged_as_clean_images(policy: LatentDiffusion) -> None:
+def test_the_ends_are_scored_as_clean_images(policy: LatentDiffusion) -> None:
     method = make_method("d3po", policy)
     times = []
 

@@ -1,6 +1,7 @@
 """Diffusion-DPO's objective against one written out by hand, and what it makes of its data."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_the_objective_is_the_published_one_in_float64(policy: LatentDiffusion, 
 
 
 def test_ties_are_dropped_and_the_larger_label_wins(policy: LatentDiffusion) -> None:
-    latents, _, _ = data(policy)
+    latents = data(policy).latents
     rounds = list(make_method("diffusion_dpo", policy).collect(0))
     seen = {tuple(pair[:, 0, 0, 0].tolist()) for round_ in rounds for pair in round_.examples.x_0}
     wanted = set()
@@ -53,10 +54,10 @@ def test_ties_are_dropped_and_the_larger_label_wins(policy: LatentDiffusion) -> 
 
 
 def test_pairs_of_which_none_is_decided_are_refused(policy: LatentDiffusion) -> None:
-    latents, label, captions = data(policy)
+    pairs = data(policy)
     config = make_method("diffusion_dpo", policy).config
     with pytest.raises(ValueError, match="all of 6 pairs are ties"):
-        DiffusionDpo(config, policy, latents, torch.full_like(label, 0.5), captions)
+        DiffusionDpo(config, policy, replace(pairs, label=torch.full_like(pairs.label, 0.5)))
 
 
 def test_win_and_lose_share_noise_and_timestep_which_cover_the_schedule(policy: LatentDiffusion) -> None:
@@ -88,7 +89,7 @@ def test_an_update_takes_four_forwards_a_pair(policy: LatentDiffusion) -> None:
 def test_captions_follow_their_pairs(policy: LatentDiffusion) -> None:
     method = make_method("diffusion_dpo", policy, batch_size=5, empty_captions=0.0)
     pairs = next(iter(method.collect(0))).examples
-    latents, _, captions = data(policy)
+    latents, captions = data(policy).latents, data(policy).captions
     for x_0, embedded in zip(pairs.x_0, pairs.cond.tensors["prompt_embeds"], strict=True):
         i = next(i for i in range(len(latents)) if (latents[i] == x_0[0]).all(dim=(1, 2, 3)).any())
         expected = policy.encode([captions[i]]).tensors["prompt_embeds"][0]

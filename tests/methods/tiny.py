@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from spo.config import D3poConfig, DiffusionDpoConfig, SpoConfig
-from spo.core.types import Pairs
+from spo.core.types import LabelledPairs, Pairs
 from spo.methods.d3po import D3po
 from spo.methods.diffusion_dpo import DiffusionDpo, NoisedPairs
 from spo.methods.method import Examples, Method
@@ -26,10 +26,10 @@ class BrightnessScorer:
         return 1e3 * candidates.images.mean(dim=(2, 3, 4))
 
 
-def data(policy: LatentDiffusion) -> tuple[Tensor, Tensor, list[str]]:
-    """Latents (m, 2, c, h, w), labels (m, 2) and captions of preference pairs."""
+def data(policy: LatentDiffusion) -> LabelledPairs:
+    """Six preference pairs."""
     latents = torch.randn(len(LABELS), 2, *policy.latent_shape, generator=torch.Generator().manual_seed(7))
-    return latents, torch.tensor(LABELS), [*PROMPTS, "a bird"]
+    return LabelledPairs(latents, torch.tensor(LABELS), torch.ones(len(LABELS)), [*PROMPTS, "a bird"])
 
 
 def make_method(name: str, policy: LatentDiffusion, *, seed: int = 0, **settings) -> Method:
@@ -44,7 +44,7 @@ def make_method(name: str, policy: LatentDiffusion, *, seed: int = 0, **settings
             return D3po(config, policy, BrightnessScorer(), PROMPTS, seed=seed)
         case "diffusion_dpo":
             config = DiffusionDpoConfig(**{"batch_size": 2, "beta": 200.0, **settings})
-            return DiffusionDpo(config, policy, *data(policy), seed=seed)
+            return DiffusionDpo(config, policy, data(policy), seed=seed)
     raise ValueError(name)
 
 

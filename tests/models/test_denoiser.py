@@ -268,7 +268,7 @@ def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder, mo
 
 def test_compiling_without_a_compiler_says_what_to_install(tiny_folder, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="no-such-compiler is not there"):
+    with pytest.raises(ConfigError, match="there is no no-such-compiler"):
         make_tiny_denoiser("sd15", tiny_folder("sd15"), compile=True)
 
 

@@ -79,7 +79,7 @@ def test_any_scheduler_becomes_unclipped_ddim_of_the_same_noise_schedule(family,
     torch.testing.assert_close(denoiser.sampler.schedule.alpha_bar, euler.alphas_cumprod)
 
 
-def test_a_grid_that_ends_in_a_step_without_noise_is_refused_with_the_mend(tmp_path):
+def test_a_grid_that_ends_in_a_step_without_noise_is_refused_with_the_remedy(tmp_path):
     folder = make_tiny_pipeline("sdxl", tmp_path / "model")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"steps_offset": 1', '"steps_offset": 0'))

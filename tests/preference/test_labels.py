@@ -1,7 +1,12 @@
+import math
+
 import pytest
 import torch
 
-from spo.preference.labels import human_labels, prompt_weights, pseudo_labels
+from spo.preference.labels import human_labels, pairwise_accuracy, prompt_weights, pseudo_labels
+
+LABELS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.25, 0.75], [0.5, 0.5]])
+RIGHT = torch.tensor([[2.0, 1.0], [-1.0, 0.0], [3.0, 4.0], [9.0, 0.0]])
 
 
 def test_human_labels_are_shares_and_equal_votes_a_tie():
@@ -38,3 +43,21 @@ def test_equal_scores_are_a_tie_without_a_margin_too():
 def test_every_prompt_has_weight_one_over_all_its_examples():
     weights = prompt_weights(["a", "b", "a", "a", "b", "c"])
     torch.testing.assert_close(weights, torch.tensor([1 / 3, 1 / 2, 1 / 3, 1 / 3, 1 / 2, 1]))
+
+
+def test_ties_do_not_count():
+    assert pairwise_accuracy(RIGHT, LABELS) == (1, 3)
+    assert pairwise_accuracy(RIGHT.flip(1), LABELS) == (0, 3)
+
+
+def test_a_model_without_opinion_has_one_half():
+    assert pairwise_accuracy(torch.zeros(4, 2), LABELS)[0] == 0.5
+
+
+def test_without_a_decided_pair_the_accuracy_is_nan():
+    assert math.isnan(pairwise_accuracy(torch.ones(2, 2), torch.full((2, 2), 0.5))[0])
+
+
+def test_shapes_of_scores_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="must both be"):
+        pairwise_accuracy(torch.ones(2), LABELS)

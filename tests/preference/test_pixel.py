@@ -35,7 +35,7 @@ def test_depends_on_t_once_trained(step_aware: StepAwareCLIP, images: torch.Tens
     assert (early - late).abs().max() > 1e-2
 
 
-def test_an_image_is_judged_alike_alone_and_in_a_batch_of_many_timesteps(
+def test_an_image_is_scored_the_same_alone_and_in_a_batch_of_many_timesteps(
     step_aware: StepAwareCLIP, images: torch.Tensor, timesteps: torch.Tensor
 ):
     together = step_aware.image_features(images, timesteps)

@@ -26,10 +26,10 @@ def test_text_features_computed_once_serve_every_image_of_the_prompt(
 ):
     scorer = PreferenceScorer(preference)
     once = scorer.score_images(images, scorer.encode(PROMPTS[:1]).expand(5, -1), timesteps)
-    anew = torch.cat(
+    again = torch.cat(
         [scorer.score_images(images[i : i + 1], scorer.encode(PROMPTS[:1]), timesteps[i : i + 1]) for i in range(5)]
     )
-    torch.testing.assert_close(once, anew, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(once, again, rtol=1e-5, atol=1e-5)
 
 
 def test_one_t_for_all_images_gives_the_same_scores_and_is_tabulated_once(

@@ -97,10 +97,10 @@ def train_preference(pipeline: Path, clip: Path) -> dict[str, Any]:
     base = make_tiny_denoiser("sd15", pipeline)
     preference = load_clip(clip, generator=torch.Generator().manual_seed(0))
     training = StepAwareTraining(base, preference, config)
-    training.optimizer = optimizer = PlainSteps(preference.model.parameters(), config.learning_rate)
+    training.updater.optimizer = optimizer = PlainSteps(preference.model.parameters(), config.learning_rate)
     pairs = replace(make_pairs(training, 8), weight=torch.arange(1.0, 9.0))
     start = flat(preference.model.parameters()).clone()
-    rows = list(training.train(pairs, seed=0))
+    rows = [training.step(pairs, step, seed=0) for step in range(config.steps)]
     moved = flat(preference.model.parameters()) - start
     return {"rows": rows, "gradients": optimizer.gradients, "moved": moved}
 

@@ -77,7 +77,7 @@ def test_a_preference_model_that_was_trained_blind_to_t_scores_blindly(project: 
         seeing = align.load_scorer(config, Path(), policy)
         blind = align.load_scorer(config.model_copy(update={"train_preference": preference}), Path(), policy)
     assert isinstance(seeing, PreferenceScorer) and isinstance(blind, PreferenceScorer)
-    with torch.no_grad():  # what three steps of training left is too little to tell
+    with torch.no_grad():  # three steps of training change too little
         for parameter in seeing.model.final_modulation.parameters():
             parameter.add_(0.1)
         blind.model.load_state_dict(seeing.model.state_dict())
@@ -115,7 +115,7 @@ def test_the_comparison_has_a_column_for_every_method(project: Path, config: Con
 
 
 @pytest.mark.slow
-def test_a_watched_method_tells_what_the_judge_saw(project: Path, config: Config) -> None:
+def test_a_watched_method_records_the_scores_of_its_metric(project: Path, config: Config) -> None:
     with (Workspace(config, project).aligned("dpo", 0) / "watch.csv").open(newline="") as file:
         looks = list(csv.DictReader(file))
     assert float(looks[0]["gap"]) == 0
@@ -136,7 +136,7 @@ def test_full_fine_tuning_of_a_base_in_half_precision_can_be_watched(project: Pa
 
 
 @pytest.mark.slow
-def test_without_its_judges_weights_a_run_goes_on_unwatched_unless_the_watch_may_end_it(
+def test_without_its_metrics_weights_a_run_continues_without_a_watch_unless_the_watch_may_end_it(
     project: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def watched(**settings: Any) -> Config:
@@ -152,7 +152,7 @@ def test_without_its_judges_weights_a_run_goes_on_unwatched_unless_the_watch_may
             align.build_watch(watched(stop_after_worse=2), "dpo", policy, root=Path())
     left_out, unwatched = capsys.readouterr().out.splitlines()[-2:]
     assert left_out.startswith("laion_aesthetic: left out, ")
-    assert unwatched == "align dpo goes on unwatched"
+    assert unwatched == "align dpo runs without a watch"
 
 
 def test_changed_labels_are_another_run_to_a_method_that_learns_from_pairs(project: Path, config: Config) -> None:

@@ -93,7 +93,7 @@ class Tracker(NullTracker):
 
 @pytest.fixture(scope="module")
 def ran(root, config):
-    """A run that is killed after five batches, then the run that goes on; how many batches each made."""
+    """A run that is killed after five batches, then the run that resumes; the number of batches of each."""
     made = []
     generate = image_scorer.generate
     with pytest.MonkeyPatch.context() as patch:

@@ -342,16 +342,16 @@ def test_a_gpu_is_told_beside_the_processor(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "name"),
+    ("given", "name"),
     [
         ("processor\t: 0\nmodel name\t: AMD EPYC 7B13\n", "AMD EPYC 7B13"),
         ("processor\t: 0\nCPU architecture: 8\n", platform.machine()),
         ("model name\t:\n", platform.machine()),
     ],
 )
-def test_a_processor_that_the_system_does_not_name_is_told_by_its_architecture(tmp_path, told, name):
+def test_a_processor_that_the_system_does_not_name_is_shown_by_its_architecture(tmp_path, given, name):
     assert processor(tmp_path / "cpuinfo") == platform.machine()
-    (tmp_path / "cpuinfo").write_text(told, encoding="utf-8")
+    (tmp_path / "cpuinfo").write_text(given, encoding="utf-8")
     assert processor(tmp_path / "cpuinfo") == name
 
 

@@ -48,7 +48,7 @@ SETTINGS = {
 def train(
     pipeline: Path, folder: Path, name: str = "spo", *, seed: int = 0, watched=None, store=None, **settings
 ) -> dict:
-    """`watched`: the values of an independent metric, look by look; store: a folder of states to go on from."""
+    """`watched`: the values of an independent metric, look by look; store: a folder of states to continue from."""
     folder.mkdir(exist_ok=store is not None)
     values = {
         "epochs": 2,
@@ -90,7 +90,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_checkpoints_are_spread_over_the_run_and_tell_their_cost(pipeline, tmp_path, name):
+def test_checkpoints_are_spread_over_the_run_and_have_their_cost(pipeline, tmp_path, name):
     metrics = train(pipeline, tmp_path / "run", name)
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000002", "step-000004"]
@@ -160,13 +160,13 @@ def test_log_ratios_by_timestep_are_those_of_the_updates(pipeline, tmp_path):
     updates, timesteps = rows(tmp_path / "run" / "history.csv"), rows(tmp_path / "run" / "timesteps.csv")
     assert len(timesteps) == 3
     for name in ("log_ratio_win", "log_ratio_lose"):
-        told = sum(int(row["kept"]) * float(row[name]) for row in timesteps)
-        assert told == pytest.approx(sum(float(row[name]) for row in updates), rel=1e-3, abs=1e-5)
-        assert told != 0
+        recorded = sum(int(row["kept"]) * float(row[name]) for row in timesteps)
+        assert recorded == pytest.approx(sum(float(row[name]) for row in updates), rel=1e-3, abs=1e-5)
+        assert recorded != 0
 
 
-def test_an_epoch_without_a_kept_pair_ends_the_run_with_the_mend(pipeline, tmp_path):
-    with pytest.raises(TrainingError, match=r"no pair was kept in a whole epoch: threshold=1\.0.*lower"):
+def test_an_epoch_without_a_kept_pair_ends_the_run_with_the_remedy(pipeline, tmp_path):
+    with pytest.raises(TrainingError, match=r"no example was kept in a whole epoch: threshold=1\.0.*lower"):
         train(pipeline, tmp_path / "run", threshold=1.0)
 
 
@@ -189,7 +189,7 @@ def test_eight_bit_adam_says_what_it_lacks():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_judge_that_watches_changes_nothing_that_is_trained(pipeline, tmp_path, name):
+def test_a_watch_changes_nothing_that_is_trained(pipeline, tmp_path, name):
     alone = train(pipeline, tmp_path / "alone", name, epochs=1)
     watched = train(pipeline, tmp_path / "watched", name, epochs=1, watched=[0.1, 0.2, 0.3, 0.4])
     one, other = weights(tmp_path / "alone"), weights(tmp_path / "watched")
@@ -210,7 +210,7 @@ def test_a_watch_that_sees_it_get_worse_ends_the_run_with_a_checkpoint(pipeline,
     assert [float(row["independent"]) for row in rows(tmp_path / "run" / "watch.csv")] == [0.5, 0.6, 0.55, 0.5]
 
 
-def test_a_verdict_that_was_stopped_before_its_checkpoint_is_kept_by_the_run_that_goes_on(
+def test_a_run_that_was_stopped_before_its_last_checkpoint_still_ends_early_when_it_is_resumed(
     pipeline, tmp_path, monkeypatch
 ):
     module = sys.modules["spo.training.align"]
@@ -262,7 +262,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(pipeline, tmp_path,
     weights = load_file(tmp_path / "checkpoints" / "step-000001" / WEIGHTS)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert all(math.isfinite(float(row["log_ratio_win"])) for row in rows(tmp_path / "timesteps.csv"))
-    assert "an update is left out: its loss is nan" in capsys.readouterr().err
+    assert "an update is skipped: its loss is nan" in capsys.readouterr().err
 
 
 def test_a_run_of_bad_updates_ends_before_any_is_made(pipeline, tmp_path):
@@ -283,14 +283,16 @@ def test_running_out_of_memory_while_updating_names_the_micro_batch(pipeline, tm
 
 def test_running_out_of_memory_while_sampling_names_the_prompts(pipeline, tmp_path, monkeypatch):
     method, config = poisoned(pipeline, bad=())
-    monkeypatch.setattr(method.policy, "decode", lambda latents: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(method.policy.autoencoder, "decode", lambda latents: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(TrainingError, match="out of memory: lower the method's prompts_per_rollout, now 5"):
         align(method, method.policy, config, tmp_path, NullTracker())
 
 
 @pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_that_a_signal_ends_in_an_update_goes_on_to_the_same_weights_and_history(pipeline, tmp_path, name, micro):
+def test_a_run_that_a_signal_ends_in_an_update_continues_to_the_same_weights_and_history(
+    pipeline, tmp_path, name, micro
+):
     settings = {**SETTINGS[name], "epochs": 2, "checkpoints": 2, "lora": LoraConfig(rank=2), "micro_batch_size": micro}
 
     def run(folder: Path, *, cut_at: int | None = None) -> dict:
@@ -326,7 +328,7 @@ def test_a_run_that_a_signal_ends_in_an_update_goes_on_to_the_same_weights_and_h
 
 @pytest.mark.parametrize("cut_at", [None, 4])
 def test_the_seconds_before_and_after_a_saved_state_count_once(pipeline, tmp_path, monkeypatch, cut_at):
-    clock, updates, update = [0.0], count(1), loop._update
+    clock, updates, update = [0.0], count(1), loop._Alignment._update
 
     def ten_seconds(*arguments):
         if next(updates) == cut_at:
@@ -335,7 +337,7 @@ def test_the_seconds_before_and_after_a_saved_state_count_once(pipeline, tmp_pat
         return update(*arguments)
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(loop, "_update", ten_seconds)
+    monkeypatch.setattr(loop._Alignment, "_update", ten_seconds)
     monkeypatch.setattr(Saver, "save_if_due", Saver.save)
     settings = {"store": tmp_path / "states", "batch_size": 8, "epochs": 3}
     if cut_at:

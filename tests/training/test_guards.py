@@ -14,23 +14,23 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (1.0, INF), (-INF, NAN)])
-def test_what_is_not_finite_is_left_out_counted_and_told_once(
+def test_an_update_that_is_not_finite_is_skipped_counted_and_warned_about_once(
     loss: float, norm: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guard = FiniteGuard(most_in_a_row=10)
-    assert guard.allows(0.7, 1.0, mend="")
-    assert not guard.allows(loss, norm, mend="")
-    assert not guard.allows(loss, norm, mend="")
+    guard = FiniteGuard(most_in_a_row=10, remedy="")
+    assert guard.allows(0.7, 1.0)
+    assert not guard.allows(loss, norm)
+    assert not guard.allows(loss, norm)
     assert guard.skipped == 2
-    assert capsys.readouterr().err.count("an update is left out") == 1
+    assert capsys.readouterr().err.count("an update is skipped") == 1
 
 
-def test_too_many_in_a_row_end_the_run_with_the_mend_and_a_good_one_starts_the_count_anew() -> None:
-    guard = FiniteGuard(most_in_a_row=3)
+def test_too_many_in_a_row_end_the_run_with_the_remedy_and_a_good_one_restarts_the_count() -> None:
+    guard = FiniteGuard(most_in_a_row=3, remedy="lower the rate")
     for loss in (NAN, NAN, 0.7, NAN, NAN):
-        guard.allows(loss, 1.0, mend="lower the rate")
-    with pytest.raises(TrainingError, match=r"3 updates in a row.*none of them was made; lower the rate"):
-        guard.allows(NAN, 1.0, mend="lower the rate")
+        guard.allows(loss, 1.0)
+    with pytest.raises(TrainingError, match=r"3 updates in a row.*were skipped; lower the rate"):
+        guard.allows(NAN, 1.0)
 
 
 LEARNS = {"kept": True, "margin": 0.5, "rows": [{"clipped": 0.1}]}
@@ -47,7 +47,7 @@ def watched(rounds: list[dict[str, Any]]) -> None:
     [
         ({"kept": False, "rows": []}, "for 3 rounds no pair was kept: .* lower the threshold"),
         ({"margin": 0.0}, "for 3 rounds the preference model has scored all .* alike"),
-        ({"rows": [{"clipped": 0.95}]}, "for 3 updates nine ratios of ten lay at the clip, .*learning_rate"),
+        ({"rows": [{"clipped": 0.95}]}, "for 3 updates nine of ten ratios were at the clip, .*learning_rate"),
     ],
 )
 def test_a_stuck_run_is_warned_about_once_with_likely_causes(
@@ -93,4 +93,4 @@ def test_other_errors_pass(error: Exception) -> None:
 
 
 def test_the_first_update_of_a_run_may_already_be_bad() -> None:
-    assert not FiniteGuard(most_in_a_row=2).allows(math.nan, 0.0, mend="")
+    assert not FiniteGuard(most_in_a_row=2, remedy="").allows(math.nan, 0.0)

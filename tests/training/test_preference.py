@@ -44,6 +44,11 @@ def make_pairs(training: StepAwareTraining, n: int = 16) -> LabelledPairs:
     return LabelledPairs(latents, label, torch.ones(n), ["a red circle"] * n)
 
 
+def train(training: StepAwareTraining, pairs: LabelledPairs, *, seed: int = 0) -> list:
+    """Make all steps; their measurements."""
+    return [training.step(pairs, step, seed=seed) for step in range(training.config.steps)]
+
+
 def test_two_equal_images_score_equally_because_they_share_their_noise(training):
     pairs = make_pairs(training, 4)
     same = replace(pairs, latents=pairs.latents[:, :1].expand_as(pairs.latents))
@@ -63,18 +68,18 @@ def test_both_images_and_both_halves_of_the_guidance_take_one_unet_call(training
     assert len(calls) == 1
 
 
-def test_a_model_that_is_to_be_blind_is_told_that_t_is_0(training, monkeypatch):
-    told = []
+def test_a_blind_model_always_gets_t_0(training, monkeypatch):
+    given = []
     look = training.model.image_features
     monkeypatch.setattr(
-        training.model, "image_features", lambda pixels, t: told.append(t.unique().tolist()) or look(pixels, t)
+        training.model, "image_features", lambda pixels, t: given.append(t.unique().tolist()) or look(pixels, t)
     )
     pairs, t = make_pairs(training, 4), torch.full((4,), 501)
     noise = training.noise(pairs, torch.arange(4), Generator().manual_seed(0))
     for blind in (False, True):
         training.config = training.config.model_copy(update={"blind": blind})
         training.scores(pairs, torch.arange(4), t, noise)
-    assert told == [[501], [0]]
+    assert given == [[501], [0]]
 
 
 def test_at_a_small_t_the_model_sees_the_clean_images(training):
@@ -91,7 +96,7 @@ def test_training_learns_the_preference_and_leaves_the_base_alone(training):
     pairs = make_pairs(training)
     before = [parameter.clone() for parameter in training.base.network.module.parameters()]
     start, count = training.accuracy(pairs, 1, seed=0)
-    rows = list(training.train(pairs, seed=0))
+    rows = train(training, pairs)
     assert count == 16
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert training.accuracy(pairs, 1, seed=0)[0] > max(start, 0.75)
@@ -101,7 +106,7 @@ def test_training_learns_the_preference_and_leaves_the_base_alone(training):
 
 
 def test_the_vision_tower_comes_to_depend_on_t(training):
-    list(training.train(make_pairs(training), seed=0))
+    train(training, make_pairs(training))
     assert all(layer.weight.abs().sum() > 0 for layer in training.model.layer_modulation)
 
 
@@ -120,30 +125,30 @@ def test_ties_are_learned_from_but_not_counted(training):
 
 
 def test_the_same_seed_trains_the_same_model(folders):
-    def train() -> torch.Tensor:
+    def trained() -> torch.Tensor:
         config = PixelPreferenceConfig(start_from="-", steps=3, batch_size=4, learning_rate=1e-3, warmup_steps=1)
         base = make_tiny_denoiser("sd15", folders[0], sampling=SamplingConfig(steps=5))
         training = StepAwareTraining(base, load_clip(folders[1], generator=Generator().manual_seed(0)), config)
-        list(training.train(make_pairs(training), seed=5))
+        train(training, make_pairs(training), seed=5)
         return torch.cat([parameter.flatten() for parameter in training.model.parameters()])
 
-    assert torch.equal(train(), train())
+    assert torch.equal(trained(), trained())
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(training):
     pairs = make_pairs(training)
     broken = replace(pairs, label=pairs.label * float("nan"))
-    training.guard.most_in_a_row = 2
+    training.updater.guard.most_in_a_row = 2
     before = [parameter.clone() for parameter in training.model.parameters()]
     assert training.step(broken, 0, seed=0) is None
     with pytest.raises(TrainingError, match=r"2 updates in a row.*train_preference\.learning_rate"):
         training.step(broken, 1, seed=0)
     assert all(torch.equal(one, other) for one, other in zip(before, training.model.parameters(), strict=True))
     assert training.step(pairs, 2, seed=0) is not None
-    assert training.guard.skipped == 2
+    assert training.updater.guard.skipped == 2
 
 
-def test_at_t_0_the_images_themselves_are_judged(training, monkeypatch):
+def test_at_t_0_the_images_themselves_are_scored(training, monkeypatch):
     """Not what the base would make of them; so is the end of a rollout."""
     pairs = make_pairs(training)
     pixels = training.preference.preprocess(training.base.decode(pairs.latents.flatten(0, 1)))
@@ -172,5 +177,4 @@ def test_half_precision_trains_float32_weights(training, dtype):
     first = [row for row in (half.step(pairs, step, seed=0) for step in range(3)) if row]
     assert first
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
-    _, values = half.state()
-    assert values["scale"]["value"] == {"bfloat16": 1.0, "float16": 2.0**16}[dtype]
+    assert half.updater.scaler.get_scale() == {"bfloat16": 1.0, "float16": 2.0**16}[dtype]

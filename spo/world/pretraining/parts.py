@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from spo.config import Config, SamplerConfig
 from spo.data.prompts import split_prompts
-from spo.preference.accuracy import pairwise_accuracy
+from spo.preference.labels import pairwise_accuracy
 from spo.runtime.files import read_json, write_json
 from spo.runtime.progress import Progress
 from spo.world.opinion import Opinion
@@ -193,8 +193,8 @@ def _held_out_accuracy(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, kn
         both = torch.stack([pool.pictures[pool.first[part]], pool.pictures[pool.second[part]]], dim=1).flatten(0, 1)
         scores.append(score_groups(clip, tokenizer, both, [pool.prompts[i] for i in pool.first[part].tolist()]))
     label = pool.label[rows]
-    accuracy = pairwise_accuracy(torch.cat(scores), torch.stack([label, 1 - label], dim=1))
-    return {"accuracy": accuracy.accuracy, "pairs": accuracy.num_pairs}
+    accuracy, num_pairs = pairwise_accuracy(torch.cat(scores), torch.stack([label, 1 - label], dim=1))
+    return {"accuracy": accuracy, "pairs": num_pairs}
 
 
 def score_base(pipeline: Path, prompts: Sequence[str]) -> dict[str, float]:

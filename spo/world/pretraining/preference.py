@@ -56,7 +56,7 @@ def draw_stock(
         quality = draw_quality(len(part), generator)
         drawn = render(draw_attributes([scenes[i] for i in part.tolist()], generator), quality, generator)
         kept = len(part) // 4
-        drawn[kept:] = through(vae, drawn[kept:], generator, noise=0.15)
+        drawn[kept:] = reconstruct(vae, drawn[kept:], generator, noise=0.15)
         pictures.append((drawn * 255).round().byte())
         flaws.append(torch.cat([quality[:, :3], quality[:, 3:].norm(dim=1, keepdim=True)], dim=1))
     truth = torch.cat(flaws)
@@ -64,7 +64,7 @@ def draw_stock(
 
 
 @torch.no_grad()
-def through(vae: AutoencoderKL, pictures: Tensor, generator: Generator, *, noise: float = 0.0) -> Tensor:
+def reconstruct(vae: AutoencoderKL, pictures: Tensor, generator: Generator, *, noise: float = 0.0) -> Tensor:
     """Encode and decode pictures (n, 3, h, w) in [0, 1]; each latent gets noise of up to `noise` deviations."""
     latents = vae.encode(2 * pictures - 1).latent_dist.mean
     if noise:
@@ -148,7 +148,7 @@ def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: f
         quality = draw_quality(len(repeated), generator)
         finish = -(quality[:, :3] / torch.tensor([0.6, 4.0, 0.18])).sum(dim=1)
         utility = combine(finish, right, -quality[:, 3:].norm(dim=1), share=share)
-        pictures = through(vae, render(shown, quality, generator), generator)
+        pictures = reconstruct(vae, render(shown, quality, generator), generator)
         return Group(pictures, [scene.prompt for scene in drawn], utility)
 
     return draw

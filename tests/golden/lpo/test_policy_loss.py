@@ -7,9 +7,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from spo.config import SpoConfig
 from spo.core.losses import dpo_loss, log_ratio
 from spo.core.types import Conditioning, Loss, Pairs
-from spo.methods.sampled import step_log_prob, step_loss
+from spo.methods.sampled import step_log_prob
+from spo.methods.spo import Spo
 from spo.models.latent_diffusion import LatentDiffusion
 from tests.golden.lpo.conftest import LPO, assert_near
 from tests.golden.lpo.policies import make_policy
@@ -43,9 +45,14 @@ def pairs(figures: Figures) -> Pairs:
 
 @pytest.fixture(scope="module")
 def loss(policy: LatentDiffusion, pairs: Pairs) -> Loss:
-    loss = step_loss(policy, pairs, beta=500.0, clip_range=0.1)
+    loss = lpo(policy).loss(pairs)
     loss.value.backward()
     return loss
+
+
+def lpo(policy: LatentDiffusion) -> Spo:
+    """SPO with LPO's constants; no preference model, since nothing is sampled here."""
+    return Spo(SpoConfig(beta=500.0, clip_range=0.1), policy, None, ["a prompt"])  # type: ignore[arg-type]
 
 
 def both(figures: Figures, name: str) -> Tensor:
