@@ -43,4 +43,4 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     exec(example, {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == config.sampling.steps - 1
-    assert all(line.startswith("t=") and ": mean score " in line for line in lines)
+    assert all(line.startswith("t=") and " pairs, mean score " in line for line in lines)
