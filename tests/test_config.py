@@ -37,6 +37,19 @@ def test_each_shipped_profile_is_valid(profile: str) -> None:
     assert Workspace(config).aligned("spo", 3) == Path("runs") / profile / "align" / "spo" / "seed-3"
 
 
+@pytest.mark.parametrize("profile", ["sd15", "sdxl"])
+def test_lpo_runs_with_the_latent_section_that_the_profile_shows_and_not_without(profile: str) -> None:
+    text = (ROOT / "configs" / f"{profile}.yaml").read_text(encoding="utf-8")
+    lines = text[text.index("# train_preference:") :].partition("\nalign:")[0].splitlines()
+    shown = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
+    values = yaml.safe_load(text) | {"profile": profile, "methods": ["lpo"]}
+    config = Config.model_validate(values | shown)
+    assert config.train_preference.kind == "latent"
+    assert config.train_preference.model_fields_set >= {"steps", "warmup_steps", "batch_size", "learning_rate"}
+    with pytest.raises(ValidationError, match=r"needs train_preference\.kind=latent"):
+        Config.model_validate(values)
+
+
 def test_params_yaml_names_a_shipped_profile() -> None:
     assert load_config(ROOT).profile in PROFILES
 
