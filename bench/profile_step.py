@@ -103,7 +103,7 @@ def attached(watch: Stopwatch, path: OurPath) -> Iterator[None]:
         yield
     finally:
         watch.restore()
-        del path.method.loss, policy.reference  # the classes' own stand again
+        del path.method.loss, policy.network.reference  # the classes' own stand again
 
 
 def show(result: dict[str, Any]) -> str:
