@@ -138,13 +138,13 @@ def key_by_place(seed: int, epoch: int, prompt_ids: list[int], device: torch.dev
 
 
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "gradients are averaged": ("spo.distributed.sum_gradients", take_the_mean),
-    "gradients are not summed": ("spo.distributed.sum_gradients", keep_to_oneself),
-    "a fiftieth of one gradient is lost": ("spo.distributed.sum_gradients", lose_a_fiftieth),
-    "a process drops the last of its share": ("spo.distributed.share", drop_the_last),
+    "gradients are averaged": ("spo.runtime.distributed.sum_gradients", take_the_mean),
+    "gradients are not summed": ("spo.runtime.distributed.sum_gradients", keep_to_oneself),
+    "a fiftieth of one gradient is lost": ("spo.runtime.distributed.sum_gradients", lose_a_fiftieth),
+    "a process drops the last of its share": ("spo.runtime.distributed.share", drop_the_last),
     "noise is keyed to a prompt's place in its process": ("spo.methods.sampled.KeyedNoise", key_by_place),
 }
-OF_GRADIENTS = [fault for fault, (target, _) in FAULTS.items() if target == "spo.distributed.sum_gradients"]
+OF_GRADIENTS = [fault for fault, (target, _) in FAULTS.items() if target == "spo.runtime.distributed.sum_gradients"]
 OF_PAIRS = [fault for fault in FAULTS if fault not in OF_GRADIENTS]
 
 

@@ -259,7 +259,7 @@ def test_what_is_finished_is_not_made_again_and_a_new_checkpoint_costs_its_own_b
 
 
 def test_a_renamed_sampler_redoes_nothing_and_a_changed_one_its_own_images(folder, root, config, monkeypatch):
-    images = tasks(root / "runs/tiny/prepare/prompts/test.txt", 3, 1, config.evaluate.seed)
+    images = tasks(Workspace(config, root).prepared, "test", 3, 1, config.evaluate.seed)
 
     def made(**samplers: SamplerConfig) -> int:
         calls = []
