@@ -14,16 +14,14 @@ class Autoencoder:
         vae: already on its device
         resolution: height and width of an image, in pixels
         upcast: run a float16 VAE with `force_upcast` in its config in float32, as the SDXL pipeline does
-        batch_size: images in one forward; None: 16, or fewer if they would have more than 8 times 512 x 512 pixels
-            (on a CPU 128 x 128)
     """
 
-    def __init__(self, vae: AutoencoderKL, *, resolution: int, upcast: bool = False, batch_size: int | None = None):
+    def __init__(self, vae: AutoencoderKL, *, resolution: int, upcast: bool = False):
         upcast = upcast and vae.dtype == torch.float16 and vae.config.force_upcast
         self.vae = copy.deepcopy(vae).float() if upcast else vae
         self.preview: AutoencoderTiny | None = None  # decodes instead of the VAE
         pixels = 8 * (128 if vae.device.type == "cpu" else 512) ** 2
-        self.batch_size = batch_size or min(16, max(1, pixels // resolution**2))
+        self.batch_size = min(16, max(1, pixels // resolution**2))  # images in one forward
         self.decodes = 0  # images decoded so far
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def save_kohya(network: Network, file: str | Path) -> None:
         save_file({name: weight.float().cpu().contiguous() for name, weight in state.items()}, temporary)
 
 
-def load_lora(network: Network, source: str | Path, *, weight_name: str | None = None) -> None:
+def load_lora(network: Network, source: str | Path) -> None:
     """Replace the policy's LoRA by one from a folder, a file or a hub repository, with diffusers' or kohya's names.
 
     It is then trainable and in float32. Only .safetensors is read. ModelError if it is missing, also changes a text
@@ -69,7 +69,7 @@ def load_lora(network: Network, source: str | Path, *, weight_name: str | None =
     """
     unet = network.module
     with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
-        state, alphas, metadata = _read(network, source, weight_name, revision=None)
+        state, alphas, metadata = _read(network, source)
         others = sorted({name.split(".")[0] for name in state if not name.startswith("unet.")})
         if others or not state:
             raise ModelError(f"LoRA {source} changes {others or 'nothing'}; it should change the UNet alone")
@@ -115,7 +115,7 @@ def published_lora(
 
 
 def _read(
-    network: Network, source: str | Path, weight_name: str | None, revision: str | None
+    network: Network, source: str | Path, weight_name: str | None = None, revision: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
     """Weights with diffusers' names, alphas and metadata of a LoRA; only .safetensors is read."""
     path = Path(source)

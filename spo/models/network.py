@@ -26,16 +26,12 @@ class Network(ABC):
     Args:
         pipeline: already on its device
         resolution: height and width of an image, in pixels
-        batch_size: samples (both halves of the guidance count) in one forward without gradients; None: 64, or fewer
-            if they would have more than 32 times 64 x 64 positions
     """
 
-    component: ClassVar[str]  # the pipeline's name of the denoising network: unet or transformer
-    upcasts_vae: ClassVar[bool] = (
-        False  # whether the pipeline runs a float16 VAE in float32 if the VAE's config says so
-    )
+    component: ClassVar[str] = "unet"  # the pipeline's name of the denoising network
+    upcasts_vae: ClassVar[bool] = False  # whether the pipeline respects the VAE's `force_upcast`
 
-    def __init__(self, pipeline: Pipeline, *, resolution: int, batch_size: int | None = None):
+    def __init__(self, pipeline: Pipeline, *, resolution: int):
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
@@ -46,7 +42,7 @@ class Network(ABC):
         self.resolution = resolution
         size = resolution // pipeline.vae_scale_factor
         self.latent_shape = (self.module.config.in_channels, size, size)
-        self.batch_size = batch_size or min(64, max(2, 32 * 64**2 // size**2))
+        self.batch_size = min(64, max(2, 32 * 64**2 // size**2))  # in a forward without gradients
         self.forwards: float = 0  # samples so far; both halves of the guidance count
         self._negative: dict[str, Tensor] | None = None
         self._merged = False

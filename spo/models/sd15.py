@@ -11,8 +11,6 @@ from spo.models.network import Network
 class StableDiffusionNetwork(Network):
     """Conditioned on `prompt_embeds` (b, tokens, width)."""
 
-    component = "unet"
-
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}

@@ -12,7 +12,6 @@ from spo.models.network import Network
 class StableDiffusionXLNetwork(Network):
     """Conditioned on `prompt_embeds` (b, tokens, width), `pooled_embeds` (b, width) and uncropped square images."""
 
-    component = "unet"
     upcasts_vae = True
 
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -22,7 +21,7 @@ class StableDiffusionXLNetwork(Network):
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
 
     def _embed_negative(self) -> dict[str, Tensor]:
-        """Zeros where the pipeline says so, as SDXL's does."""
+        """Zeros if the pipeline says so, like SDXL's."""
         empty = super()._embed_negative()
         if self.pipeline.config.force_zeros_for_empty_prompt:
             return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}

@@ -43,7 +43,6 @@ def load_clip(
     *,
     processor: str | Path | None = None,
     preprocessing: Mode = "antialias",
-    revision: str | None = None,
     generator: Generator | None = None,
 ) -> PreferenceModel:
     """A plain CLIP (hub name or folder) as the step-aware model that equals it for every t, float32 on the CPU.
@@ -52,9 +51,9 @@ def load_clip(
     yuvalkirstain/PickScore_v1 and laion/CLIP-ViT-H-14-laion2B-s32B-b79K. `generator` as in StepAwareCLIP.from_clip.
     ModelError if something is missing or does not fit.
     """
-    _, tokenizer, preprocess = read_processor(repository, processor, mode=preprocessing, revision=revision)
-    clip = read_clip(repository, revision=revision)
-    return PreferenceModel(StepAwareCLIP.from_clip(clip, generator=generator), tokenizer, preprocess)
+    _, tokenizer, preprocess = read_processor(repository, processor, mode=preprocessing)
+    model = StepAwareCLIP.from_clip(read_clip(repository), generator=generator)
+    return PreferenceModel(model, tokenizer, preprocess)
 
 
 def save_preference_model(
@@ -129,14 +128,13 @@ def import_published(
     *,
     processor: str | Path | None = None,
     preprocessing: Mode = "published",
-    revision: str | None = None,
 ) -> None:
     """Convert a published .bin to our folder; configuration and tokenizer come from the CLIP `repository`.
 
     The published files belong to laion/CLIP-ViT-H-14-laion2B-s32B-b79K, whose weights are not needed. `processor` as in
     load_clip. ModelError if the file or the repository cannot be read or they do not fit.
     """
-    config, tokenizer, preprocess = read_processor(repository, processor, mode=preprocessing, revision=revision)
+    config, tokenizer, preprocess = read_processor(repository, processor, mode=preprocessing)
     save_preference_model(read_published(file, config), tokenizer, preprocess, folder)
 
 

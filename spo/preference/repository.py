@@ -26,7 +26,7 @@ SAFETENSORS = ["model*.safetensors"]
 PICKLED = ["pytorch_model*.bin"]
 
 
-def fetch(repository: str | Path, patterns: list[str], *, revision: str | None = None) -> Path:
+def fetch(repository: str | Path, patterns: list[str]) -> Path:
     """The local folder of a repository: itself, or the hub's cache with the files that match `patterns`.
 
     ModelError if it is neither a folder nor on the hub.
@@ -37,15 +37,15 @@ def fetch(repository: str | Path, patterns: list[str], *, revision: str | None =
     if not hub.is_name(name):
         raise ModelError(f"CLIP model {name!r} is no folder here; put one there, or name one on the hub as OWNER/NAME")
     with hub.loading(f"CLIP model {name!r}", name, "its place", ""):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns))
 
 
-def read_clip(repository: str | Path, *, revision: str | None = None) -> CLIPModel:
+def read_clip(repository: str | Path) -> CLIPModel:
     """The CLIPModel in float32 on the CPU; ModelError if it or some weights are missing, or if it is no CLIP."""
-    config = read_config(repository, revision=revision)
-    folder = fetch(repository, SAFETENSORS, revision=revision)
+    config = read_config(repository)
+    folder = fetch(repository, SAFETENSORS)
     if not any(folder.glob(SAFETENSORS[0])):
-        folder = fetch(repository, PICKLED, revision=revision)
+        folder = fetch(repository, PICKLED)
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = CLIPModel.from_pretrained(
@@ -65,30 +65,29 @@ def read_clip(repository: str | Path, *, revision: str | None = None) -> CLIPMod
     return clip
 
 
-def read_config(repository: str | Path, *, revision: str | None = None) -> CLIPConfig:
+def read_config(repository: str | Path) -> CLIPConfig:
     """The CLIP's configuration; ModelError if it is missing or describes another kind of model."""
-    values = _read_json(fetch(repository, SMALL_FILES, revision=revision) / "config.json", repository)
-    if values is None or values.get("model_type") != "clip":
-        found = "has no config.json" if values is None else f"is a {values.get('model_type')!r} model"
+    values = _read_json(repository, "config.json")
+    if values.get("model_type") != "clip":
+        found = f"is a {values.get('model_type')!r} model" if values else "has no config.json"
         raise ModelError(f"{str(repository)!r} {found}; a CLIP model is needed, such as yuvalkirstain/PickScore_v1")
     return CLIPConfig.from_dict(values)
 
 
 def read_processor(
-    repository: str | Path,
-    processor: str | Path | None = None,
-    *,
-    mode: Mode = "antialias",
-    revision: str | None = None,
+    repository: str | Path, processor: str | Path | None = None, *, mode: Mode = "antialias"
 ) -> tuple[CLIPConfig, CLIPTokenizer, Preprocessing]:
     """A CLIP's configuration, tokenizer and preprocessing; ModelError if one is missing or does not fit.
 
-    processor: the repository of the tokenizer and of the mean and std, if `repository` has none.
+    processor: the repository of the tokenizer and of the mean and std (by default CLIP's usual ones), if `repository`
+    has none.
     """
-    config = read_config(repository, revision=revision)
-    files, revision = (processor, None) if processor else (repository, revision)
-    tokenizer = read_tokenizer(files, config, revision=revision)
-    return config, tokenizer, _read_preprocessing(files, config, mode, revision=revision)
+    config, source = read_config(repository), processor or repository
+    tokenizer = read_tokenizer(source, config)
+    values = _read_json(source, "preprocessor_config.json")
+    mean, std = values.get("image_mean", OPENAI_CLIP_MEAN), values.get("image_std", OPENAI_CLIP_STD)
+    vision: Any = config.vision_config
+    return config, tokenizer, Preprocessing(size=vision.image_size, mean=tuple(mean), std=tuple(std), mode=mode)
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], config: CLIPConfig) -> Tensor:
@@ -98,12 +97,12 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], config: CLIPConfi
     return tokenizer(list(prompts), padding="max_length", **options).input_ids
 
 
-def read_tokenizer(repository: str | Path, config: CLIPConfig, *, revision: str | None = None) -> CLIPTokenizer:
+def read_tokenizer(repository: str | Path, config: CLIPConfig) -> CLIPTokenizer:
     """The tokenizer; ModelError if it is missing or does not fit the text tower of `config`.
 
     Without its files transformers would make an empty tokenizer, to which all prompts are equal.
     """
-    folder = fetch(repository, SMALL_FILES, revision=revision)
+    folder = fetch(repository, SMALL_FILES)
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise ModelError(
             f"{str(repository)!r} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); name a repository "
@@ -122,25 +121,15 @@ def read_tokenizer(repository: str | Path, config: CLIPConfig, *, revision: str 
     return tokenizer
 
 
-def _read_preprocessing(
-    repository: str | Path, config: CLIPConfig, mode: Mode, *, revision: str | None = None
-) -> Preprocessing:
-    """The CLIP's size and the repository's mean and std, by default CLIP's usual ones."""
-    folder = fetch(repository, SMALL_FILES, revision=revision)
-    values = _read_json(folder / "preprocessor_config.json", repository) or {}
-    vision: Any = config.vision_config
-    mean = tuple(values.get("image_mean", OPENAI_CLIP_MEAN))
-    std = tuple(values.get("image_std", OPENAI_CLIP_STD))
-    return Preprocessing(size=vision.image_size, mean=mean, std=std, mode=mode)
-
-
-def _read_json(path: Path, repository: str | Path) -> dict[str, Any] | None:
+def _read_json(repository: str | Path, name: str) -> dict[str, Any]:
+    """The values of a repository's JSON file; none if it is missing."""
+    path = fetch(repository, SMALL_FILES) / name
     if not path.is_file():
-        return None
+        return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path.name} of {str(repository)!r} is no valid JSON: {one_line(error)}") from None
+        raise ModelError(f"{name} of {str(repository)!r} is no valid JSON: {one_line(error)}") from None
     if not isinstance(values, dict):
-        raise ModelError(f"{path.name} of {str(repository)!r} holds a {type(values).__name__}; it should hold keys")
+        raise ModelError(f"{name} of {str(repository)!r} holds a {type(values).__name__}; it should hold keys")
     return values

@@ -148,7 +148,7 @@ def test_without_its_metrics_weights_a_run_continues_without_a_watch_unless_the_
     with contextlib.chdir(project):
         policy = align.build_policy(config, "dpo")
         assert align.build_watch(watched(), "dpo", policy, root=Path()) is None
-        with pytest.raises(ModelError, match="nowhere.pth is no file here"):
+        with pytest.raises(ModelError, match="is no file here; put one there"):
             align.build_watch(watched(stop_after_worse=2), "dpo", policy, root=Path())
     left_out, unwatched = capsys.readouterr().out.splitlines()[-2:]
     assert left_out.startswith("laion_aesthetic: left out, ")
