@@ -107,7 +107,8 @@ def interval_chart(name: str, spans: Sequence[Span], *, x_label: str) -> str:
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        axes.locator_params(axis="x", nbins=5)
+        longest = max((len(span.label) for span in spans), default=0)  # long labels leave little width for the ticks
+        axes.locator_params(axis="x", nbins=5 if longest < 20 else 3)
         axes.set_title(x_label, loc="left", fontsize=10, pad=8)
         return _svg(figure, name)
 
