@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from spo.models.merging import merged_adapter
 from torch import nn
 
 from spo.models.latent_diffusion import LatentDiffusion
@@ -30,7 +29,8 @@ def cast(policy: LatentDiffusion, dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def merged(policy: LatentDiffusion) -> Iterator[None]:
     """The adapter added into the weights, in the weights' own dtype: a sum with a float32 adapter is float32."""
-    with merged_adapter(policy.network.module), cast(policy, policy.dtype):
+    dtype = policy.dtype
+    with changed(policy.network, "dtype", torch.float32), policy.network.merged(), cast(policy, dtype):
         yield
 
 

@@ -47,7 +47,7 @@ def test_without_a_file_a_key_is_of_the_profile_that_runs(root: Path) -> None:
         ({"align.spo.bet": 1}, "align.spo.bet: unknown key"),
         ({"seed.of.all": 1}, "seed.of is no section|seed is no section"),
         ({"dvc.yaml:stages": {}}, r"overrides name dvc.yaml; use one of \['params.yaml', 'configs/sd15.yaml'"),
-        ({"align.spo.beta": 5.0, "evaluate.primary": "nothing"}, "primary and guarded name scores"),
+        ({"align.spo.beta": 5.0, "evaluate.primary": "nothing"}, "primary and guarded must be scores"),
     ],
 )
 def test_what_would_not_be_valid_is_refused_and_nothing_is_written(root: Path, overrides: dict, message: str) -> None:
