@@ -2,7 +2,7 @@
 
     python -m experiments.candidate_agreement [MODEL ...] [--prompts 69] [--candidates 4]
 
-MODEL is a folder of a step-aware preference model (default: the model of `python -m spo train_preference`). The base is
+MODEL is a folder of a step-aware preference model (default: the one that the method names). The base is
 sampled on the validation prompts as in SPO. At each step SPO would keep some pairs of the model's best and worst
 candidate; an independent metric decides which of the two is better. The table has the share of pairs on which both
 agree, by timestep and score, with 95% intervals over prompts; 0.5 is chance. The pipeline's accuracy on pairs of
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.candidate_agreement", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("models", nargs="*", type=Path, help="folders (default: the model of train_preference)")
+    parser.add_argument("models", nargs="*", type=Path, help="folders (default: the one that the method names)")
     parser.add_argument(
         "--method",
         default="spo",
@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workspace = Workspace(config)
     prompts = workspace.prepared.prompts("validation", options.prompts)
     everything: list[Row] = []
-    for folder in options.models or [workspace.preference_model]:
-        timestep = 0 if config.train_preference.blind else settings.scoring.timestep
+    for folder in options.models or [workspace.preference_model(settings.scorer)]:
+        timestep = 0 if config.preference_models[settings.scorer].blind else settings.scoring.timestep
         scorer = PreferenceScorer(load_preference_model(folder), device=best_device(), timestep=timestep)
         rows = measure(config, scorer, prompts, settings)
         everything += [{"model": str(folder), **row} for row in rows]

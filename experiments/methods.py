@@ -61,13 +61,13 @@ class Comparison:
         optimizer = settings.optimizer.model_copy(update={"learning_rate": factor * settings.optimizer.learning_rate})
         settings = settings.model_copy(update={"optimizer": optimizer, "watch": None})
         config = self.config.model_copy(update={"align": {method: settings}})
-        preference = digest(Workspace(config, self.root).preference_model)
-        more = {"seed": self.seed, **({"preference_model": preference} if settings.needs_preference_model else {})}
+        preference = settings.scorer and digest(Workspace(config, self.root).preference_model(settings.scorer))
+        more = {"seed": self.seed, **({"preference_model": preference} if preference else {})}
         work = work_folder("methods", config, more, root=self.root)
         workspace = Workspace(config, work)
         folder = workspace.aligned(method, self.seed)
         if not folder.exists():
-            for stage in ("prepare", "train_preference"):
+            for stage in ("prepare", "preference_models"):
                 copy_outputs(stage, config, source=self.root, target=work)
             align.run(config, method, self.seed, root=work, tracker=NullTracker())
         label = f"{method}-{work.name}"

@@ -122,14 +122,16 @@ class Sweep:
             pairs = target.pairs_file("train").parent
             write_json(folder / "labels.json", write_pairs(splits, pairs, cell.opinion, seed=cell.seed))
         config = self.config.model_copy(update={"seed": cell.seed})
-        if any(settings.needs_preference_model for settings in config.align.values()):
+        if any(settings.scorer for settings in config.align.values()):
             start = self.work / "preference-models" / cell.labelling
             if not start.exists():
                 self.teacher.teach(cell.opinion, start, seed=cell.seed)
-            preference = config.train_preference.model_copy(update={"start_from": str(start), "checkpoint": None})
-            config = config.model_copy(update={"train_preference": preference})
-            if not Workspace(config, folder).train_preference.exists():
-                preference_stage.run(config, root=folder, tracker=NullTracker())
+            preference = config.preference_models["pixel"].model_copy(
+                update={"start_from": str(start), "checkpoint": None, "candidates": None}
+            )
+            config = config.model_copy(update={"preference_models": {"pixel": preference}})
+            if not Workspace(config, folder).preference_model("pixel").exists():
+                preference_stage.run(config, "pixel", root=folder, tracker=NullTracker())
         for name in self.methods:
             if not Workspace(config, folder).aligned(name, cell.seed).exists():
                 align.run(config, name, cell.seed, root=folder, tracker=NullTracker())
@@ -200,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = Effort(preference_steps=options.preference_steps)
     config = load_config()
     if options.step_aware_steps is not None:
-        settings = config.train_preference.model_copy(update={"steps": options.step_aware_steps})
-        config = config.model_copy(update={"train_preference": settings})
+        settings = config.preference_models["pixel"].model_copy(update={"steps": options.step_aware_steps})
+        config = config.model_copy(update={"preference_models": {"pixel": settings}})
     if options.quick:
         effort = Effort(sight_pictures=96, sight_steps=4, lessons_per_prompt=1, preference_steps=4)
         config = shortened(config)

@@ -108,9 +108,12 @@ def cells(differences: Mapping[str, Difference], names: Sequence[str]) -> dict[s
     }
 
 
+SHORT = {"steps": 4, "evaluate_pairs": 16, "candidates": None}  # of the preference model
+
+
 def shortened(config: Config) -> Config:
     """The configuration with as little work as possible, to test that an experiment runs."""
     settings = {name: each.model_copy(update={"epochs": 1, "checkpoints": 2}) for name, each in config.align.items()}
-    preference = config.train_preference.model_copy(update={"steps": 4, "evaluate_pairs": 16})
+    preference = {"pixel": config.preference_models["pixel"].model_copy(update=SHORT)}
     evaluate = config.evaluate.model_copy(update=QUICK)
-    return config.model_copy(update={"align": settings, "train_preference": preference, "evaluate": evaluate})
+    return config.model_copy(update={"align": settings, "preference_models": preference, "evaluate": evaluate})

@@ -20,7 +20,7 @@ For example, in a project in which `python -m spo repro` has run:
     config = spo.load_config()
     workspace = spo.Workspace(config)
     model = spo.build(config.model, config.sampling, "cpu")
-    scorer = spo.PreferenceScorer(spo.load_preference_model(workspace.preference_model), device=model.device)
+    scorer = spo.PreferenceScorer(spo.load_preference_model(workspace.preference_model("pixel")), device=model.device)
     prompts = workspace.prepared.prompts("validation", limit=4)
     segments = spo.rollout(
         model,

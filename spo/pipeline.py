@@ -1,6 +1,7 @@
 """The stages: what each of them is, reads and may do. Every list of stages is read off this one table."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,7 @@ class Stage:
     help: str  # one line for `--help`
     sections: tuple[str, ...] = ()  # of the configuration, recorded with its tracked run
     inputs: tuple[tuple[str, str], ...] = ()  # prepared data that it reads: "prompts" or "preferences", and a side
-    per_method: bool = False  # takes a method and a training seed
+    item: Literal["", "preference_model", "method"] = ""  # what it runs for each of; a method has a training seed too
     distributed: bool = False  # `launch.num_processes` processes share its work
     resumable: bool = False  # a stopped run continues where it was
     checked: bool = False  # looks at its start for what later stages lack
@@ -22,9 +23,10 @@ _TABLE = (
     Stage("prepare", "check prompts and preferences and split them", ("seed", "prepare"), checked=True),
     Stage(
         "train_preference",
-        "train the preference model",
-        ("seed", "model", "sampling", "labels", "train_preference"),
+        "train one preference model",
+        ("seed", "model", "sampling", "labels"),  # and the model's own section
         (("preferences", "train"), ("preferences", "validation")),
+        item="preference_model",
         distributed=True,
         resumable=True,
         checked=True,
@@ -34,7 +36,7 @@ _TABLE = (
         "align the diffusion model by one method",
         ("model", "sampling", "labels"),  # and the method's own section
         (("prompts", "train"),),
-        per_method=True,
+        item="method",
         distributed=True,
         resumable=True,
         checked=True,

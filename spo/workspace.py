@@ -46,13 +46,13 @@ class Workspace:
     def prepared(self) -> Prepared:
         return Prepared(self.output("prepare"))
 
-    @property
-    def train_preference(self) -> Path:
-        return self.output("train_preference")
+    def train_preference(self, name: str) -> Path:
+        """What `train_preference` measures of a preference model."""
+        return self.output("train_preference") / name
 
-    @property
-    def preference_model(self) -> Path:
-        return self.train_preference / "model"
+    def preference_model(self, name: str) -> Path:
+        """The trained model, apart from its measurements: DVC would align anew whenever a duration changes."""
+        return self.output("preference_models") / name
 
     def aligned(self, method: str, seed: int) -> Path:
         """What `align` writes for a method and a training seed."""

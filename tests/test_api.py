@@ -36,7 +36,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     config = spo.load_config()
     prepare.run(config, tracker=NullTracker())
     clip = load_clip(root / "clip")
-    folder = spo.Workspace(config).preference_model
+    folder = spo.Workspace(config).preference_model("pixel")
     save_preference_model(clip.model, clip.tokenizer, clip.preprocess, folder)
     capsys.readouterr()
     example = textwrap.dedent(spo.__doc__[spo.__doc__.index("    import spo") :])

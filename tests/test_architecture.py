@@ -59,7 +59,8 @@ def test_a_stages_tracked_settings_are_the_pipelines_params() -> None:
     for stage in [stage for stage in PIPELINE if STAGES[stage].sections]:
         params = [param for param in pipeline()[stage]["params"] if "configs/${profile}.yaml" in param]
         names = {name.partition(".")[0] for param in params for name in param["configs/${profile}.yaml"]}
-        tracked = {*STAGES[stage].sections, *(("align", "train_preference") if stage == "align" else ())}
+        own = {"align": ("align", "preference_models"), "train_preference": ("preference_models",)}
+        tracked = {*STAGES[stage].sections, *own.get(stage, ())}
         assert names == tracked, stage
         for profile in (ROOT / "configs").glob("*.yaml"):  # DVC reads the file, not the defaults
             written = yaml.safe_load(profile.read_text(encoding="utf-8"))

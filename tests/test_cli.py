@@ -89,7 +89,7 @@ def run_fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Non
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(run=run))
 
 
-@pytest.mark.parametrize("name", [name for name in STAGES if name != "align"])
+@pytest.mark.parametrize("name", [name for name in STAGES if not STAGES[name].item])
 def test_a_stage_runs_with_the_profile_of_params_yaml(project: Path, stage: list[Any], name: str) -> None:
     assert main([name]) == 0
     assert stage == [(f"spo.stages.{name}", ("tiny",))]
@@ -124,18 +124,18 @@ def test_a_second_run_of_a_stage_is_refused_and_another_profile_runs_beside_it(
 
 @pytest.mark.usefixtures("stage")
 def test_restart_forgets_what_a_stopped_run_had_saved(project: Path) -> None:
-    state = project / ".cache" / "state" / "tiny" / "train_preference" / "00000001" / "values.json"
+    state = project / ".cache" / "state" / "tiny" / "train_preference" / "pixel" / "00000001" / "values.json"
     state.parent.mkdir(parents=True)
     state.write_text("{}")
-    assert main(["train_preference"]) == 0
+    assert main(["train_preference", "pixel"]) == 0
     assert state.exists()
-    assert main(["train_preference", "--restart"]) == 0
+    assert main(["train_preference", "pixel", "--restart"]) == 0
     assert not state.exists()
 
 
 def test_a_name_with_a_hyphen_is_the_same_stage(project: Path, stage: list[Any]) -> None:
-    assert main(["train-preference"]) == main(["train_preference"]) == 0
-    assert stage == [("spo.stages.train_preference", ("tiny",))] * 2
+    assert main(["train-preference", "pixel"]) == main(["train_preference", "pixel"]) == 0
+    assert stage == [("spo.stages.train_preference", ("tiny", "pixel"))] * 2
 
 
 def test_the_option_profile_overrides_params_yaml(project: Path, stage: list[Any]) -> None:
@@ -209,7 +209,8 @@ def test_a_bug_of_ours_is_not_hidden(project: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["align", "nosuch"], "has no such method; it has ['d3po', "),
+        (["align", "nosuch"], "align nosuch: profile tiny has no 'nosuch'; it has ['d3po', "),
+        (["train_preference", "nosuch"], "profile tiny has no 'nosuch'; it has ['latent', 'pixel']"),
         (["prepare", "--profile", "nosuch"], "profile 'nosuch' has no"),
         (["mlflow-ui"], "there are no runs"),
     ],
@@ -224,7 +225,9 @@ def test_what_is_not_there_is_told_with_what_is(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["nosuch"], ["align"], ["prepare", "--nosuch"], ["import-preference-model"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nosuch"], ["align"], ["train_preference"], ["prepare", "--nosuch"], ["import-preference-model"]]
+)
 def test_wrong_arguments_are_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("Usage: python -m spo")
@@ -265,7 +268,9 @@ def test_exports_method_and_checkpoint_exclude_each_other() -> None:
 
 def test_a_stages_settings_are_its_own_sections() -> None:
     config = load_config(ROOT, "tiny")
-    assert set(settings(config, "train_preference")) == {"seed", "model", "sampling", "labels", "train_preference"}
+    own = settings(config, "train_preference", "latent")
+    assert set(own) == {"seed", "model", "sampling", "labels", "train_preference"}
+    assert own["train_preference"]["kind"] == "latent"
     assert settings(config, "align", "spo")["align"]["method"] == "spo"
     assert settings(config, "report") == {}
 

@@ -29,6 +29,10 @@ def project(
     return folder
 
 
+def pixel(values: dict[str, Any]) -> dict[str, Any]:
+    return values["preference_models"]["pixel"]
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_each_shipped_profile_is_valid(profile: str) -> None:
     config = load_config(ROOT, profile)
@@ -38,15 +42,15 @@ def test_each_shipped_profile_is_valid(profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", ["sd15", "sdxl"])
-def test_lpo_runs_with_the_latent_section_that_the_profile_shows_and_not_without(profile: str) -> None:
-    text = (ROOT / "configs" / f"{profile}.yaml").read_text(encoding="utf-8")
-    lines = text[text.index("# train_preference:") :].partition("\nalign:")[0].splitlines()
-    shown = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
-    values = yaml.safe_load(text) | {"profile": profile, "methods": ["lpo"]}
-    config = Config.model_validate(values | shown)
-    assert config.train_preference.kind == "latent"
-    assert config.train_preference.model_fields_set >= {"steps", "warmup_steps", "batch_size", "learning_rate"}
-    with pytest.raises(ValidationError, match=r"needs train_preference\.kind=latent"):
+def test_lpo_has_the_latent_model_with_its_own_settings_and_no_other(profile: str) -> None:
+    config = load_config(ROOT, profile)
+    latent = config.preference_models[config.scorer_of("lpo")]
+    assert latent.kind == "latent" and latent.filter is not None
+    assert latent.model_fields_set >= {"steps", "warmup_steps", "batch_size", "learning_rate"}
+    assert config.labels_of("latent").kind == "human"
+    values = config.model_dump()
+    values["align"]["lpo"]["preference_model"] = "pixel"
+    with pytest.raises(ValidationError, match=r"align\.lpo\.scoring\.at_step_time=true needs a preference model"):
         Config.model_validate(values)
 
 
@@ -84,7 +88,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ),
         (lambda v: v["evaluate"].update(loras={"a/b": "a/b"}), r"evaluate\.loras\.a/b.*: String should match pattern"),
         (lambda v: v["evaluate"].update(loras={"a": {"file": "b"}}), r"evaluate\.loras\.a\.source: Field required"),
-        (lambda v: v["prepare"].pop("preferences"), r"prepare\.preferences is missing: .*train_preference\.checkpoint"),
+        (
+            lambda v: v["prepare"].pop("preferences"),
+            r"prepare\.preferences is missing: .*preference_models\.pixel\.checkpoint",
+        ),
         (lambda v: v["evaluate"].update(samplers={}), r"evaluate\.samplers: .*at least 1 item"),
         (lambda v: v["evaluate"]["samplers"].update({"a b": {}}), r"evaluate\.samplers\.a b.*: String should match"),
         (lambda v: v["evaluate"]["samplers"]["ddim"].update(eta=2), r"evaluate\.samplers\.ddim\.eta: .* got 2"),
@@ -95,14 +102,34 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             lambda v: v["align"]["spo"].update(watch={"every": 2, "metric": {"kind": "oracle"}, "score": "beauty"}),
             r"align\.spo\.watch: watch\.score must be one of .*'beauty'",
         ),
-        (lambda v: v["train_preference"].update(kind="audio"), r"train_preference: .*whose kind is pixel or latent"),
-        (lambda v: v.update(train_preference=3), r"train_preference: .*whose kind is pixel or latent, got 3"),
-        (lambda v: v["train_preference"].update(kind="latent"), r"train_preference\.start_from: unknown key"),
-        (lambda v: v["train_preference"].update(steps=0), r"train_preference\.steps: .*got 0"),
-        (lambda v: v["train_preference"].update(noise_per="pair"), r"train_preference\.noise_per: unknown key"),
+        (lambda v: pixel(v).update(kind="audio"), r"preference_models\.pixel: .*whose kind is pixel or latent"),
         (
-            lambda v: v.update(train_preference={"kind": "latent", "checkpoint_base": "a/b"}),
-            r"train_preference: checkpoint_base needs a checkpoint",
+            lambda v: v["preference_models"].update(pixel=3),
+            r"preference_models\.pixel: .*whose kind is pixel or latent, got 3",
+        ),
+        (lambda v: pixel(v).update(kind="latent"), r"preference_models\.pixel\.start_from: unknown key"),
+        (lambda v: pixel(v).update(steps=0), r"preference_models\.pixel\.steps: .*got 0"),
+        (lambda v: pixel(v).update(noise_per="pair"), r"preference_models\.pixel\.noise_per: unknown key"),
+        (
+            lambda v: v["preference_models"].update(pixel={"kind": "latent", "checkpoint_base": "a/b"}),
+            r"preference_models\.pixel: checkpoint_base needs a checkpoint",
+        ),
+        (lambda v: v.update(train_preference={"kind": "latent"}), r"is now one of several: preference_models: \{NAME"),
+        (
+            lambda v: v["align"]["spo"].update(preference_model="latent"),
+            r"align\.spo needs the preference model 'latent', which train_preference .* got \['pixel'\], so add it",
+        ),
+        (
+            lambda v: v["align"]["spo"].update(preference_model="other"),
+            r"align\.spo\.preference_model='other' is none of \['latent', 'pixel'\]",
+        ),
+        (
+            lambda v: pixel(v).update(candidates={"metric": {"kind": "oracle"}, "score": "beauty"}),
+            r"preference_models\.pixel\.candidates: score must be one of .*'beauty'",
+        ),
+        (
+            lambda v: pixel(v).update(filter={"metrics": [{"kind": "oracle"}], "gaps": {"beauty": 0}}),
+            r"preference_models\.pixel\.filter: gaps and ties name \['beauty'\], but the metrics measure",
         ),
         (lambda v: v["align"]["spo"].update(threshold=2), r"align\.spo\.threshold: .*equal to 1, got 2"),
         (
@@ -119,7 +146,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ),
         (
             lambda v: v["align"]["spo"].update(scoring={"at_step_time": True}),
-            r"align\.spo\.scoring\.at_step_time=true needs train_preference\.kind=latent",
+            r"align\.spo\.scoring\.at_step_time=true needs a preference model of kind latent",
         ),
         (lambda v: v["align"]["spo"].update(method="sp0"), r"align\.spo: .*'sp0'"),
         (

@@ -74,13 +74,16 @@ def make_project(root: Path, family: str) -> Path:
             "validation_fraction": 0.2,
             "test_fraction": 0.2,
         },
-        "train_preference": {
-            "start_from": "clip",
-            "steps": 3,
-            "batch_size": 4,
-            "learning_rate": 1e-3,
-            "warmup_steps": 1,
-            "evaluate_timesteps": [1, 501],
+        "preference_models": {
+            "pixel": {
+                "start_from": "clip",
+                "steps": 3,
+                "batch_size": 4,
+                "learning_rate": 1e-3,
+                "warmup_steps": 1,
+                "evaluate_timesteps": [1, 501],
+                "candidates": {"metric": {"kind": "oracle"}, "score": "aesthetic", "num_prompts": 2},
+            },
         },
         "align": {"spo": {**spo, "branch_steps": 4 if family == "sdxl" else 1, "checkpoints": 2, "batch_size": 8}},
         "evaluate": {
@@ -121,7 +124,7 @@ def spo(root: Path, *commands: list[str]) -> subprocess.CompletedProcess[str]:
 def test_the_pipeline_goes_from_prompts_and_pairs_to_a_report_and_a_lora(family, tmp_path):
     root = make_project(tmp_path / "project", family)
     exports = [["export", "--format", format, "--out", out] for format, out in EXPORTS.items()]
-    done = spo(root, ["prepare"], ["train_preference"], ["align", "spo"], ["evaluate"], ["report"], *exports)
+    done = spo(root, ["prepare"], ["train_preference", "pixel"], ["align", "spo"], ["evaluate"], ["report"], *exports)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     run = root / "runs" / "own"
     metrics = json.loads((run / "evaluate" / "metrics.json").read_text())
@@ -165,7 +168,7 @@ def assert_same(picture: torch.Tensor, file: Path) -> None:
 @pytest.mark.slow
 def test_a_mistake_ends_a_stage_with_one_line_and_nothing_half_written(tmp_path):
     root = make_project(tmp_path / "project", "sd15")
-    done = spo(root, ["train_preference"])  # before prepare
+    done = spo(root, ["train_preference", "pixel"])  # before prepare
     assert done.returncode == 1
     assert "run `python -m spo prepare`" in done.stderr
     assert "Traceback" not in done.stderr

@@ -28,8 +28,9 @@ def test_dvc_would_run_every_stage_of_the_profile(
     with Repo.init(no_scm=True) as repo:
         ran = [stage.name for stage in repo.reproduce(dry=True, force=True)]
     config = load_config(tmp_path)
+    trained = [f"train_preference@{name}" for name in config.train_preference]
     aligned = [f"align@{name}-{seed}" for name in config.methods for seed in config.training_seeds]
-    assert ran == ["pretrain", "prepare", "train_preference", *aligned, "evaluate", "report"]
+    assert ran == ["pretrain", "prepare", *trained, *aligned, "evaluate", "report"]
     for stage in repo_stages(profile):
         assert f"runs/{profile}/" in stage
 

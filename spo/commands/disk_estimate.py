@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from spo.config import Config, PixelPreferenceConfig
+from spo.config import Config, PixelPreferenceConfig, PreferenceConfig
 from spo.workspace import Workspace
 
 CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, if it is on the hub
@@ -31,10 +31,11 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
 
     Files in DVC's cache count twice, since it copies them if the file system cannot share them.
     """
-    preferences, training, evaluate = config.prepare.preferences, config.train_preference, config.evaluate
+    preferences, evaluate = config.prepare.preferences, config.evaluate
     seeds, resolution = len(config.training_seeds), config.model.resolution
     source = size_of(root / preferences.source) if preferences and not preferences.max_pairs else 0
-    trained = 0 if training.checkpoint else _preference(config)
+    models = [config.preference_models[name] for name in config.train_preference]
+    trained = [0 if model.checkpoint else _preference(config, model) for model in models]
     latents = 2 * (num_pairs(config, root) or 0) * resolution**2 * LATENT_BYTES
     whole = [config.align[name].checkpoints for name in config.methods if config.align[name].full_fine_tuning]
     unet = _unet(config) if whole else 0
@@ -42,16 +43,17 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * resolution**2
     kept_and_passing = {
         "prepare": (2 * source, 0),
-        "train_preference": (2 * trained + latents, STATES * trained),
+        "train_preference": (2 * sum(trained) + latents, STATES * max(trained)),
         # the checkpoints of one training are copied as they become the output
         "align": (2 * unet * sum(whole) * seeds, (STATES + max(whole, default=0)) * unet),
         "evaluate": (pictures * PICTURE_BYTES, 0),
     }
     workspace = Workspace(config, root)
-    caches = {"train_preference": [workspace.latents_cache], "evaluate": [workspace.evaluation_cache]}
+    models_made = workspace.output("preference_models")
+    more = {"train_preference": [models_made, workspace.latents_cache], "evaluate": [workspace.evaluation_cache]}
     estimates = {}
     for stage, bytes_ in kept_and_passing.items():
-        places = [workspace.output(stage), workspace.state(stage), *caches.get(stage, [])]
+        places = [workspace.output(stage), workspace.state(stage), *more.get(stage, [])]
         estimates[stage] = DiskEstimate(*bytes_, sum(map(size_of, places)))
     return estimates
 
@@ -88,9 +90,8 @@ def size_of(place: Path) -> int:
     return found
 
 
-def _preference(config: Config) -> int:
+def _preference(config: Config, training: PreferenceConfig) -> int:
     """Bytes of the preference model that trains, in float32; a latent one has half the UNet and the text encoders."""
-    training = config.train_preference
     if isinstance(training, PixelPreferenceConfig):
         start = Path(training.start_from)
         return size_of(start) if start.is_dir() else CLIP_BYTES

@@ -55,7 +55,11 @@ def _run_miniature(config: Config, root: Path, folder: Path, show: Callable[[Fin
     memory = {}
     jobs: list[tuple[Any, ...]] = []
     for name in PIPELINE:
-        jobs += [(name, method, seed) for method in config.methods] if STAGES[name].per_method else [(name,)]
+        items: dict[str, list[tuple[Any, ...]]] = {
+            "method": [(method, seed) for method in config.methods],
+            "preference_model": [(model,) for model in config.train_preference],
+        }
+        jobs += [(name, *item) for item in items.get(STAGES[name].item, [()])]
     for name, *job in jobs:
         stage = " ".join([name, *job[:1]])
         module = importlib.import_module(f"spo.stages.{name}")
@@ -99,10 +103,9 @@ def miniature(config: Config, root: Path) -> Config:
         if not source.startswith("hub:"):
             source = str((root / source).resolve())
         values["prepare"]["preferences"] |= {"source": source, "max_pairs": PAIRS_READ}
-    values["train_preference"] |= {"steps": 1, "evaluate_pairs": 2}
-    at_a_time = config.train_preference.micro_batch_size or config.train_preference.batch_size
-    values["train_preference"] |= {"batch_size": min(at_a_time, PAIRS), "micro_batch_size": None}
-    values["train_preference"]["evaluate_timesteps"] = config.train_preference.evaluate_timesteps[:1]
+    values["preference_models"] = {
+        name: model.model_dump() | model.miniature(examples=PAIRS) for name, model in config.preference_models.items()
+    }
     values["align"] = {
         name: method.model_dump() | method.miniature(examples=PAIRS, prompts=SAMPLED)
         for name, method in config.align.items()
@@ -155,9 +158,11 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     prompts = config.prepare.prompts
     read, _ = read_prompts(root / prompts.source, field=prompts.field, max_prompts=prompts.max_prompts)
     num_prompts = len(read) * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
-    training, seeds = config.train_preference, len(config.training_seeds)
-    trained = 0 if training.checkpoint else training.steps * training.batch_size
-    counts = {"train_preference": trained * training.forwards_per_pair(config.sampling)}
+    seeds, counts = len(config.training_seeds), {}
+    for name in config.train_preference:
+        training = config.preference_models[name]
+        trained = 0 if training.checkpoint else training.steps * training.batch_size
+        counts[f"train_preference {name}"] = trained * training.forwards_per_pair(config.sampling)
     for name in config.methods:
 
         def per_prompt(name: str = name) -> float:

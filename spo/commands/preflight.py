@@ -73,14 +73,19 @@ def _file(path: Path, suffixes: tuple[str, ...]) -> tuple[bool, str]:
 
 
 def _models(config: Config) -> Iterator[Finding]:
-    model, preference, evaluate = config.model, config.train_preference, config.evaluate
+    model, evaluate = config.model, config.evaluate
     yield _repository("model.path", model.path, "model_index.json", DISTRIBUTED)
     if model.vae:
         yield _repository("model.vae", model.vae, "config.json", DISTRIBUTED)
-    for key, (source, file) in preference.repositories().items():
-        yield _repository(f"train_preference.{key}", source, file, ("train_preference",))
-    if config.labels.model and not preference.checkpoint:
-        yield _repository("labels.model", config.labels.model, "config.json", ("train_preference",))
+    for name in config.train_preference:
+        preference, section = config.preference_models[name], f"preference_models.{name}"
+        for key, (source, file) in preference.repositories().items():
+            yield _repository(f"{section}.{key}", source, file, ("train_preference",))
+        if not preference.checkpoint and (labels := config.labels_of(name).model):
+            where = "labels" if preference.labels is None else f"{section}.labels"
+            yield _repository(f"{where}.model", labels, "config.json", ("train_preference",))
+        for metric in preference.filter.metrics if preference.filter and not preference.checkpoint else ():
+            yield from _metric(f"{section}.filter.{metric.scores[0]}", metric, "train_preference")
     needed = {evaluate.primary, *evaluate.guarded}
     for metric in evaluate.metrics:
         if needed & set(metric.scores):

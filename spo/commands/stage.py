@@ -4,7 +4,7 @@ import importlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,33 +32,43 @@ def stage_command(stage: Stage) -> Callable[..., int]:
     def plain(profile: Profile = None) -> int:
         return run_stage(stage, profile)
 
-    def resumable(profile: Profile = None, restart: Restart = False) -> int:
-        return run_stage(stage, profile, restart=restart)
-
     def per_method(
-        method: Annotated[str, typer.Argument(metavar="NAME", help="A key of the profile's align section.")],
+        name: Annotated[str, typer.Argument(metavar="NAME", help="A key of the profile's align section.")],
         seed: Annotated[int | None, typer.Option(help="Training seed (default: the first of training_seeds).")] = None,
         profile: Profile = None,
         restart: Restart = False,
     ) -> int:
-        return run_stage(stage, profile, method, seed, restart=restart)
+        return run_stage(stage, profile, name, seed, restart=restart)
 
-    return per_method if stage.per_method else resumable if stage.resumable else plain
+    def per_preference_model(
+        name: Annotated[str, typer.Argument(metavar="NAME", help="A key of the profile's preference_models.")],
+        profile: Profile = None,
+        restart: Restart = False,
+    ) -> int:
+        return run_stage(stage, profile, name, restart=restart)
+
+    commands: dict[str, Callable[..., int]] = {"method": per_method, "preference_model": per_preference_model}
+    return commands.get(stage.item, plain)
 
 
 def run_stage(
-    stage: Stage, profile: str | None, method: str | None = None, seed: int | None = None, *, restart: bool = False
+    stage: Stage, profile: str | None, name: str | None = None, seed: int | None = None, *, restart: bool = False
 ) -> int:
-    """Run a stage in the current folder and track it; the last line says how long it took. Returns the exit code."""
+    """Run a stage in the current folder and track it; the last line says how long it took. Returns the exit code.
+
+    name: of the method or preference model, where the stage takes one.
+    """
     root = Path()
     config = load_config(root, profile)
-    if method is not None and method not in config.align:
-        raise SpoError(f"align {method}: profile {config.profile} has no such method; it has {sorted(config.align)}")
-    if method is not None and seed is None:
+    known: Mapping[str, Any] = config.align if stage.item == "method" else config.preference_models
+    if name is not None and name not in known:
+        raise SpoError(f"{stage.name} {name}: profile {config.profile} has no {name!r}; it has {sorted(known)}")
+    if stage.item == "method" and seed is None:
         seed = config.training_seeds[0]
     if stage.checked:
         require(config, stage.name, root)
-    arguments = [stage.name, *([] if method is None else [method, "--seed", str(seed)])]
+    item = [*([] if name is None else [name]), *([] if seed is None else ["--seed", str(seed)])]
+    arguments = [stage.name, *item]
     label = " ".join(arguments)
     if config.launch.num_processes > 1 and stage.distributed and not {"RANK", LAUNCHED} & set(os.environ):
         return launch(config.launch, [*arguments, "--profile", config.profile, *(["--restart"] if restart else [])])
@@ -69,13 +79,13 @@ def run_stage(
     distributed.join()
     run = importlib.import_module(f"spo.stages.{stage.name}").run
     start = time.monotonic()
-    job = (stage.name, *(() if method is None else (method, f"seed-{seed}")))
+    job = [stage.name, *([] if name is None else [name]), *([] if seed is None else [f"seed-{seed}"])]
     with only_one(config, job, root):
         if restart:
             shutil.rmtree(Workspace(config, root).state(*job), ignore_errors=True)
-        with tracking.start(config, stage.name, root, method=method, seed=seed) as tracker:
-            tracker.log_params(settings(config, stage.name, method, seed))
-            run(config, *(() if method is None else (method, seed)), root=root, tracker=tracker)
+        with tracking.start(config, stage.name, root, name=name, seed=seed) as tracker:
+            tracker.log_params(settings(config, stage.name, name, seed))
+            run(config, *(value for value in (name, seed) if value is not None), root=root, tracker=tracker)
     if stage.name == "report":
         from spo.commands.promote import register_released
 
@@ -96,9 +106,12 @@ def only_one(config: Config, job: Sequence[str], root: Path) -> AbstractContextM
     return locked(Workspace(config, root).lock(*job), f"{' '.join(job)} of profile {config.profile}")
 
 
-def settings(config: Config, stage: str, method: str | None = None, seed: int | None = None) -> dict[str, Any]:
-    """The settings recorded with a stage's run: its sections, and those of the method with the training seed."""
+def settings(config: Config, stage: str, name: str | None = None, seed: int | None = None) -> dict[str, Any]:
+    """The settings recorded with a stage's run: its sections, and those of the method or preference model."""
     values = config.model_dump(mode="json", include=set(STAGES[stage].sections))
-    if method is not None:
-        values |= {"align": config.align[method].model_dump(mode="json"), "training_seed": seed}
+    if STAGES[stage].item == "method":
+        assert name is not None
+        values |= {"align": config.align[name].model_dump(mode="json"), "training_seed": seed}
+    elif name is not None:
+        values |= {"train_preference": config.preference_models[name].model_dump(mode="json")}
     return values

@@ -28,8 +28,12 @@ from spo.config.metrics import (
 )
 from spo.config.model import ModelConfig, SamplingConfig
 from spo.config.preference import (
+    CandidatesConfig,
+    LabelsConfig,
     LatentPreferenceConfig,
+    PairFilter,
     PixelPreferenceConfig,
+    PreferenceConfig,
     PrepareConfig,
     TrainPreferenceConfig,
 )

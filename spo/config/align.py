@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from spo.config.base import Fraction, Positive, Rate, Section
+from spo.config.base import Fraction, Name, Positive, Rate, Section
 from spo.config.metrics import MetricConfig
 from spo.config.model import SamplingConfig
 
@@ -53,7 +53,6 @@ class AlignConfig(Section):
     profile.
     """
 
-    needs_preference_model: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False  # labelled preference pairs
 
     epochs: Positive = 10
@@ -64,6 +63,11 @@ class AlignConfig(Section):
     watch: WatchConfig | None = None
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @property
+    def scorer(self) -> str | None:
+        """The preference model that scores the method's samples; None if it needs none."""
+        return None
 
     def sampling(self, sampling: SamplingConfig) -> SamplingConfig:
         """The sampler of the policy, from the profile's sampler."""
@@ -102,7 +106,7 @@ class ScoringConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the preference model
     tiny_vae: str | None = None  # an AutoencoderTiny that decodes for the preference model, e.g. madebyollin/taesd
     timestep: Annotated[int, Field(ge=0)] | None = None  # the preference model gets it instead of every t
-    at_step_time: bool = False  # kind latent: score a candidate at the time its step started from, as LPO's code does
+    at_step_time: bool = False  # latent models: score a candidate at the time its step started from, as LPO's code does
 
 
 class RisingThreshold(Section):
@@ -131,7 +135,6 @@ Threshold = Annotated[
 class PairConfig(AlignConfig):
     """The settings of methods that sample the policy and make pairs of the samples."""
 
-    needs_preference_model: ClassVar[bool] = True
     pairs_at_random: ClassVar[bool] = False
 
     rollouts_per_epoch: Positive | None = None  # None: each training prompt once in an epoch
@@ -139,7 +142,12 @@ class PairConfig(AlignConfig):
     threshold: Threshold = 0.3  # margin above which a pair is kept
     beta: Rate = 10.0
     clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1  # of the ratio of policy and reference, around 1
+    preference_model: Name = "pixel"  # a key of the profile's preference_models
     scoring: ScoringConfig = ScoringConfig()
+
+    @property
+    def scorer(self) -> str:
+        return self.preference_model
 
     def repositories(self) -> dict[str, str]:
         return {"scoring.tiny_vae": self.scoring.tiny_vae} if self.scoring.tiny_vae else {}

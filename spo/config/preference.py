@@ -6,6 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from spo.config.align import ScoringConfig
 from spo.config.base import Fraction, Positive, Rate, Section
+from spo.config.metrics import MetricConfig
 from spo.config.model import SamplingConfig
 
 
@@ -45,10 +46,50 @@ class LabelsConfig(Section):
         return self
 
 
+class PairFilter(Section):
+    """Keeps the pairs on which metrics agree with the label (LPO, arXiv 2502.01051, section 4.1).
+
+    A decided pair stays if, for every score named in `gaps`, winner less loser is above its gap; a tied one if for
+    every score in `ties` the two images differ by its value at most, and always if `ties` is empty.
+    """
+
+    metrics: Annotated[tuple[MetricConfig, ...], Field(min_length=1)]
+    gaps: Annotated[dict[str, float], Field(min_length=1)]
+    ties: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _scores_exist(self) -> "PairFilter":
+        measured = [score for metric in self.metrics for score in metric.scores]
+        if unknown := sorted({*self.gaps, *self.ties} - set(measured)):
+            raise ValueError(f"gaps and ties name {unknown}, but the metrics measure {measured}")
+        return self
+
+
+class CandidatesConfig(Section):
+    """Agreement of a preference model with an independent metric on the best and worst candidate of one x_t.
+
+    The base is sampled on validation prompts, and at each step the model picks the two, as SPO would.
+    """
+
+    metric: MetricConfig
+    score: str  # the score of the metric to use
+    num_prompts: Annotated[int, Field(ge=2)] = 32
+    num_candidates: Annotated[int, Field(ge=2)] = 4
+    look_ahead: bool = False  # measure what a candidate becomes when it is sampled to its end, not its predicted x_0
+
+    @model_validator(mode="after")
+    def _score_exists(self) -> "CandidatesConfig":
+        if self.score not in self.metric.scores:
+            raise ValueError(f"score must be one of {list(self.metric.scores)}; got {self.score!r}")
+        return self
+
+
 class TrainPreferenceConfig(Section):
     """What every kind of preference model trains with."""
 
     checkpoint: str | None = None  # an already trained model: skips training
+    labels: LabelsConfig | None = None  # None: the profile's, from which Diffusion-DPO learns too
+    filter: PairFilter | None = None  # None: trains on all pairs
     steps: Positive
     batch_size: Positive  # pairs
     micro_batch_size: Positive | None = None  # pairs in memory at a time; None: all of a batch
@@ -60,6 +101,7 @@ class TrainPreferenceConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     evaluate_timesteps: tuple[Annotated[int, Field(ge=0)], ...] = (0, 251, 501, 701, 951)  # SPO's table of accuracies
     evaluate_pairs: Positive = 512  # validation pairs for the accuracy, at most
+    candidates: CandidatesConfig | None = None  # measures the agreement on candidates; None: does not
     log_every: Positive = 20
 
     def repositories(self) -> dict[str, tuple[str, str | None]]:
@@ -74,9 +116,16 @@ class TrainPreferenceConfig(Section):
         """A setting of `scoring` that this kind cannot use, and why; None if there is none."""
         raise NotImplementedError
 
+    def miniature(self, *, examples: int) -> dict[str, Any]:
+        """Changed settings for `check`: one step, with as many pairs at a time as in training."""
+        at_a_time = min(self.micro_batch_size or self.batch_size, examples)
+        small = {"steps": 1, "batch_size": at_a_time, "micro_batch_size": None, "evaluate_pairs": 2}
+        few = self.candidates and self.candidates.model_copy(update={"num_prompts": 2}).model_dump()
+        return small | {"evaluate_timesteps": self.evaluate_timesteps[:1], "candidates": few, "filter": None}
+
     def memory_remedy(self) -> str:
         now = self.micro_batch_size or self.batch_size
-        return f"set train_preference.micro_batch_size below {now}, or train in bfloat16"
+        return f"set the preference model's micro_batch_size below {now}, or train in bfloat16"
 
 
 class PixelPreferenceConfig(TrainPreferenceConfig):
@@ -103,7 +152,7 @@ class PixelPreferenceConfig(TrainPreferenceConfig):
 
     def unfit(self, scoring: ScoringConfig) -> str | None:
         if scoring.at_step_time:
-            return "at_step_time=true needs train_preference.kind=latent"
+            return "at_step_time=true needs a preference model of kind latent"
         return None
 
 
@@ -147,7 +196,7 @@ class LatentPreferenceConfig(TrainPreferenceConfig):
     def unfit(self, scoring: ScoringConfig) -> str | None:
         for key in ("tiny_vae", "timestep"):
             if getattr(scoring, key) is not None:
-                return f"{key}={getattr(scoring, key)!r} needs train_preference.kind=pixel"
+                return f"{key}={getattr(scoring, key)!r} needs a preference model of kind pixel"
         return None
 
     def memory_remedy(self) -> str:

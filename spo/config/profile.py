@@ -33,38 +33,63 @@ class Config(Section):
     profile: str
     seed: int = 0
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("spo",)
+    train_preference: Annotated[tuple[Name, ...], Field(min_length=1)] = ("pixel",)  # the preference models to train
     training_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # a run for each
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     prepare: PrepareConfig
     labels: LabelsConfig = LabelsConfig()
-    train_preference: PreferenceConfig
+    preference_models: dict[Name, PreferenceConfig]
     align: dict[Name, MethodConfig]
     evaluate: EvaluateConfig
     safety: SafetyConfig = SafetyConfig()
     promote: PromoteConfig = PromoteConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    def scorer_of(self, method: str) -> str:
+        """The preference model that watches the training of `method`: its own, or else the first one."""
+        return self.align[method].scorer or self.train_preference[0]
+
+    def labels_of(self, preference_model: str) -> LabelsConfig:
+        """The labels that a preference model learns from."""
+        return self.preference_models[preference_model].labels or self.labels
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         for name, method in self.align.items():
             if problem := method.misfit(self.sampling):
                 raise ValueError(f"align.{name}.{problem}")
-            scoring = method.scoring if name in self.methods and isinstance(method, PairConfig) else None
-            if scoring and (problem := self.train_preference.unfit(scoring)):
+            if not isinstance(method, PairConfig):
+                continue
+            scorer = method.preference_model
+            if scorer not in self.preference_models:
+                known = sorted(self.preference_models)
+                raise ValueError(f"align.{name}.preference_model={scorer!r} is none of {known}")
+            if problem := self.preference_models[scorer].unfit(method.scoring):
                 raise ValueError(f"align.{name}.scoring.{problem}")
-        if self.prepare.preferences is None and self.train_preference.checkpoint is None:
-            raise ValueError(
-                "prepare.preferences is missing: name preference pairs to train on, or a trained preference model in "
-                "train_preference.checkpoint"
-            )
+            if name in self.methods and scorer not in self.train_preference:
+                raise ValueError(
+                    f"align.{name} needs the preference model {scorer!r}, which train_preference in params.yaml does "
+                    f"not name; got {[*self.train_preference]}, so add it"
+                )
+        for name, preference in self.preference_models.items():
+            if self.prepare.preferences is None and preference.checkpoint is None:
+                raise ValueError(
+                    "prepare.preferences is missing: name preference pairs to train on, or a trained preference model "
+                    f"in preference_models.{name}.checkpoint"
+                )
         if taken := [name for name in self.evaluate.loras if name in ("base", "contrast", *self.align)]:
             raise ValueError(f"evaluate.loras: {taken} are names of other columns; name the LoRAs differently")
         if unknown := sorted(set(self.promote.tolerance) - set(self.evaluate.guarded)):
             raise ValueError(f"promote.tolerance names {unknown}, but guarded are {list(self.evaluate.guarded)}")
         if missing := [name for name in self.methods if name not in self.align]:
             raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")
-        for key, values in {"methods": self.methods, "training_seeds": self.training_seeds}.items():
+        if missing := [name for name in self.train_preference if name not in self.preference_models]:
+            raise ValueError(
+                f"train_preference names {missing}, but preference_models has only {sorted(self.preference_models)}"
+            )
+        for key in ("methods", "train_preference", "training_seeds"):
+            values = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}={list(values)} repeats a value; name each once")
         return self
@@ -80,6 +105,10 @@ def load_config(root: Path = Path(), profile: str | None = None) -> Config:
     if not path.is_file():
         raise ConfigError(f"profile {name!r} has no {path}; there are {_profiles(root)}")
     values = _read_yaml(path)
+    if isinstance(values.get("train_preference"), dict):
+        raise ConfigError(
+            f"{path}: the section train_preference is now one of several: preference_models: {{NAME: the section}}"
+        )
     if twice := (set(shared) - {"profile"}) & set(values):
         raise ConfigError(f"{sorted(twice)} are in both params.yaml and {path}; keep one of each")
     try:
@@ -110,8 +139,8 @@ def _first_line(error: ValidationError) -> str:
         place = item["loc"]
         if place[:1] == ("align",):  # pydantic also names the method's kind: align.NAME.KIND.KEY
             place = (*place[:2], *place[3:])
-        if place[:1] == ("train_preference",):
-            place = (*place[:1], *place[2:])
+        if place[:1] == ("preference_models",):
+            place = (*place[:2], *place[3:])
         if place[:1] == ("align",) and place[2:3] == ("threshold",):
             place = (*place[:3], *place[4:])
         where = ".".join(str(part) if str(part).isprintable() else repr(part) for part in place)

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from spo.report.cost import CURRENCIES, by_checkpoint
-from spo.report.inputs import Inputs, OfSeeds, Row
+from spo.report.inputs import Inputs, OfSeeds, PreferenceModel, Row
 from spo.report.plots import Line, Span, interval_chart, line_chart
 from spo.report.results import BASE, Results
 
@@ -167,15 +167,29 @@ def timestep_charts(results: Results, timesteps: Mapping[str, OfSeeds]) -> list[
     ]
 
 
-def accuracy_charts(rows: Sequence[Row]) -> list[Chart]:
-    """How often the preference model agrees with held-out labels, by timestep."""
+def preference_charts(models: Mapping[str, PreferenceModel]) -> list[Chart]:
+    """How often each preference model agrees with held-out labels, and with a metric on candidates, by timestep."""
+    of_labels = "Share of held-out pairs ordered as labelled; noise is on the left."
+    of_candidates = "Share of steps at which an independent metric prefers the model's best candidate to its worst."
+    chance = ("chance", 0.5)
+    accuracy = _by_model({name: model.accuracy for name, model in models.items()}, "accuracy")
+    candidates = _by_model({name: model.candidates for name, model in models.items()}, "agreement")
+    return [
+        *_over_timesteps("accuracy", "Agreement with held-out labels", of_labels, accuracy, level=chance),
+        *_over_timesteps("candidates", "Agreement on candidates", of_candidates, candidates, level=chance),
+    ]
+
+
+def _by_model(tables: Mapping[str, Sequence[Row]], column: str) -> list[Line]:
+    """A line over the timesteps for each preference model, faint before its training."""
     lines = []
-    for slot, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-        measured = sorted((row for row in rows if row["model"] == model), key=lambda row: -row["timestep"])
-        t, accuracy = [row["timestep"] for row in measured], [row["accuracy"] for row in measured]
-        lines.append(Line(model, t, accuracy, markers=True, slot=slot))
-    caption = "Share of held-out pairs ordered as labelled; noise is on the left."
-    return _over_timesteps("accuracy", "Agreement with held-out labels", caption, lines, level=("chance", 0.5))
+    for slot, (name, rows) in enumerate(tables.items()):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            measured = sorted((row for row in rows if row["model"] == model), key=lambda row: -row["timestep"])
+            t, values = [row["timestep"] for row in measured], [row[column] for row in measured]
+            label = name if model == "trained" else f"{name}, {model}"
+            lines.append(Line(label, t, values, markers=True, slot=2 * slot + (model != "trained")))
+    return lines
 
 
 def all_charts(results: Results, inputs: Inputs) -> dict[str, list[Chart]]:
@@ -186,7 +200,7 @@ def all_charts(results: Results, inputs: Inputs) -> dict[str, list[Chart]]:
         "history": history_charts(results, inputs.history),
         "timesteps": timestep_charts(results, inputs.timesteps),
         "watch": watch_charts(results, inputs.watch),
-        "accuracy": accuracy_charts(inputs.accuracy),
+        "preference": preference_charts(inputs.preference_models),
     }
 
 

@@ -1,6 +1,6 @@
 """Score against compute: what each method's checkpoints cost, and how much less one needs than another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -34,40 +34,41 @@ def duels(
     scores: Sequence[Row],
     *,
     tolerance: float,
-    preference_cost: Mapping[str, float],
-    preference_methods: Sequence[str],
+    preference_cost: Mapping[str, Mapping[str, float]],
 ) -> list[Duel]:
     """Each pair of methods in each unit of compute, from the means of their training seeds.
 
     validation: a row for each checkpoint, with its cost; scores: a row for each checkpoint and prompt.
-    preference_cost: of training the preference model, if known. preference_methods: the methods that need that model.
+    preference_cost: of training the preference model of each method that needs one, if known.
     """
     base = curve(scores, BASE, results.main)
     curves = {name: curve(scores, name, results.main) for name in results.methods}
     found = []
     for name, other in combinations(results.methods, 2):
-        for currency, unit, extra in _currencies(preference_cost if preference_methods else {}):
+        extra = {each: preference_cost.get(each, {}) for each in (name, other)}
+        for currency, unit, with_preference in _currencies(extra.values()):
             both = [
-                (_compute(validation, each, currency, extra if each in preference_methods else 0), curves[each])
-                for each in (name, other)
+                (_compute(validation, each, currency, more.get(currency, 0) if with_preference else 0), curves[each])
+                for each, more in extra.items()
             ]
             if not base or not all(scores and compute[0] > 0 for compute, scores in both):
                 continue
-            label = f"{currency}{WITH_PREFERENCE}" if extra else currency
+            label = f"{currency}{WITH_PREFERENCE}" if with_preference else currency
             found.append(_duel(results.primary, (name, other), (label, unit), both, base, tolerance))
             if found[-1].saving is None:  # there is nothing to reach, in any unit
                 break
     return found
 
 
-def _currencies(preference_cost: Mapping[str, float]) -> list[tuple[str, str, float]]:
-    """Name, unit and extra cost: first with the preference model's training, if it was trained, then without."""
+def _currencies(preference_costs: Iterable[Mapping[str, float]]) -> list[tuple[str, str, bool]]:
+    """Name, unit, and whether the training of preference models counts: first with it, if one was trained."""
+    costs = list(preference_costs)
     with_preference = [
-        (name, f"{unit.removesuffix(' of alignment')}, the preference model's training included", preference_cost[name])
+        (name, f"{unit.removesuffix(' of alignment')}, the preference model's training included", True)
         for name, unit in CURRENCIES.items()
-        if preference_cost.get(name)
+        if any(cost.get(name) for cost in costs)
     ]
-    return [*with_preference, *((name, unit, 0.0) for name, unit in CURRENCIES.items())]
+    return [*with_preference, *((name, unit, False) for name, unit in CURRENCIES.items())]
 
 
 def curve(rows: Sequence[Row], column: str, metrics: Sequence[str]) -> Scores:

@@ -17,6 +17,20 @@ TEXT = ("sampler", "column", "against", "metric", "model", "prompt", "checkpoint
 
 
 @dataclass(frozen=True)
+class PreferenceModel:
+    """What `train_preference` measured of a preference model."""
+
+    metrics: dict[str, Any]
+    accuracy: list[Row]  # agreement with held-out labels; empty if not measured
+    candidates: list[Row]  # agreement with a metric on candidates of one x_t; empty if not measured
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Seconds and unet_forwards of its training."""
+        return {name: self.metrics[name] for name in ("unet_forwards", "seconds") if name in self.metrics}
+
+
+@dataclass(frozen=True)
 class Inputs:
     evaluation: dict[str, Any]  # metrics.json of evaluate
     means: list[Row]  # of each sampler, column and metric
@@ -28,8 +42,7 @@ class Inputs:
     timesteps: dict[str, OfSeeds]  # by method, if it has them
     watch: dict[str, OfSeeds]  # by method, if it was watched: of each look
     training: dict[str, list[dict[str, Any]]]  # metrics.json of each method's training seeds
-    preference_cost: dict[str, float]  # seconds and unet_forwards of training the preference model
-    accuracy: list[Row]  # of the preference model; empty if not measured
+    preference_models: dict[str, PreferenceModel]
     seconds: dict[str, float]  # of each stage, in the order of the pipeline
     images: Path
 
@@ -37,9 +50,12 @@ class Inputs:
 def read_inputs(config: Config, root: Path) -> Inputs:
     """Read the files; DataError with the stage to run if one is missing or broken."""
     workspace = Workspace(config, root)
-    evaluate, preference = workspace.evaluate, workspace.train_preference
+    evaluate = workspace.evaluate
     prepare = read_json(workspace.prepared.folder / "metrics.json", "prepare")
-    preference_metrics = read_json(preference / "metrics.json", "train_preference")
+    preference_models = {
+        name: _preference_model(workspace.train_preference(name), f"train_preference {name}")
+        for name in config.train_preference
+    }
     training = {
         name: [
             read_json(workspace.aligned(name, seed) / "metrics.json", f"align {name} --seed {seed}")
@@ -48,7 +64,8 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         for name in config.methods
     }
     evaluation = read_json(evaluate / "metrics.json", "evaluate")
-    stages = {"prepare": [prepare], "train_preference": [preference_metrics]}
+    stages = {"prepare": [prepare]}
+    stages |= {f"train_preference {name}": [model.metrics] for name, model in preference_models.items()}
     for name, seeds in training.items():
         stages[f"align {name}" + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")] = seeds
     stages["evaluate"] = [evaluation]
@@ -66,12 +83,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         timesteps=_of_methods(config, root, "timesteps.csv", ("timestep", "branched", "kept", "margin"), optional=True),
         watch=_of_methods(config, root, "watch.csv", ("unet_forwards", "gap"), optional=True),
         training=training,
-        preference_cost={
-            name: preference_metrics[name] for name in ("unet_forwards", "seconds") if name in preference_metrics
-        },
-        accuracy=read_csv(preference / "accuracy.csv", "train_preference", ("timestep", "model", "accuracy"))
-        if (preference / "accuracy.csv").exists()
-        else [],
+        preference_models=preference_models,
         seconds={
             stage: sum(metrics["seconds"] for metrics in parts)
             for stage, parts in stages.items()
@@ -106,6 +118,15 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...]) -> list[Row]:
         return [{key: value if key in TEXT else float(value or "nan") for key, value in row.items()} for row in reader]
     except (TypeError, ValueError) as error:
         raise DataError(f"{path} line {reader.line_num}: {error}; run `python -m spo {stage}` again") from None
+
+
+def _preference_model(folder: Path, stage: str) -> PreferenceModel:
+    tables = {"accuracy.csv": "accuracy", "candidates.csv": "agreement"}
+    accuracy, candidates = (
+        read_csv(folder / name, stage, ("timestep", "model", column)) if (folder / name).exists() else []
+        for name, column in tables.items()
+    )
+    return PreferenceModel(read_json(folder / "metrics.json", stage), accuracy, candidates)
 
 
 def _of_methods(

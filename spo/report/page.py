@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ from spo.config import Config
 from spo.report.charts import Chart
 from spo.report.cost import Duel, leading
 from spo.report.gallery import Card
-from spo.report.inputs import Inputs
+from spo.report.inputs import Inputs, PreferenceModel
 from spo.report.results import Results, direction, level
 from spo.report.verdict import basis, verdicts
 from spo.runtime.text import duration
@@ -55,15 +56,35 @@ def page(
             if row.get("chosen") == 1
         ],
         training=[
-            {"method": name, "seed": seed, **metrics}
+            {"method": name, "seed": seed, "scorer": config.align[name].scorer, **metrics, **per_pair(metrics)}
             for name, runs in inputs.training.items()
             for seed, metrics in zip(config.training_seeds, runs, strict=True)
+        ],
+        preference_models=[
+            {"name": name, "kind": config.preference_models[name].kind, **model.metrics, **mean_agreement(model)}
+            for name, model in inputs.preference_models.items()
         ],
         seconds=inputs.seconds,
         facts=facts,
         folder=Workspace(config).evaluate.as_posix(),
         settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
+
+
+def per_pair(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """A training's UNet forwards and seconds for each example that it kept."""
+    count = metrics.get("num_examples")
+    names = [name for name in ("unet_forwards", "seconds") if count and name in metrics]
+    return {f"{name}_per_pair": metrics[name] / count for name in names}
+
+
+def mean_agreement(model: PreferenceModel) -> dict[str, float]:
+    """The trained model's agreement with labels and on candidates, means over the measured timesteps."""
+    found: dict[str, float] = {}
+    for name, rows, column in (("labels", model.accuracy, "accuracy"), ("candidates", model.candidates, "agreement")):
+        last = [row[column] for row in rows if row["model"] == rows[-1]["model"]]
+        found |= {f"agreement_{name}": fmean(last)} if last else {}
+    return found
 
 
 def signed(value: float) -> str:

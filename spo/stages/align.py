@@ -43,7 +43,7 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     else:
         add_lora(policy.network.module, settings.lora, seed=seed)
     start = time.perf_counter()
-    method = build_method(settings, build_inputs(config, policy, root=root), seed=seed)
+    method = build_method(settings, build_inputs(config, name, policy, root=root), seed=seed)
     cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, root=root)
     work_dir = store.folder / "output"  # DVC removes the outputs of a stage before it runs again
@@ -69,8 +69,8 @@ def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
         settings |= {"pairs": fingerprint_of_pairs(workspace.prepared.pairs_file("train"))}
         settings |= {"labels": config.labels.model_dump(mode="json")}
         inputs |= {"labels": config.labels.model}
-    if method.needs_preference_model:
-        prompts, model = workspace.prepared.prompts_file("train"), workspace.preference_model
+    if method.scorer is not None:
+        prompts, model = workspace.prepared.prompts_file("train"), workspace.preference_model(method.scorer)
         inputs |= {"prompts": prompts, "preference_model": model}
     settings |= {"inputs": fingerprints(inputs)}
     return StateStore(workspace.state("align", name, f"seed-{seed}"), settings)
@@ -81,14 +81,14 @@ def build_policy(config: Config, name: str) -> LatentDiffusion:
     return build(config.model, config.align[name].sampling(config.sampling), best_device())
 
 
-def build_inputs(config: Config, policy: LatentDiffusion, *, root: Path) -> Inputs:
-    """The data and models that a method may learn from."""
+def build_inputs(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Inputs:
+    """The data and models that the method `name` may learn from."""
     workspace = Workspace(config, root)
 
     def scorer(scoring: ScoringConfig) -> Scorer:
         if scoring.tiny_vae is not None:
             policy.autoencoder.preview = load_tiny_vae(scoring.tiny_vae, policy)
-        return load_scorer(config, root, policy, scoring)
+        return load_scorer(config, config.scorer_of(name), root, policy, scoring)
 
     def pairs() -> LabelledPairs:
         return load_pairs(workspace.prepared.pairs_file("train"), policy, config, cache=workspace.latents_cache)
@@ -111,7 +111,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     if not metrics:
         print(f"align {name} runs without a watch", flush=True)
         return None
-    preference = load_scorer(config, root, policy)
+    preference = load_scorer(config, config.scorer_of(name), root, policy)
     text = preference.encode(prompts)
     sampler = SamplerConfig(steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale, eta=0.0)
 

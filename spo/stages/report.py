@@ -33,8 +33,11 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
         inputs.validation,
         inputs.validation_scores,
         tolerance=evaluate.guard_tolerance,
-        preference_cost=inputs.preference_cost,
-        preference_methods=[name for name in config.methods if config.align[name].needs_preference_model],
+        preference_cost={
+            name: inputs.preference_models[scorer].cost
+            for name in config.methods
+            if (scorer := config.align[name].scorer) is not None
+        },
     )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
     folder = Workspace(config, root).report

@@ -1,4 +1,4 @@
-"""Train the preference model, of either kind, on the prepared pairs, or copy the configured checkpoint."""
+"""Train one preference model, of either kind, on the prepared pairs, or copy its checkpoint."""
 
 import sys
 import time
@@ -8,6 +8,7 @@ from typing import Any
 
 from spo.config import Config
 from spo.core.types import LabelledPairs
+from spo.evaluation.candidate_agreement import candidate_agreement
 from spo.models.load import build
 from spo.runtime import distributed
 from spo.runtime.checkpoint import Saver, State, StateStore
@@ -17,6 +18,7 @@ from spo.runtime.hashing import fingerprints
 from spo.runtime.progress import Progress, progress
 from spo.tracking import Tracker
 from spo.training.latent_preference import LatentPreferenceTraining
+from spo.training.pair_filter import filter_pairs
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference import StepAwareTraining
 from spo.training.preference_steps import PreferenceTraining
@@ -25,41 +27,57 @@ from spo.workspace import Workspace
 TRAININGS: dict[str, type[PreferenceTraining]] = {"pixel": StepAwareTraining, "latent": LatentPreferenceTraining}
 
 
-def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
-    """Write model/, accuracy.csv, history.csv and metrics.json to runs/<profile>/train_preference."""
+def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> None:
+    """Write the model to runs/<profile>/preference_models/<name>, its measurements to .../train_preference/<name>.
+
+    The measurements are accuracy.csv, candidates.csv, history.csv and metrics.json.
+    """
     start = time.perf_counter()
-    settings = config.train_preference
+    settings = config.preference_models[name]
     workspace, device = Workspace(config, root), best_device()
-    prepared, cache = workspace.prepared, workspace.latents_cache
     base = build(config.model, config.sampling, device)
-    validation = None
-    if config.prepare.preferences is not None:
-        validation = load_pairs(
-            prepared.pairs_file("validation"), base, config, cache=cache, limit=settings.evaluate_pairs
-        )
-    training = TRAININGS[settings.kind].start(base, config)
-    store = None if settings.checkpoint else state_store(config, root)
+
+    def pairs_of(side: str, *, limit: int | None = None) -> LabelledPairs:
+        options: dict[str, Any] = {"cache": workspace.latents_cache, "limit": limit}
+        return load_pairs(workspace.prepared.pairs_file(side), base, config, config.labels_of(name), **options)
+
+    validation = pairs_of("validation", limit=settings.evaluate_pairs) if config.prepare.preferences else None
+    training = TRAININGS[settings.kind].start(base, config, name)
+    store = None if settings.checkpoint else state_store(config, name, root)
     saved = store.load() if store else None
     if saved:
         training.updater.restore(saved.tensors, saved.values["updater"])
-        print(f"train_preference: continues from step {saved.number}", file=sys.stderr, flush=True)
+        print(f"train_preference {name}: continues from step {saved.number}", file=sys.stderr, flush=True)
         done = Done(**saved.values["done"])
     else:
-        done = Done(accuracy=_accuracies(training, validation, "start", config))
+        done = Done()
+        _measure(training, validation, "start", config, done, workspace)
+    counts: dict[str, int] = {}
     if store:
-        pairs = load_pairs(prepared.pairs_file("train"), base, config, cache=cache)
+        pairs = pairs_of("train")
+        if settings.filter:
+            file = workspace.prepared.pairs_file("train")
+            pairs, counts = filter_pairs(
+                pairs, file, settings.filter, config, base.device, cache=workspace.latents_cache
+            )
         start -= done.seconds  # spent by earlier processes
         _train(training, pairs, config, store, done, tracker, start=start)
-        done.accuracy += _accuracies(training, validation, "trained", config)
-    with distributed.written_by_main(atomic_path(workspace.train_preference)) as folder:
-        training.save(folder / "model")
+        _measure(training, validation, "trained", config, done, workspace)
+    with distributed.written_by_main(atomic_path(workspace.preference_model(name))) as folder:
+        training.save(folder)
+    with distributed.written_by_main(atomic_path(workspace.train_preference(name))) as folder:
+        folder.mkdir(exist_ok=True)
         write_csv(folder / "accuracy.csv", done.accuracy)
+        write_csv(folder / "candidates.csv", done.candidates)
         write_csv(folder / "history.csv", done.history)
-        metrics = {**_metrics(done.accuracy, done.history), "skipped": training.updater.guard.skipped}
+        metrics = {**_metrics(done), "skipped": training.updater.guard.skipped}
+        metrics |= {"filter": counts} if counts else {}
         metrics["unet_forwards"] = round(done.step * settings.batch_size * settings.forwards_per_pair(config.sampling))
         write_json(folder / "metrics.json", {**metrics, "seconds": round(time.perf_counter() - start, 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
+    for row in done.candidates:
+        tracker.log_metrics({f"candidate_agreement_{row['model']}": row["agreement"]}, step=int(row["timestep"]))
     if store and distributed.is_main():
         store.clear()
 
@@ -68,25 +86,28 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
 class Done:
     """A training's progress and measurements, without its weights."""
 
-    accuracy: list[dict[str, Any]]  # of the start model, later also of the trained one
+    accuracy: list[dict[str, Any]] = field(default_factory=list)  # of the start model, later also of the trained one
+    candidates: list[dict[str, Any]] = field(default_factory=list)  # agreement on candidates, likewise
     history: list[dict[str, float]] = field(default_factory=list)
     step: int = 0
     seconds: float = 0.0  # spent by all processes of the stage when the state was saved
 
 
-def state_store(config: Config, root: Path) -> StateStore:
+def state_store(config: Config, name: str, root: Path) -> StateStore:
     """The store of the stage's states, with the settings and inputs that they depend on."""
-    settings = config.model_dump(mode="json", include={"seed", "model", "sampling", "labels", "train_preference"})
+    preference, labels = config.preference_models[name], config.labels_of(name)
+    settings = config.model_dump(mode="json", include={"seed", "model", "sampling"})
+    settings |= {"labels": labels.model_dump(mode="json"), "preference_model": preference.model_dump(mode="json")}
     inputs: dict[str, str | Path | None] = {
         "model": config.model.path,
         "vae": config.model.vae,
-        **{name: source for name, (source, _) in config.train_preference.repositories().items()},
-        "labels": config.labels.model,
+        **{key: source for key, (source, _) in preference.repositories().items()},
+        "labels": labels.model,
     }
     workspace = Workspace(config, root)
     pairs = fingerprint_of_pairs(workspace.prepared.pairs_file("train"))
     settings |= {"inputs": {"pairs": pairs, **fingerprints(inputs)}}
-    return StateStore(workspace.state("train_preference"), settings)
+    return StateStore(workspace.state("train_preference", name), settings)
 
 
 def _train(
@@ -106,7 +127,7 @@ def _train(
         done.seconds = time.perf_counter() - start
         return State(done.step, tensors, {"updater": values, "done": asdict(done)})
 
-    settings = config.train_preference
+    settings = training.config
     for past in done.history:
         _log(past, settings.log_every, tracker)
     saver = Saver(store if distributed.is_main() else None, config.safety.save_every_seconds, snapshot)
@@ -131,23 +152,32 @@ def _log(row: dict[str, float], every: int, tracker: Tracker) -> None:
         tracker.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
 
-def _accuracies(
-    training: PreferenceTraining, pairs: LabelledPairs | None, name: str, config: Config
-) -> list[dict[str, Any]]:
-    """A row for each timestep; none without pairs."""
-    rows: list[dict[str, Any]] = []
-    if pairs is None:
-        return rows
-    for timestep in progress(config.train_preference.evaluate_timesteps, label=f"accuracy of the {name} model"):
+def _measure(
+    training: PreferenceTraining,
+    pairs: LabelledPairs | None,
+    model: str,
+    config: Config,
+    done: Done,
+    workspace: Workspace,
+) -> None:
+    """Add to `done` the model's agreement with labels of held-out pairs, if there are pairs, and on candidates."""
+    timesteps = training.config.evaluate_timesteps if pairs is not None else ()
+    for timestep in progress(timesteps, label=f"accuracy of the {model} model"):
+        assert pairs is not None
         accuracy, count = training.accuracy(pairs, timestep, seed=config.seed)
-        rows.append({"timestep": timestep, "model": name, "accuracy": accuracy, "n": count})
-    return rows
+        done.accuracy.append({"timestep": timestep, "model": model, "accuracy": accuracy, "n": count})
+    if (settings := training.config.candidates) is not None:
+        prompts = workspace.prepared.prompts("validation", settings.num_prompts)
+        rows = candidate_agreement(training.base, training.scorer(), prompts, settings, seed=config.seed)
+        done.candidates += [{"model": model, **row} for row in rows]
 
 
-def _metrics(accuracy: list[dict[str, Any]], history: list[dict[str, float]]) -> dict[str, Any]:
-    by_model: dict[str, dict[str, float]] = {}
-    for row in accuracy:
-        by_model.setdefault(row["model"], {})[f"t_{row['timestep']}"] = round(row["accuracy"], 4)
-    tail = history[-50:]
-    loss = {"loss": round(sum(row["loss"] for row in tail) / len(tail), 4)} if tail else {}
-    return {"accuracy": by_model, "pairs": accuracy[0]["n"] if accuracy else 0, "steps": len(history), **loss}
+def _metrics(done: Done) -> dict[str, Any]:
+    found: dict[str, Any] = {"accuracy": {}, "candidate_agreement": {}}
+    tables = {"accuracy": (done.accuracy, "accuracy"), "candidate_agreement": (done.candidates, "agreement")}
+    for kind, (rows, column) in tables.items():
+        for row in rows:
+            found[kind].setdefault(row["model"], {})[f"t_{row['timestep']:g}"] = round(row[column], 4)
+    if tail := done.history[-50:]:
+        found["loss"] = round(sum(row["loss"] for row in tail) / len(tail), 4)
+    return {**found, "pairs": done.accuracy[0]["n"] if done.accuracy else 0, "steps": len(done.history)}

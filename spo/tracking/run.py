@@ -27,7 +27,7 @@ STOPPED_SECONDS = 5.0  # a stopped stage waits this long for a server that hangs
 
 @contextmanager
 def start(
-    config: Config, stage: str, root: Path = Path(), *, method: str | None = None, seed: int | None = None
+    config: Config, stage: str, root: Path = Path(), *, name: str | None = None, seed: int | None = None
 ) -> Iterator[Tracker]:
     """A tracker for one stage's run. The run is FAILED if the block raises or is interrupted.
 
@@ -44,9 +44,9 @@ def start(
         experiment=experiment_name(config),
         pipeline=pipeline_id(),
         profile=config.profile,
-        name=" ".join(part for part in (stage, method, None if seed is None else f"seed {seed}") if part),
+        name=" ".join(part for part in (stage, name, None if seed is None else f"seed {seed}") if part),
         tags=tags(config, stage, root)
-        | {key: str(value) for key, value in {"method": method, "seed": seed}.items() if value is not None},
+        | {key: str(value) for key, value in {STAGES[stage].item: name, "seed": seed}.items() if value is not None},
         parent_tags=provenance(root),
         time=_now(),
     )

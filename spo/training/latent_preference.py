@@ -9,6 +9,7 @@ Departures: noise may be one for both images of a pair, as in SPO. Times may be 
 which sampling ends, clean latents are scored; the published validation scores them at t = 1.
 """
 
+import copy
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +21,7 @@ from spo.core.types import LabelledPairs
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.latent_checkpoint import LatentPreference, load_latent_preference, save_latent_preference
 from spo.preference.latent_published import read_published_latent
+from spo.preference.latent_score import LatentScorer
 from spo.preference.repository import read_clip
 from spo.training.preference_steps import PreferenceTraining
 
@@ -46,8 +48,8 @@ class LatentPreferenceTraining(PreferenceTraining):
         self.grid = torch.arange(1, base.sampler.schedule.num_timesteps, config.timestep_stride)
 
     @classmethod
-    def start(cls, base: LatentDiffusion, config: Config) -> Self:
-        settings = config.train_preference
+    def start(cls, base: LatentDiffusion, config: Config, name: str) -> Self:
+        settings = config.preference_models[name]
         assert isinstance(settings, LatentPreferenceConfig)
         if settings.checkpoint is None:
             projection = settings.text_projection and read_clip(settings.text_projection).text_projection.weight.data
@@ -71,6 +73,9 @@ class LatentPreferenceTraining(PreferenceTraining):
 
     def save(self, folder: Path) -> None:
         save_latent_preference(self.preference, folder)
+
+    def scorer(self) -> LatentScorer:
+        return LatentScorer(copy.deepcopy(self.preference), device=self.base.device, autoencoder=self.base.autoencoder)
 
     @property
     def logit_scale(self) -> Tensor:

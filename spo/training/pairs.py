@@ -1,18 +1,21 @@
 """The latents and labels of the prepared pairs, cached under .cache/latents.
 
 Encoding a large data set takes hours, and `train_preference`, every training of Diffusion-DPO and every resumed run
-need the same latents. A file's name has a hash of everything that its content depends on.
+need the same latents. A file's name has a hash of all that its content depends on.
 """
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from spo.config import Config
+from spo.config import Config, LabelsConfig
 from spo.core.types import LabelledPairs
 from spo.data.images import decode_image
 from spo.data.preferences import PreferencePair, PreferencePairs
@@ -28,47 +31,69 @@ from spo.runtime.hashing import fingerprint, fingerprints, json_hash, short_hash
 from spo.runtime.progress import progress
 
 PAIRS_AT_A_TIME = 32
-VERSION = 2  # of the cached content; raise it if the same inputs give other latents or labels
+Quantity: TypeAlias = Callable[[Sequence[PreferencePair], Tensor], Tensor]  # of n pairs and their images (2 n, 3, H, W)
+
+VERSION = 3  # of the cached content; raise it if the same inputs give other latents or labels
 
 
 def load_pairs(
-    path: Path, base: LatentDiffusion, config: Config, *, cache: Path, limit: int | None = None
+    path: Path,
+    base: LatentDiffusion,
+    config: Config,
+    labels: LabelsConfig | None = None,
+    *,
+    cache: Path,
+    limit: int | None = None,
 ) -> LabelledPairs:
     """The first `limit` prepared pairs with encoded images and their labels, by people or by a model.
 
-    They come from the folder `cache` or are made and stored there, which removes those of other pairs or settings.
+    labels: None: the profile's. Latents and a model's labels come from the folder `cache` or are made and stored there;
+    new latents replace those of other pairs or settings, with their labels.
     Raises DataError if all pairs are ties, because then there is nothing to learn or to measure.
     """
-    stored = PreferencePairs(path)
+    stored, labels = PreferencePairs(path), labels or config.labels
     num_pairs = min(len(stored), limit or len(stored))
-    file = cache / f"{path.stem}-{_key(path, num_pairs, base, config)}.safetensors"
-    cached = kept(file) if distributed.gather_objects(file.exists())[0] else None
-    made = cached or _encode(stored, num_pairs, base, config, label=f"encode {path.stem} pairs")
-    if cached is None and distributed.is_main():
-        keep(file, made)
-        for other in cache.glob(f"{path.stem}-*.safetensors"):
-            if other != file:
-                other.unlink(missing_ok=True)
+    pairs = [fingerprint_of_pairs(path), num_pairs]
+    files = {"latents": cache / f"{path.stem}-latents-{_latents_key(pairs, base, config)}.safetensors"}
+    if labels.model:
+        files["label"] = cache / f"{path.stem}-labels-{_labels_key(pairs, labels, config)}.safetensors"
+    there = distributed.gather_objects([name for name, file in files.items() if file.exists()])[0]
+    found = {name: tensors[name] for name in there if (tensors := kept(files[name])) is not None}
+    quantities: dict[str, Quantity] = {}
+    if "latents" not in found:
+        quantities["latents"] = lambda _, images: base.autoencoder.encode(images).cpu().unflatten(0, (-1, 2))
+    if labels.model and "label" not in found:
+        labeller = PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
+        quantities["label"] = partial(_label, labeller=labeller, labels=labels)
+    if quantities:
+        options: dict[str, Any] = {"resolution": config.model.resolution, "device": base.device}
+        made = measure(stored, num_pairs, quantities, label=f"encode {path.stem} pairs", **options)
+        found |= made
+        if distributed.is_main():
+            for name, tensor in made.items():
+                keep(files[name], {name: tensor})
+            for other in cache.glob(f"{path.stem}-*.safetensors") if "latents" in made else ():
+                if other not in files.values():
+                    other.unlink(missing_ok=True)
+    label = found["label"] if labels.model else human_labels(torch.tensor(stored.labels[:num_pairs]))
     captions = stored.captions[:num_pairs]
-    result = LabelledPairs(made["latents"], made["label"], prompt_weights(captions), captions)
+    result = LabelledPairs(found["latents"], label, prompt_weights(captions), captions)
     if not (result.label[:, 0] != result.label[:, 1]).any():
         raise DataError(f"{path}: all {len(result)} pairs are ties; some pairs must have a winner")
     return result
 
 
-def _key(path: Path, num_pairs: int, base: LatentDiffusion, config: Config) -> str:
-    """A hash of everything that latents and labels depend on."""
-    labels, vae = config.labels, base.autoencoder.vae
-    inputs = {
-        "version": VERSION,
-        "pairs": fingerprint_of_pairs(path),
-        "num_pairs": num_pairs,
-        "resolution": config.model.resolution,
-        "vae": [tensor_hash(vae.state_dict()), vae.config.scaling_factor, vae.config.shift_factor],
-        "labels": labels.model_dump(mode="json"),
-        "models": fingerprints({"labels": labels.model, "processor": labels.processor}),
-    }
-    return json_hash(inputs)
+def _latents_key(pairs: list[Any], base: LatentDiffusion, config: Config) -> str:
+    """A hash of everything that latents depend on."""
+    vae = base.autoencoder.vae
+    weights = [tensor_hash(vae.state_dict()), vae.config.scaling_factor, vae.config.shift_factor]
+    return json_hash([VERSION, pairs, config.model.resolution, weights])
+
+
+def _labels_key(pairs: list[Any], labels: LabelsConfig, config: Config) -> str:
+    """A hash of everything that a model's labels depend on."""
+    models = fingerprints({"labels": labels.model, "processor": labels.processor})
+    return json_hash([VERSION, pairs, config.model.resolution, labels.model_dump(mode="json"), models])
 
 
 def fingerprint_of_pairs(path: Path) -> str:
@@ -78,33 +103,41 @@ def fingerprint_of_pairs(path: Path) -> str:
     return f"{fingerprint(path)} {short_hash(read)}"
 
 
-def _encode(
-    stored: PreferencePairs, num_pairs: int, base: LatentDiffusion, config: Config, *, label: str
+def _label(pairs: Sequence[PreferencePair], images: Tensor, labeller: PreferenceScorer, labels: LabelsConfig) -> Tensor:
+    """A model's labels (n, 2) of pairs with images (2 n, 3, H, W)."""
+    text = labeller.encode([pair.caption for pair in pairs]).repeat_interleave(2, dim=0)
+    scores = labeller.score_images(images, text, torch.zeros(len(images), dtype=torch.long)).cpu()
+    return pseudo_labels(scores.unflatten(0, (-1, 2)), tie_margin=labels.tie_margin)
+
+
+def measure(
+    stored: PreferencePairs,
+    num_pairs: int,
+    quantities: Mapping[str, Quantity],
+    *,
+    resolution: int,
+    device: torch.device,
+    label: str,
 ) -> dict[str, Tensor]:
-    """`latents` (n, 2, c, h, w) and `label` (n, 2) of the first n pairs; each process encodes its share."""
-    labels, resolution = config.labels, config.model.resolution
-    clip = load_clip(labels.model, processor=labels.processor) if labels.model else None
-    labeller = PreferenceScorer(clip, device=base.device) if clip else None
-    latents, label_parts = [], []
+    """Each quantity (n, ...) of the first n pairs, from their images at `resolution`.
+
+    Every image is decoded once. Each process takes its share, and all get everything.
+    """
+    measured: dict[str, list[Tensor]] = {name: [] for name in quantities}
     is_shared = num_pairs >= distributed.count()
     shard = torch.arange(num_pairs)[distributed.share(num_pairs) if is_shared else slice(None)]
 
     def read(pairs: list[PreferencePair]) -> tuple[list[PreferencePair], Tensor]:
         images = torch.stack([_pixels(image, resolution) for pair in pairs for image in (pair.image_0, pair.image_1)])
-        return pairs, images.pin_memory() if base.device.type == "cuda" else images
+        return pairs, images.pin_memory() if device.type == "cuda" else images
 
     parts = shard.split(PAIRS_AT_A_TIME)
     decoded = ahead(read, ([stored[i] for i in part.tolist()] for part in parts), depth=2)
     for pairs, pixels in progress(decoded, total=len(parts), label=label):
-        images = pixels.to(base.device, non_blocking=True).float() / 255
-        latents.append(base.autoencoder.encode(images).cpu().unflatten(0, (-1, 2)))
-        if labeller:
-            text = labeller.encode([pair.caption for pair in pairs]).repeat_interleave(2, dim=0)
-            scores = labeller.score_images(images, text, torch.zeros(len(images), dtype=torch.long)).cpu()
-            label_parts.append(pseudo_labels(scores.unflatten(0, (-1, 2)), tie_margin=labels.tie_margin))
-        else:
-            label_parts.append(human_labels(torch.tensor([[pair.label_0, pair.label_1] for pair in pairs])))
-    made = {"latents": torch.cat(latents), "label": torch.cat(label_parts)}
+        images = pixels.to(device, non_blocking=True).float() / 255
+        for name, quantity in quantities.items():
+            measured[name].append(quantity(pairs, images))
+    made = {name: torch.cat(tensors) for name, tensors in measured.items()}
     return {name: distributed.gather(tensor) for name, tensor in made.items()} if is_shared else made
 
 

@@ -6,6 +6,7 @@ sampling, which of two paths will end in the better image. Below float32 it comp
 float32.
 """
 
+import copy
 from pathlib import Path
 from typing import Self
 
@@ -17,13 +18,14 @@ from spo.core.types import Conditioning, LabelledPairs
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.checkpoint import PreferenceModel, load_clip, load_preference_model, save_preference_model
 from spo.preference.repository import tokenize
+from spo.preference.score import PreferenceScorer
 from spo.training.preference_steps import PreferenceTraining
 
 
 class StepAwareTraining(PreferenceTraining):
     """The frozen base, which predicts the images of a pair at timestep t, and the preference model that is trained."""
 
-    no_gradient_remedy = "the pairs' images, and at train_preference.start_from"
+    no_gradient_remedy = "the pairs' images, and at its start_from"
     config: PixelPreferenceConfig
 
     def __init__(
@@ -37,8 +39,8 @@ class StepAwareTraining(PreferenceTraining):
         self.preference = preference
 
     @classmethod
-    def start(cls, base: LatentDiffusion, config: Config) -> Self:
-        settings = config.train_preference
+    def start(cls, base: LatentDiffusion, config: Config, name: str) -> Self:
+        settings = config.preference_models[name]
         assert isinstance(settings, PixelPreferenceConfig)
         if settings.checkpoint is not None:
             preference = load_preference_model(settings.checkpoint)
@@ -53,6 +55,10 @@ class StepAwareTraining(PreferenceTraining):
 
     def save(self, folder: Path) -> None:
         save_preference_model(self.model, self.preference.tokenizer, self.preference.preprocess, folder)
+
+    def scorer(self) -> PreferenceScorer:
+        timestep = 0 if self.config.blind else None
+        return PreferenceScorer(copy.deepcopy(self.preference), device=self.base.device, timestep=timestep)
 
     @property
     def logit_scale(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The preference model that `train_preference` left, as the scorer of candidates."""
+"""A preference model that `train_preference` left, as the scorer of candidates."""
 
 import sys
 from pathlib import Path
@@ -28,15 +28,15 @@ class ImageScorer(Scorer, Protocol):
 
 
 def load_scorer(
-    config: Config, root: Path, policy: LatentDiffusion, scoring: ScoringConfig | None = None
+    config: Config, name: str, root: Path, policy: LatentDiffusion, scoring: ScoringConfig | None = None
 ) -> ImageScorer:
-    """The scorer of the profile's kind, which the folder must hold.
+    """The scorer by the preference model `name`, whose folder must hold the profile's kind.
 
     A pixel model that was trained blind to t stays so. A latent one adds its passes to those of the policy's network.
     ModelError where the model is missing, of another kind than the profile's, or reads another autoencoder's latents.
     """
-    preference, scoring = config.train_preference, scoring or ScoringConfig()
-    folder, dtype = Workspace(config, root).preference_model, getattr(torch, scoring.dtype)
+    preference, scoring = config.preference_models[name], scoring or ScoringConfig()
+    folder, dtype = Workspace(config, root).preference_model(name), getattr(torch, scoring.dtype)
     read_settings(folder, kind=preference.kind)
     if problem := preference.unfit(scoring):
         raise ConfigError(f"scoring.{problem}")

@@ -16,14 +16,14 @@ from torch import Generator, Tensor, nn
 from spo.config import Config, SafetyConfig, TrainPreferenceConfig
 from spo.core.losses import preference_loss
 from spo.core.noise import epoch_seed
-from spo.core.types import LabelledPairs
+from spo.core.types import LabelledPairs, Scorer
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.labels import pairwise_accuracy
 from spo.runtime import distributed
 from spo.training.guards import FiniteGuard, Streak
 from spo.training.updates import Updater
 
-REMEDY = "lower train_preference.learning_rate, set max_grad_norm, or train in float32 or bfloat16"
+REMEDY = "lower its learning_rate, set max_grad_norm, or train in float32 or bfloat16"
 
 Row = dict[str, float] | None  # a step's measurements; None if the step was skipped
 
@@ -59,12 +59,16 @@ class PreferenceTraining(ABC):
 
     @classmethod
     @abstractmethod
-    def start(cls, base: LatentDiffusion, config: Config) -> Self:
-        """The training of config.train_preference at its start, or around its `checkpoint`."""
+    def start(cls, base: LatentDiffusion, config: Config, name: str) -> Self:
+        """The training of the preference model `name` at its start, or around its `checkpoint`."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the model's folder."""
+
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """A scorer of candidates by a copy of the model as it is now."""
 
     @property
     @abstractmethod

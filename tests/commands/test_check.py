@@ -39,7 +39,7 @@ def test_a_sound_project_goes_through_every_stage_in_miniature_and_is_left_as_it
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok  ") for line in lines[:-1])
     found = [line[6:41].strip() for line in lines[:-1]]
-    stages = ["prepare", "train_preference", "align spo", "evaluate", "report"]
+    stages = ["prepare", "train_preference pixel", "align spo", "evaluate", "report"]
     assert [name for name in found if name.endswith("in miniature")] == [f"{stage} in miniature" for stage in stages]
     assert found[-2:] == ["time", "memory"]
     assert lines[-1] == "profile own can run"
@@ -87,7 +87,7 @@ def test_a_mistake_that_only_a_run_shows_is_found_by_the_miniature(
     profile = with_setting(project, "model", resolution=17)
     assert main(["check", "--profile", profile]) == 1
     assert (
-        "FAIL  train_preference in miniature      model.resolution=17 must be a multiple of" in capsys.readouterr().out
+        "FAIL  train_preference pixel in miniature model.resolution=17 must be a multiple of" in capsys.readouterr().out
     )
 
 
@@ -96,7 +96,7 @@ def test_every_profile_has_a_miniature_with_the_same_models_and_samplers(profile
     config = load_config(ROOT, profile)
     small = miniature(config, ROOT)
     assert (small.model, small.sampling, small.methods) == (config.model, config.sampling, config.methods)
-    assert small.train_preference.steps == 1
+    assert all(model.steps == 1 for model in small.preference_models.values())
     for method in small.align.values():
         assert method.epochs == 1
         assert not isinstance(method, PairConfig) or method.rollouts_per_epoch == 1
@@ -115,7 +115,7 @@ def test_the_time_of_diffusion_dpo_is_told_from_the_pairs_there_are(tmp_path: Pa
 def test_the_miniature_has_as_many_pairs_at_a_time_as_the_training() -> None:
     """So that what does not fit into memory shows in the first minute."""
     sd15, tiny = (miniature(load_config(ROOT, profile), ROOT) for profile in ("sd15", "tiny"))
-    assert sd15.train_preference.batch_size == 64
+    assert sd15.preference_models["pixel"].batch_size == 64
     assert sd15.align["spo"].batch_size == 10  # of updates of 40 pairs
     assert tiny.align["diffusion_dpo"].batch_size == 32
     assert tiny.align["spo"].batch_size == 64  # the most that it tries, of 96

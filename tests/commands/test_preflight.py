@@ -49,9 +49,9 @@ def test_the_shipped_default_lacks_nothing(
         ("model.path", "data/prompts", "has no model_index.json", "align"),
         ("model.path", "nobody/no-such-model", "not in the hub's cache", "evaluate"),
         ("model.vae", "./no-vae", "is no folder here", "train_preference"),
-        ("train_preference.start_from", "nowhere", "is no folder here", "train_preference"),
-        ("train_preference.checkpoint", "data/prompts", "has no config.json", "train_preference"),
-        ("train_preference.processor", "nowhere", "is no folder here", "train_preference"),
+        ("preference_models.pixel.start_from", "nowhere", "is no folder here", "train_preference"),
+        ("preference_models.pixel.checkpoint", "data/prompts", "has no config.json", "train_preference"),
+        ("preference_models.pixel.processor", "nowhere", "is no folder here", "train_preference"),
         ("evaluate.loras", {"theirs": "nowhere/theirs.safetensors"}, "is no folder here", "evaluate"),
         ("align.spo.scoring.tiny_vae", "nowhere", "is no folder here", "align"),
         ("evaluate.samplers", {"mine": {"scheduler": "Nothing"}}, "is no scheduler that .* use one of", "evaluate"),
@@ -174,7 +174,7 @@ def test_what_a_stopped_run_or_an_earlier_stage_has_written_is_not_wanted_again(
         return float(number) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20}[unit]
 
     training, evaluation = needed("train_preference"), needed("evaluate")
-    state = Workspace(config, tmp_path).state("train_preference") / "00000001" / "tensors.safetensors"
+    state = Workspace(config, tmp_path).state("train_preference", "pixel") / "00000001" / "tensors.safetensors"
     state.parent.mkdir(parents=True)
     state.write_bytes(bytes(5 * 2**20))
     assert training - needed("train_preference") == pytest.approx(5 * 2**20, abs=2**20)
@@ -209,15 +209,16 @@ def test_a_latent_preference_model_needs_no_clip_and_the_room_of_half_the_base(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    latent = changed(config, "train_preference", {"kind": "latent"})
-    assert [finding.what for finding in findings(latent, tmp_path) if finding.what.startswith("train_pref")] == []
+    config = config.model_copy(update={"train_preference": ("latent",), "methods": ("diffusion_dpo",)})
+    latent = changed(config, "preference_models.latent", {"kind": "latent"})
+    assert [finding.what for finding in findings(latent, tmp_path) if finding.what.startswith("preference_m")] == []
     parts = [sum(file.stat().st_size for file in (ROOT / config.model.path / name).iterdir())
              for name in ("unet", "text_encoder")]  # fmt: skip
     assert room(latent, tmp_path)["train_preference"].passing == pytest.approx(9 * (parts[0] / 2 + parts[1]), rel=1e-3)
     for source, key in (({"checkpoint": "nowhere"}, "checkpoint"), ({"text_projection": "nowhere"}, "text_projection")):
-        lacking = changed(config, "train_preference", {"kind": "latent", **source})
+        lacking = changed(config, "preference_models.latent", {"kind": "latent", **source})
         bad = [finding.what for finding in findings(lacking, tmp_path) if not finding.good]
-        assert f"train_preference.{key}" in bad
+        assert f"preference_models.latent.{key}" in bad
 
 
 def test_full_fine_tuning_needs_room_for_its_checkpoints(

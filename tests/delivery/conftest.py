@@ -14,19 +14,20 @@ import yaml
 ROOT = Path(__file__).parents[2]
 QUICK = {  # the shipped profile with as little work as every stage takes
     "sampling": {"steps": 4},
-    "train_preference": {
-        "steps": 2,
-        "batch_size": 4,
-        "warmup_steps": 1,
-        "evaluate_timesteps": [1],
-        "evaluate_pairs": 4,
-    },
     "evaluate": {
         "num_prompts": 4,
         "num_validation_prompts": 2,
         "samplers": {"ddim": {"steps": 2, "eta": 0.0}, "ddim-stochastic": {"steps": 2, "eta": 1.0}},
         "bootstrap_samples": 50,
     },
+}
+QUICK_PREFERENCE = {
+    "steps": 2,
+    "batch_size": 4,
+    "warmup_steps": 1,
+    "evaluate_timesteps": [1],
+    "evaluate_pairs": 4,
+    "candidates": {"metric": {"kind": "oracle"}, "score": "aesthetic", "num_prompts": 2},
 }
 QUICK_SPO = {
     "epochs": 1,
@@ -91,11 +92,13 @@ def make_quick(project: Path) -> None:
     prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[::24]))
     pairs = project / "data" / "preferences" / "tiny" / "pairs.parquet"
     pq.write_table(pq.read_table(pairs).slice(0, 200), pairs)
-    (project / "params.yaml").write_text("profile: tiny\nmethods: [spo]\ntraining_seeds: [0]\n")
+    params = "profile: tiny\nmethods: [spo]\ntrain_preference: [pixel]\ntraining_seeds: [0]\n"
+    (project / "params.yaml").write_text(params)
     path = project / "configs" / "tiny.yaml"
     config = yaml.safe_load(path.read_text())
     for section, settings in QUICK.items():
         config[section] |= settings
+    config["preference_models"] = {"pixel": config["preference_models"]["pixel"] | QUICK_PREFERENCE}
     config["align"] = {"spo": config["align"]["spo"] | QUICK_SPO}
     path.write_text(yaml.safe_dump(config, sort_keys=False))
 

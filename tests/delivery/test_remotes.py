@@ -41,7 +41,7 @@ def test_prompts_preferences_and_checkpoints_are_in_the_lock_by_their_hashes(ran
         for side in ("deps", "outs")
         for item in stage.get(side, [])
     }
-    for path in ("data/prompts", "data/preferences", "data/base", "runs/tiny/train_preference/model", MODEL):
+    for path in ("data/prompts", "data/preferences", "data/base", "runs/tiny/preference_models/pixel", MODEL):
         assert len(locked[path]) == len("0123456789abcdef0123456789abcdef.dir")
     assert any(path.startswith("runs/tiny/align/spo") and path.endswith("checkpoints") for path in locked)
     assert locked["data/prompts/world.txt"] == hashlib.md5((ran / "data/prompts/world.txt").read_bytes()).hexdigest()

@@ -19,7 +19,7 @@ def shown(line: str, project: Path) -> dict[str, Any]:
 
 def test_metrics_have_every_stage_and_a_change_shows_as_a_difference(ran: Path, tmp_path: Path) -> None:
     found = shown("dvc metrics show --json", ran)[""]["data"]
-    stages = ("prepare", "train_preference", "align/spo/seed-0", "evaluate")
+    stages = ("prepare", "train_preference/pixel", "align/spo/seed-0", "evaluate")
     assert {f"runs/tiny/{stage}/metrics.json" for stage in stages} <= set(found)
     before = found[EVALUATION]["data"]["spo"]["aesthetic"]
     assert 0 <= before <= 1
@@ -38,6 +38,7 @@ def test_metrics_have_every_stage_and_a_change_shows_as_a_difference(ran: Path, 
 def test_plots_are_drawn_of_the_preference_model_and_the_training(ran: Path, tmp_path: Path) -> None:
     shell(f"dvc plots show -o {tmp_path / 'plots'}", ran)
     page = (tmp_path / "plots" / "index.html").read_text()
-    for name in ("train_preference/accuracy.csv", "train_preference/history.csv", "align/spo/seed-0/history.csv"):
+    preference = "train_preference/pixel"
+    for name in (f"{preference}/accuracy.csv", f"{preference}/history.csv", "align/spo/seed-0/history.csv"):
         assert f"runs/tiny/{name}" in page
     assert shell("git status --porcelain", ran) == ""

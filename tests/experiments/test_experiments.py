@@ -60,7 +60,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(root):
         config = load_config()
         prepare.run(config, tracker=NullTracker())
-        train_preference.run(config, tracker=NullTracker())
+        train_preference.run(config, "pixel", tracker=NullTracker())
         align.run(config, "spo", 0, tracker=NullTracker())
     return root
 
@@ -264,6 +264,6 @@ def test_the_order_of_the_trained_model_is_printed_and_written(project: Path, mo
     monkeypatch.chdir(project)
     assert candidate_agreement.main(["--prompts", "2", "--out", "order.csv"]) == 0
     assert "| all |" in capsys.readouterr().out
-    assert {row["model"] for row in rows(project / "order.csv")} == {"runs/own/train_preference/model"}
+    assert {row["model"] for row in rows(project / "order.csv")} == {"runs/own/preference_models/pixel"}
     assert candidate_agreement.main(["--method", "d3po"]) == 1
     assert "no SPO called d3po" in capsys.readouterr().err

@@ -42,8 +42,9 @@ def placed(config: Config) -> Config:
     values["model"] |= {"path": str(ROOT / config.model.path)}
     values["prepare"]["prompts"] |= {"source": str(ROOT / "data/prompts/world.txt")}
     values["prepare"]["preferences"] |= {"source": str(ROOT / "data/preferences/tiny"), "max_pairs": 200}
-    values["train_preference"] |= {"start_from": str(ROOT / config.train_preference.start_from), "steps": 2}
-    values["train_preference"] |= {"evaluate_pairs": 8, "evaluate_timesteps": (1,)}
+    pixel = values["preference_models"]["pixel"]
+    pixel |= {"start_from": str(ROOT / pixel["start_from"]), "steps": 2, "candidates": None}
+    pixel |= {"evaluate_pairs": 8, "evaluate_timesteps": (1,)}
     values["align"]["spo"] |= {"threshold": 0.0}
     values["safety"] |= {"save_every_seconds": 0.0}
     return Config.model_validate(values)
@@ -113,8 +114,8 @@ def measure(minutes: float, file: Path) -> list[dict[str, float]]:
     config = placed(load_config(ROOT, "tiny"))
     with tempfile.TemporaryDirectory(prefix="spo-soak-") as folder, file.open("w", newline="") as out:
         root = Path(folder)
-        for stage in (prepare, train_preference):
-            stage.run(config, root=root, tracker=NullTracker())
+        prepare.run(config, root=root, tracker=NullTracker())
+        train_preference.run(config, "pixel", root=root, tracker=NullTracker())
         rows = Rows(out, 60 * minutes)
         with contextlib.suppress(Over):
             for turn in itertools.count():

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(not os.environ.get("SPO_SOAK"), reason="takes mi
 DVC = {
     "stages": {
         "train_preference": {
-            "cmd": f"{sys.executable} -m spo train_preference",
+            "cmd": f"{sys.executable} -m spo train_preference pixel",
             "deps": ["runs/own/prepare/preferences"],
-            "outs": ["runs/own/train_preference/model"],
-            "metrics": [{"runs/own/train_preference/metrics.json": {"cache": False}}],
+            "outs": ["runs/own/preference_models/pixel"],
+            "metrics": [{"runs/own/train_preference/pixel/metrics.json": {"cache": False}}],
         }
     }
 }
@@ -53,12 +53,12 @@ def test_a_stage_that_was_stopped_goes_on(tmp_path: Path, command: list[str], nu
     path = root / "configs" / "own.yaml"
     config = yaml.safe_load(path.read_text())
     config["safety"] = {"save_every_seconds": 0}
-    config["train_preference"]["steps"] = 200
+    config["preference_models"]["pixel"]["steps"] = 200
     path.write_text(yaml.safe_dump(config))
     (root / "dvc.yaml").write_text(yaml.safe_dump(DVC))
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=root, check=True)
     assert spo(root, ["prepare"]).returncode == 0
-    states = root / ".cache" / "state" / "own" / "train_preference"
+    states = root / ".cache" / "state" / "own" / "train_preference" / "pixel"
     with start(command, root, tmp_path / "first.txt") as first:
         while len(list(states.glob("0*"))) < 2:
             assert first.poll() is None, (tmp_path / "first.txt").read_text()
@@ -68,15 +68,15 @@ def test_a_stage_that_was_stopped_goes_on(tmp_path: Path, command: list[str], nu
         time.sleep(0.1)
     with start(command, root, tmp_path / "second.txt") as second:
         assert second.wait() == 0, (tmp_path / "second.txt").read_text()
-    assert "train_preference: continues from step" in (tmp_path / "second.txt").read_text()
-    assert (root / "runs/own/train_preference/model/model.safetensors").is_file()
+    assert "train_preference pixel: continues from step" in (tmp_path / "second.txt").read_text()
+    assert (root / "runs/own/preference_models/pixel/model.safetensors").is_file()
     assert not list(states.glob("0*"))
 
 
 def _locked(root: Path) -> bool:
     """Whether the stage that was told to end still holds its lock."""
     try:
-        with FileLock(root / ".cache/locks/own/train_preference.lock", timeout=0):
+        with FileLock(root / ".cache/locks/own/train_preference-pixel.lock", timeout=0):
             return False
     except Timeout:
         return True

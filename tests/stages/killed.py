@@ -140,7 +140,7 @@ def both(kills: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     shutil.copytree(".", "alone", ignore=shutil.ignore_patterns("alone"))
     shutil.copytree("alone", "killed")
     outcomes = {}
-    for stage in (["train_preference"], ["align", "spo"], ["align", "diffusion_dpo"]):
+    for stage in (["train_preference", "pixel"], ["align", "spo"], ["align", "diffusion_dpo"]):
         with contextlib.chdir("alone"):
             assert run(stage) == 0
         with contextlib.chdir("killed"):

@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(root):
         config = load_config()
         prepare.run(config, tracker=NullTracker())
-        train_preference.run(config, tracker=NullTracker())
+        train_preference.run(config, "pixel", tracker=NullTracker())
         for name in config.methods:
             align.run(config, name, SEEDS[0], tracker=NullTracker())
         align.run(config, "dpo", SEEDS[1], tracker=NullTracker())
@@ -72,10 +72,10 @@ def test_a_method_leaves_checkpoints_with_their_cost_and_its_history(project: Pa
 @pytest.mark.slow
 def test_a_preference_model_that_was_trained_blind_to_t_scores_blindly(project: Path, config: Config) -> None:
     with contextlib.chdir(project):
-        preference = config.train_preference.model_copy(update={"blind": True})
+        models = {"pixel": config.preference_models["pixel"].model_copy(update={"blind": True})}
         policy = align.build_policy(config, "spo")
-        seeing = align.load_scorer(config, Path(), policy)
-        blind = align.load_scorer(config.model_copy(update={"train_preference": preference}), Path(), policy)
+        seeing = align.load_scorer(config, "pixel", Path(), policy)
+        blind = align.load_scorer(config.model_copy(update={"preference_models": models}), "pixel", Path(), policy)
     assert isinstance(seeing, PreferenceScorer) and isinstance(blind, PreferenceScorer)
     with torch.no_grad():  # three steps of training change too little
         for parameter in seeing.model.final_modulation.parameters():

@@ -44,10 +44,13 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     watch = {"every": 1, "num_prompts": 2, "metric": {"kind": "oracle"}, "score": "aesthetic"}
     method = {"method": "spo", "epochs": 1, "prompts_per_rollout": 6, "candidates": 3, "first_step": 0, "beta": 500.0}
     method |= {"threshold": {"low": 0.0, "high": 0.01}, "scoring": {"at_step_time": True}, "watch": watch}
-    change_profile(root, train_preference=PREFERENCE, align={"spo": {**method, "checkpoints": 1, "batch_size": 8}})
+    method |= {"preference_model": "latent"}
+    method |= {"checkpoints": 1, "batch_size": 8}
+    change_profile(root, preference_models={"latent": PREFERENCE}, align={"spo": method})
+    (root / "params.yaml").write_text("profile: own\nmethods: [spo]\ntrain_preference: [latent]\n")
     with contextlib.chdir(root):
         prepare.run(load_config(), tracker=NullTracker())
-        train_preference.run(load_config(), tracker=NullTracker())
+        train_preference.run(load_config(), "latent", tracker=NullTracker())
     return root
 
 
@@ -64,7 +67,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_the_stages_work_from_training_to_the_comparison(config: Config) -> None:
     workspace = Workspace(config)
-    trained = metrics(workspace.train_preference)
+    trained = metrics(workspace.train_preference("latent"))
     assert trained["unet_forwards"] == 4 * 4 * 2  # steps, pairs, images; two halves of a UNet each
     assert set(trained["accuracy"]["trained"]) == {"t_0", "t_501"}
     align.run(config, "spo", 0, tracker=NullTracker())
@@ -78,7 +81,7 @@ def test_the_stages_work_from_training_to_the_comparison(config: Config) -> None
 @pytest.mark.slow
 def test_a_step_costs_one_pass_of_the_policy_and_half_passes_of_the_model(config: Config) -> None:
     policy = align.build_policy(config, "spo")
-    scorer, prompts, k = load_scorer(config, Path(), policy), ["a cat", "a dog"], 3
+    scorer, prompts, k = load_scorer(config, "latent", Path(), policy), ["a cat", "a dog"], 3
     noise = KeyedNoise(0, 0, range(2))
     segments = list(
         rollout(policy, scorer, policy.encode(prompts), scorer.encode(prompts), candidates=k, first_step=0,
@@ -92,15 +95,15 @@ def test_a_step_costs_one_pass_of_the_policy_and_half_passes_of_the_model(config
 @pytest.mark.slow
 def test_clean_images_are_scored_as_their_latents(config: Config) -> None:
     policy = align.build_policy(config, "spo")
-    scorer = load_scorer(config, Path(), policy)
+    scorer = load_scorer(config, "latent", Path(), policy)
     assert isinstance(scorer, LatentScorer)
     images, text = torch.rand(2, 3, 16, 16), scorer.encode(["a cat", "a dog"])
     scores = scorer.score_images(images, text, torch.zeros((), dtype=torch.long))
     expected = scorer.score_latents(policy.autoencoder.encode(images), torch.zeros(2, dtype=torch.long), text)
     assert torch.equal(scores, expected)
     assert policy.network.forwards == 0  # a look from outside costs the training nothing
-    with pytest.raises(ConfigError, match=r"timestep=0 needs train_preference\.kind=pixel"):
-        load_scorer(config, Path(), policy, ScoringConfig(timestep=0))
+    with pytest.raises(ConfigError, match=r"timestep=0 needs a preference model of kind pixel"):
+        load_scorer(config, "latent", Path(), policy, ScoringConfig(timestep=0))
 
 
 @pytest.mark.slow
@@ -108,7 +111,8 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(
     project: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = Workspace(config)
-    whole, table = load_file(workspace.preference_model / "model.safetensors"), metrics(workspace.train_preference)
+    model = workspace.preference_model("latent") / "model.safetensors"
+    whole, table = load_file(model), metrics(workspace.train_preference("latent"))
     monkeypatch.setattr(Saver, "save_if_due", Saver.save)
     step = LatentPreferenceTraining.step
 
@@ -120,35 +124,34 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(
     monkeypatch.setattr(LatentPreferenceTraining, "step", stopped)
     stop_before = 2
     with pytest.raises(KeyboardInterrupt):
-        train_preference.run(config, tracker=NullTracker())
+        train_preference.run(config, "latent", tracker=NullTracker())
     stop_before = -1
-    train_preference.run(config, tracker=NullTracker())
-    again = load_file(workspace.preference_model / "model.safetensors")
+    train_preference.run(config, "latent", tracker=NullTracker())
+    again = load_file(model)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert {**metrics(workspace.train_preference), "seconds": 0} == {**table, "seconds": 0}
+    assert {**metrics(workspace.train_preference("latent")), "seconds": 0} == {**table, "seconds": 0}
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_either_layout_is_taken_over(project: Path, config: Config, tmp_path: Path) -> None:
     policy = align.build_policy(config, "spo")
-    scorer = load_scorer(config, Path(), policy)
+    scorer = load_scorer(config, "latent", Path(), policy)
     assert isinstance(scorer, LatentScorer)
     write_published_latent(scorer.preference, tmp_path / "published")
-    ours = {"checkpoint": str(Workspace(config).preference_model)}
+    ours = {"checkpoint": str(Workspace(config).preference_model("latent"))}
     for given in (ours, {"checkpoint": str(tmp_path / "published"), "checkpoint_base": "model"}):
-        values = {**config.model_dump(), "train_preference": {"kind": "latent", **given}}
+        values = {**config.model_dump(), "preference_models": {"latent": {"kind": "latent", **given}}}
         other = Config.model_validate(values)
-        taken = train_preference.TRAININGS["latent"].start(policy, other).model.state_dict()
+        taken = train_preference.TRAININGS["latent"].start(policy, other, "latent").model.state_dict()
         assert all(torch.equal(taken[name], tensor) for name, tensor in scorer.model.state_dict().items())
 
 
 @pytest.mark.slow
 def test_a_model_of_the_other_kind_is_refused(config: Config) -> None:
-    pixel = Config.model_validate(
-        {**config.model_dump(), "train_preference": {"start_from": "clip"}, "align": {"spo": {"method": "spo"}}}
-    )
+    values = config.model_dump() | {"preference_models": {"latent": {"start_from": "clip"}}}
+    pixel = Config.model_validate(values | {"align": {"spo": {"method": "spo", "preference_model": "latent"}}})
     with pytest.raises(ModelError, match="of kind 'latent', not 'pixel'"):
-        load_scorer(pixel, Path(), align.build_policy(pixel, "spo"))
+        load_scorer(pixel, "latent", Path(), align.build_policy(pixel, "spo"))
 
 
 @pytest.mark.slow

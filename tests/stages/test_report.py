@@ -60,13 +60,15 @@ def write_metrics(folder: Path, metrics: dict) -> None:
 
 def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generator, *, seeds) -> None:
     write_metrics(runs / "prepare", {"seconds": 1.25, "train_prompts": 360})
-    write_metrics(
-        runs / "train_preference", {"seconds": 212.0, "unet_forwards": 10000, "accuracy": {"trained": {"t_1": 0.81}}}
-    )
+    trained = {"seconds": 212.0, "unet_forwards": 10000, "accuracy": {"trained": {"t_1": 0.81}}}
+    write_metrics(runs / "train_preference" / "pixel", trained)
     times = (1, 301, 701)
-    write_csv(runs / "train_preference" / "accuracy.csv", [
+    write_csv(runs / "train_preference" / "pixel" / "accuracy.csv", [
         {"timestep": t, "model": model, "accuracy": 0.9 - t / (2000 if model == "trained" else 1500),
          "n": 200} for model in ("start", "trained") for t in times])  # fmt: skip
+    write_csv(runs / "train_preference" / "pixel" / "candidates.csv", [
+        {"timestep": t, "model": model, "agreement": 0.8 - t / 2000, "low": 0.4, "high": 0.9, "n": 32}
+        for model in ("start", "trained") for t in times])  # fmt: skip
     for name, seed in itertools.product(methods, seeds):
         folder = runs / "align" / name / f"seed-{seed}"
         write_metrics(
@@ -129,7 +131,8 @@ def write_runs(root: Path, methods=("spo",), *, prompts=PROMPTS, gains=GAINS, se
     rng = np.random.default_rng(0)
     config = load_config(Path(__file__).parents[2], "tiny")
     align = dict.fromkeys(methods, config.align["spo"])
-    config = config.model_copy(update={"methods": tuple(methods), "align": align, "training_seeds": seeds})
+    changes = {"methods": tuple(methods), "align": align, "training_seeds": seeds, "train_preference": ("pixel",)}
+    config = config.model_copy(update=changes)
     write_training(root / "runs/tiny", methods, rng, seeds=seeds)
     write_evaluation(root / "runs/tiny", methods, prompts, gains, rng, seeds=seeds)
     return config
@@ -198,7 +201,7 @@ def test_gallery_shows_every_prompt_in_every_column_with_words(page):
 def test_charts_have_words_and_tables_scopes(page):
     tags = Tags(page)
     charts = [attrs for attrs in tags.of("div") if attrs.get("role") == "img"]
-    assert len(charts) == len(tags.of("svg")) == 2 + 4 + 9 + 3 + 1
+    assert len(charts) == len(tags.of("svg")) == 2 + 4 + 9 + 3 + 2
     assert all("nan" not in chart["aria-label"] and len(chart["aria-label"]) > 30 for chart in charts)
     assert all("scope" in cell for cell in tags.of("th"))
 
@@ -369,7 +372,8 @@ def test_summary_is_ten_lines_at_most(made):
     assert lines[0].startswith("spo raises aesthetic by 0.1")
     assert lines[1].startswith("Against dpo, spo is better: ")
     assert lines[2].startswith("dpo has no checkpoint that is better than the base")
-    assert lines[-1].startswith("took prepare 1.2 s, train_preference 4 min, align spo (2 seeds) 16 min, align dpo (2")
+    took = "took prepare 1.2 s, train_preference pixel 4 min, align spo (2 seeds) 16 min, align dpo (2"
+    assert lines[-1].startswith(took)
     columns = ("a", "b", "c")
     means = [row(name, "aesthetic", mean=0.5) for name in ("base", *columns)]
     gains = [row(name, "aesthetic", against="base", difference=0.1) for name in columns]
@@ -480,10 +484,11 @@ def test_a_broken_file_is_named_with_what_is_wrong(tmp_path, file, text, message
 
 def test_a_run_without_preference_training_and_branching_has_a_report(tmp_path):
     config = write_runs(tmp_path)
-    (tmp_path / "runs/tiny/train_preference/accuracy.csv").unlink()
+    (tmp_path / "runs/tiny/train_preference/pixel/accuracy.csv").unlink()
     (tmp_path / "runs/tiny/align/spo/seed-0/timesteps.csv").write_text("\n")
     report.run(config, root=tmp_path, tracker=Tracker())
-    assert "Preference model</h2>" not in (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
+    html = (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
+    assert "Agreement with held-out labels" not in html and "Agreement on candidates" in html
 
 
 def test_large_pictures_are_made_lighter(tmp_path):

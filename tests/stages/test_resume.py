@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = root / "configs" / "own.yaml"
     config = yaml.safe_load(path.read_text())
     config["safety"] = {"save_every_seconds": 0}
-    config["train_preference"] |= {"steps": STEPS, "evaluate_timesteps": [1], "evaluate_pairs": 4}
+    config["preference_models"]["pixel"] |= {"steps": STEPS, "evaluate_timesteps": [1], "evaluate_pairs": 4}
     config["align"]["spo"] |= {"epochs": STEPS // 2, "rollouts_per_epoch": 2, "prompts_per_rollout": 2}
     watch = {"every": 7, "num_prompts": 2, "metric": {"kind": "oracle"}, "score": "aesthetic"}
     config["align"]["spo"] |= {"watch": watch}
@@ -86,10 +86,11 @@ def assert_same(project: Path, stage: Path) -> None:
 
 
 def test_a_preference_model_killed_at_random_moments_is_that_of_a_run_left_alone(project: Path) -> None:
-    assert_killed_in_many_ways(project, "train_preference")
-    stage = Path("runs/own/train_preference")
+    assert_killed_in_many_ways(project, "train_preference pixel")
+    stage = Path("runs/own/train_preference/pixel")
     assert [int(row["step"]) for row in contents(project / "killed" / stage / "history.csv")] == [*range(1, STEPS + 1)]
     assert_same(project, stage)
+    assert_same(project, Path("runs/own/preference_models/pixel"))
 
 
 @pytest.mark.parametrize("method", ["spo", "diffusion_dpo"])

@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> Config:
             "model": {"family": "sd15", "path": str(tmp_path / "model"), "resolution": RESOLUTION},
             "sampling": {"steps": 5},
             "prepare": {"prompts": {"source": "prompts.txt"}},
-            "train_preference": {"start_from": "-", "checkpoint": str(tmp_path / "trained")},
+            "preference_models": {"pixel": {"start_from": "-", "checkpoint": str(tmp_path / "trained")}},
             "align": {"spo": {"method": "spo", "first_step": 1}},
             "evaluate": {
                 "num_prompts": 2,
@@ -51,9 +51,9 @@ def config(tmp_path: Path) -> Config:
 
 def test_a_named_model_is_taken_over_without_pairs(config: Config, tmp_path: Path) -> None:
     prepare.run(config, root=tmp_path, tracker=NullTracker())
-    train_preference.run(config, root=tmp_path, tracker=NullTracker())
-    folder = tmp_path / "runs/own/train_preference"
-    given, taken = (load_preference_model(path).model.state_dict() for path in (tmp_path / "trained", folder / "model"))
+    train_preference.run(config, "pixel", root=tmp_path, tracker=NullTracker())
+    folder, made = tmp_path / "runs/own/train_preference/pixel", Workspace(config, tmp_path).preference_model("pixel")
+    given, taken = (load_preference_model(path).model.state_dict() for path in (tmp_path / "trained", made))
     assert all(torch.equal(given[name], taken[name]) for name in given)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["accuracy"], metrics["pairs"], metrics["steps"]) == ({}, 0, 0)
@@ -79,8 +79,8 @@ def test_the_seconds_before_and_after_a_saved_state_count_once(tmp_path: Path, m
     monkeypatch.setattr(StepAwareTraining, "step", ten_seconds)
     stop_before = 2
     with pytest.raises(KeyboardInterrupt):
-        train_preference.run(config, tracker=NullTracker())
+        train_preference.run(config, "pixel", tracker=NullTracker())
     clock.now, stop_before = 1000.0, -1  # another process, later
-    train_preference.run(config, tracker=NullTracker())
-    metrics = json.loads((Workspace(config).train_preference / "metrics.json").read_text())
+    train_preference.run(config, "pixel", tracker=NullTracker())
+    metrics = json.loads((Workspace(config).train_preference("pixel") / "metrics.json").read_text())
     assert (metrics["steps"], metrics["seconds"]) == (3, 30.0)
