@@ -172,24 +172,23 @@ def preference_charts(models: Mapping[str, PreferenceModel]) -> list[Chart]:
     of_labels = "Share of held-out pairs ordered as labelled; noise is on the left."
     of_candidates = "Share of steps at which an independent metric prefers the model's best candidate to its worst."
     chance = ("chance", 0.5)
-    accuracy = _by_model({name: model.accuracy for name, model in models.items()}, "accuracy")
-    candidates = _by_model({name: model.candidates for name, model in models.items()}, "agreement")
+    accuracy, candidates = [], []
+    for slot, (name, model) in enumerate(models.items()):
+        for state in dict.fromkeys(row["model"] for row in model.accuracy):
+            rows = [row for row in model.accuracy if row["model"] == state]
+            accuracy.append(_line(f"{name}, {state}", rows, "accuracy", slot=2 * slot + (state != "trained")))
+        if model.candidates:
+            candidates.append(_line(name, model.candidates, "agreement", slot=2 * slot))
     return [
         *_over_timesteps("accuracy", "Agreement with held-out labels", of_labels, accuracy, level=chance),
         *_over_timesteps("candidates", "Agreement on candidates", of_candidates, candidates, level=chance),
     ]
 
 
-def _by_model(tables: Mapping[str, Sequence[Row]], column: str) -> list[Line]:
-    """A line over the timesteps for each preference model, faint before its training."""
-    lines = []
-    for slot, (name, rows) in enumerate(tables.items()):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            measured = sorted((row for row in rows if row["model"] == model), key=lambda row: -row["timestep"])
-            t, values = [row["timestep"] for row in measured], [row[column] for row in measured]
-            label = name if model == "trained" else f"{name}, {model}"
-            lines.append(Line(label, t, values, markers=True, slot=2 * slot + (model != "trained")))
-    return lines
+def _line(label: str, rows: Sequence[Row], column: str, *, slot: int) -> Line:
+    """A line over the timesteps, the noisiest first."""
+    rows = sorted(rows, key=lambda row: -row["timestep"])
+    return Line(label, [row["timestep"] for row in rows], [row[column] for row in rows], markers=True, slot=slot)
 
 
 def all_charts(results: Results, inputs: Inputs) -> dict[str, list[Chart]]:

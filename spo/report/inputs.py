@@ -123,7 +123,7 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...]) -> list[Row]:
 def _preference_model(folder: Path, stage: str) -> PreferenceModel:
     tables = {"accuracy.csv": "accuracy", "candidates.csv": "agreement"}
     accuracy, candidates = (
-        read_csv(folder / name, stage, ("timestep", "model", column)) if (folder / name).exists() else []
+        read_csv(folder / name, stage, ("timestep", column)) if (folder / name).exists() else []
         for name, column in tables.items()
     )
     return PreferenceModel(read_json(folder / "metrics.json", stage), accuracy, candidates)

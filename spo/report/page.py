@@ -81,9 +81,10 @@ def per_pair(metrics: Mapping[str, Any]) -> dict[str, float]:
 def mean_agreement(model: PreferenceModel) -> dict[str, float]:
     """The trained model's agreement with labels and on candidates, means over the measured timesteps."""
     found: dict[str, float] = {}
-    for name, rows, column in (("labels", model.accuracy, "accuracy"), ("candidates", model.candidates, "agreement")):
-        last = [row[column] for row in rows if row["model"] == rows[-1]["model"]]
-        found |= {f"agreement_{name}": fmean(last)} if last else {}
+    if trained := [row["accuracy"] for row in model.accuracy if row["model"] == model.accuracy[-1]["model"]]:
+        found["agreement_labels"] = fmean(trained)
+    if model.candidates:
+        found["agreement_candidates"] = fmean(row["agreement"] for row in model.candidates)
     return found
 
 

@@ -50,8 +50,7 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
         print(f"train_preference {name}: continues from step {saved.number}", file=sys.stderr, flush=True)
         done = Done(**saved.values["done"])
     else:
-        done = Done()
-        _measure(training, validation, "start", config, done, workspace)
+        done = Done(accuracy=_accuracies(training, validation, "start", config))
     counts: dict[str, int] = {}
     if store:
         pairs = pairs_of("train")
@@ -62,22 +61,23 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
             )
         start -= done.seconds  # spent by earlier processes
         _train(training, pairs, config, store, done, tracker, start=start)
-        _measure(training, validation, "trained", config, done, workspace)
+        done.accuracy += _accuracies(training, validation, "trained", config)
+    candidates = _candidates(training, config, workspace)
     with distributed.written_by_main(atomic_path(workspace.preference_model(name))) as folder:
         training.save(folder)
     with distributed.written_by_main(atomic_path(workspace.train_preference(name))) as folder:
         folder.mkdir(exist_ok=True)
         write_csv(folder / "accuracy.csv", done.accuracy)
-        write_csv(folder / "candidates.csv", done.candidates)
+        write_csv(folder / "candidates.csv", candidates)
         write_csv(folder / "history.csv", done.history)
-        metrics = {**_metrics(done), "skipped": training.updater.guard.skipped}
+        metrics = {**_metrics(done, candidates), "skipped": training.updater.guard.skipped}
         metrics |= {"filter": counts} if counts else {}
         metrics["unet_forwards"] = round(done.step * settings.batch_size * settings.forwards_per_pair(config.sampling))
         write_json(folder / "metrics.json", {**metrics, "seconds": round(time.perf_counter() - start, 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])
-    for row in done.candidates:
-        tracker.log_metrics({f"candidate_agreement_{row['model']}": row["agreement"]}, step=int(row["timestep"]))
+    for row in candidates:
+        tracker.log_metrics({"candidate_agreement": row["agreement"]}, step=int(row["timestep"]))
     if store and distributed.is_main():
         store.clear()
 
@@ -86,8 +86,7 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
 class Done:
     """A training's progress and measurements, without its weights."""
 
-    accuracy: list[dict[str, Any]] = field(default_factory=list)  # of the start model, later also of the trained one
-    candidates: list[dict[str, Any]] = field(default_factory=list)  # agreement on candidates, likewise
+    accuracy: list[dict[str, Any]]  # of the start model, later also of the trained one
     history: list[dict[str, float]] = field(default_factory=list)
     step: int = 0
     seconds: float = 0.0  # spent by all processes of the stage when the state was saved
@@ -152,32 +151,35 @@ def _log(row: dict[str, float], every: int, tracker: Tracker) -> None:
         tracker.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
 
-def _measure(
-    training: PreferenceTraining,
-    pairs: LabelledPairs | None,
-    model: str,
-    config: Config,
-    done: Done,
-    workspace: Workspace,
-) -> None:
-    """Add to `done` the model's agreement with labels of held-out pairs, if there are pairs, and on candidates."""
-    timesteps = training.config.evaluate_timesteps if pairs is not None else ()
-    for timestep in progress(timesteps, label=f"accuracy of the {model} model"):
-        assert pairs is not None
+def _accuracies(
+    training: PreferenceTraining, pairs: LabelledPairs | None, name: str, config: Config
+) -> list[dict[str, Any]]:
+    """A row for each timestep; none without pairs."""
+    rows: list[dict[str, Any]] = []
+    if pairs is None:
+        return rows
+    for timestep in progress(training.config.evaluate_timesteps, label=f"accuracy of the {name} model"):
         accuracy, count = training.accuracy(pairs, timestep, seed=config.seed)
-        done.accuracy.append({"timestep": timestep, "model": model, "accuracy": accuracy, "n": count})
-    if (settings := training.config.candidates) is not None:
-        prompts = workspace.prepared.prompts("validation", settings.num_prompts)
-        rows = candidate_agreement(training.base, training.scorer(), prompts, settings, seed=config.seed)
-        done.candidates += [{"model": model, **row} for row in rows]
+        rows.append({"timestep": timestep, "model": name, "accuracy": accuracy, "n": count})
+    return rows
 
 
-def _metrics(done: Done) -> dict[str, Any]:
-    found: dict[str, Any] = {"accuracy": {}, "candidate_agreement": {}}
-    tables = {"accuracy": (done.accuracy, "accuracy"), "candidate_agreement": (done.candidates, "agreement")}
-    for kind, (rows, column) in tables.items():
-        for row in rows:
-            found[kind].setdefault(row["model"], {})[f"t_{row['timestep']:g}"] = round(row[column], 4)
+def _candidates(training: PreferenceTraining, config: Config, workspace: Workspace) -> list[dict[str, Any]]:
+    """Rows of spo.evaluation.candidate_agreement, if the profile asks for them."""
+    settings = training.config.candidates
+    if settings is None:
+        return []
+    prompts = workspace.prepared.prompts("validation", settings.num_prompts)
+    return candidate_agreement(training.base, training.scorer(), prompts, settings, seed=config.seed)
+
+
+def _metrics(done: Done, candidates: list[dict[str, Any]]) -> dict[str, Any]:
+    accuracy: dict[str, dict[str, float]] = {}
+    for row in done.accuracy:
+        accuracy.setdefault(row["model"], {})[f"t_{row['timestep']}"] = round(row["accuracy"], 4)
+    found: dict[str, Any] = {"accuracy": accuracy}
+    if candidates:
+        found["candidate_agreement"] = {f"t_{row['timestep']:g}": round(row["agreement"], 4) for row in candidates}
     if tail := done.history[-50:]:
         found["loss"] = round(sum(row["loss"] for row in tail) / len(tail), 4)
     return {**found, "pairs": done.accuracy[0]["n"] if done.accuracy else 0, "steps": len(done.history)}

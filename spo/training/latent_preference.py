@@ -9,7 +9,6 @@ Departures: noise may be one for both images of a pair, as in SPO. Times may be 
 which sampling ends, clean latents are scored; the published validation scores them at t = 1.
 """
 
-import copy
 from pathlib import Path
 from typing import Self
 
@@ -75,7 +74,7 @@ class LatentPreferenceTraining(PreferenceTraining):
         save_latent_preference(self.preference, folder)
 
     def scorer(self) -> LatentScorer:
-        return LatentScorer(copy.deepcopy(self.preference), device=self.base.device, autoencoder=self.base.autoencoder)
+        return LatentScorer(self.preference, device=self.base.device, autoencoder=self.base.autoencoder)
 
     @property
     def logit_scale(self) -> Tensor:

@@ -6,7 +6,6 @@ sampling, which of two paths will end in the better image. Below float32 it comp
 float32.
 """
 
-import copy
 from pathlib import Path
 from typing import Self
 
@@ -58,7 +57,7 @@ class StepAwareTraining(PreferenceTraining):
 
     def scorer(self) -> PreferenceScorer:
         timestep = 0 if self.config.blind else None
-        return PreferenceScorer(copy.deepcopy(self.preference), device=self.base.device, timestep=timestep)
+        return PreferenceScorer(self.preference, device=self.base.device, timestep=timestep)
 
     @property
     def logit_scale(self) -> Tensor:

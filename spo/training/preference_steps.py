@@ -68,7 +68,7 @@ class PreferenceTraining(ABC):
 
     @abstractmethod
     def scorer(self) -> Scorer:
-        """A scorer of candidates by a copy of the model as it is now."""
+        """A scorer of candidates by the model; do not train it while the scorer is in use."""
 
     @property
     @abstractmethod

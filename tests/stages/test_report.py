@@ -67,8 +67,7 @@ def write_training(runs: Path, methods: tuple[str, ...], rng: np.random.Generato
         {"timestep": t, "model": model, "accuracy": 0.9 - t / (2000 if model == "trained" else 1500),
          "n": 200} for model in ("start", "trained") for t in times])  # fmt: skip
     write_csv(runs / "train_preference" / "pixel" / "candidates.csv", [
-        {"timestep": t, "model": model, "agreement": 0.8 - t / 2000, "low": 0.4, "high": 0.9, "n": 32}
-        for model in ("start", "trained") for t in times])  # fmt: skip
+        {"timestep": t, "agreement": 0.8 - t / 2000, "low": 0.4, "high": 0.9, "n": 32} for t in times])  # fmt: skip
     for name, seed in itertools.product(methods, seeds):
         folder = runs / "align" / name / f"seed-{seed}"
         write_metrics(
