@@ -84,7 +84,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ),
         (
             lambda v: v["evaluate"].update(loras={"spo": "a/b"}),
-            r"evaluate\.loras: \['spo'\] are names of other",
+            r"evaluate\.loras and networks: \['spo'\] are names of other",
         ),
         (lambda v: v["evaluate"].update(loras={"a/b": "a/b"}), r"evaluate\.loras\.a/b.*: String should match pattern"),
         (lambda v: v["evaluate"].update(loras={"a": {"file": "b"}}), r"evaluate\.loras\.a\.source: Field required"),

@@ -39,7 +39,7 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     latents = 2 * (num_pairs(config, root) or 0) * resolution**2 * LATENT_BYTES
     whole = [config.align[name].checkpoints for name in config.methods if config.align[name].full_fine_tuning]
     unet = _unet(config) if whole else 0
-    columns = 2 + len(config.methods) * seeds + len(evaluate.loras)
+    columns = 2 + len(config.methods) * seeds + len(evaluate.published)
     pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * resolution**2
     kept_and_passing = {
         "prepare": (2 * source, 0),

@@ -174,7 +174,7 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
             num_prompts=num_prompts, num_pairs=pairs, per_prompt=per_prompt
         )
     evaluate = config.evaluate
-    columns = 1 + len(config.methods) * seeds + len(evaluate.loras)
+    columns = 1 + len(config.methods) * seeds + len(evaluate.published)
     checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)
     test, validation = evaluate.num_prompts * evaluate.images_per_prompt * columns, evaluate.num_validation_prompts
     steps = {name: len(build_scheduler(sampler).timesteps) for name, sampler in evaluate.samplers.items()}

@@ -112,38 +112,58 @@ def export(
 
 
 def import_preference_model(
-    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
-    clip: Annotated[str, typer.Option(metavar="REPO", help="CLIP with the model's configuration: name or folder.")],
+    source: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FOLDER", show_default=False)],
+    clip: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Of a file: the CLIP with the model's configuration.")
+    ] = None,
     processor: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Where the tokenizer is, if not there: name or folder.")
+        str | None, typer.Option(metavar="REPO", help="Of a file: where the tokenizer is, if not in --clip.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Of a folder: the diffusion model that it was made from.")
     ] = None,
 ) -> None:
-    """Convert a published preference model (.bin).
+    """Convert a published preference model: SPO's file (.bin) or LPO's folder.
 
-    The result is a folder that `train_preference.checkpoint` can name.
+    The result is a folder that `checkpoint` of a preference model can name.
     """
     _require_new(out)
+    if source.is_dir() == (base is None) or source.is_dir() == (clip is not None):
+        raise SpoError(f"{source}: name --clip for a file (.bin), or --base for a folder in LPO's layout")
     set_up_libraries()
-    from spo.preference.checkpoint import import_published
+    if base is not None:
+        from spo.preference.latent_checkpoint import save_latent_preference
+        from spo.preference.latent_published import read_published_latent
 
-    import_published(file, clip, out, processor=processor)
-    print(f"{out}: name it as train_preference.checkpoint in a profile")
+        save_latent_preference(read_published_latent(source, base), out)
+    else:
+        from spo.preference.checkpoint import import_published
+
+        assert clip is not None
+        import_published(source, clip, out, processor=processor)
+    print(f"{out}: name it as the checkpoint of a preference model in a profile")
 
 
 def export_preference_model(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="FILE", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="PATH", show_default=False)],
 ) -> None:
-    """Write a preference model as published (.bin).
+    """Write a preference model as published: SPO's file (.bin), or LPO's folder for a latent one.
 
-    The published code reads this file.
+    The published code reads it.
     """
     _require_new(out)
     set_up_libraries()
-    from spo.preference.checkpoint import export_published
+    from spo.preference.checkpoint import export_published, kind_of
 
-    export_published(folder, out)
+    if kind_of(folder) == "latent":
+        from spo.preference.latent_checkpoint import load_latent_preference
+        from spo.preference.latent_published import write_published_latent
+
+        write_published_latent(load_latent_preference(folder), out)
+    else:
+        export_published(folder, out)
     print(out)
 
 

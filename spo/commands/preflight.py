@@ -98,6 +98,9 @@ def _models(config: Config) -> Iterator[Finding]:
             yield from _metric(f"align.{name}.watch.metric", method.watch.metric, "align")
     for name, lora in evaluate.loras.items():
         yield _repository(f"evaluate.loras.{name}", lora.source, None, ("evaluate",))
+    for name, network in evaluate.networks.items():
+        file = f"{network.subfolder}/config.json" if network.subfolder else "config.json"
+        yield _repository(f"evaluate.networks.{name}", network.source, file, ("evaluate",))
     if config.launch.accelerate_config:
         source = config.launch.accelerate_config
         good, detail = _file(Path(source), (".yaml", ".yml", ".json"))

@@ -17,7 +17,7 @@ from spo.config.align import (
     SpoConfig,
     WatchConfig,
 )
-from spo.config.evaluate import EvaluateConfig, LoraSource, SamplerConfig
+from spo.config.evaluate import EvaluateConfig, LoraSource, NetworkSource, SamplerConfig
 from spo.config.metrics import (
     AestheticConfig,
     ClipMetricConfig,

@@ -21,6 +21,14 @@ class LoraSource(Section):
         return {"source": value} if isinstance(value, str) else value
 
 
+class NetworkSource(Section):
+    """Published weights of the whole denoising network, in diffusers' format, such as LPO's merged UNets."""
+
+    source: str  # a folder or a hub repository
+    subfolder: str | None = None
+    revision: str | None = None  # of a hub repository
+
+
 class SamplerConfig(Section):
     """A sampler of images: a scheduler of diffusers and its settings."""
 
@@ -54,7 +62,13 @@ class EvaluateConfig(Section):
     guarded: tuple[str, ...] = ()  # scores that must not fall
     guard_tolerance: Annotated[float, Field(ge=0)] = 0.005  # allowed fall of a guarded mean of a checkpoint
     loras: dict[Name, LoraSource] = Field(default_factory=dict)  # columns of published LoRAs
+    networks: dict[Name, NetworkSource] = Field(default_factory=dict)  # columns of published networks
     bootstrap_samples: Positive = 10_000
+
+    @property
+    def published(self) -> dict[str, LoraSource | NetworkSource]:
+        """The columns of other people's models."""
+        return {**self.loras, **self.networks}
 
     @property
     def deciding(self) -> str:
@@ -63,6 +77,8 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _scores_exist(self) -> "EvaluateConfig":
+        if twice := sorted(set(self.loras) & set(self.networks)):
+            raise ValueError(f"loras and networks both name {twice}; give each column a name of its own")
         known = [name for metric in self.metrics for name in metric.scores]
         for name in (self.primary, *self.guarded):
             if name not in known:

@@ -78,8 +78,8 @@ class Config(Section):
                     "prepare.preferences is missing: name preference pairs to train on, or a trained preference model "
                     f"in preference_models.{name}.checkpoint"
                 )
-        if taken := [name for name in self.evaluate.loras if name in ("base", "contrast", *self.align)]:
-            raise ValueError(f"evaluate.loras: {taken} are names of other columns; name the LoRAs differently")
+        if taken := [name for name in self.evaluate.published if name in ("base", "contrast", *self.align)]:
+            raise ValueError(f"evaluate.loras and networks: {taken} are names of other columns; name them differently")
         if unknown := sorted(set(self.promote.tolerance) - set(self.evaluate.guarded)):
             raise ValueError(f"promote.tolerance names {unknown}, but guarded are {list(self.evaluate.guarded)}")
         if missing := [name for name in self.methods if name not in self.align]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo.config import Config, MetricConfig, SamplerConfig
+from spo.config import Config, LoraSource, MetricConfig, SamplerConfig
 from spo.evaluation.model_variants import ModelVariant, Task
 from spo.evaluation.result_cache import ResultCache, digest_of_code, digest_of_model, digest_of_weights
 from spo.metrics.metric import Metric, Scores, build_metrics, score
@@ -18,6 +18,7 @@ from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build
 from spo.models.lora import published_lora
 from spo.models.policy import load_policy
+from spo.models.published_network import published_network
 from spo.models.schedulers import build_scheduler
 from spo.runtime import distributed
 from spo.runtime.device import best_device
@@ -117,9 +118,12 @@ class ImageScorer:
 
     def _as(self, variant: ModelVariant) -> AbstractContextManager[None]:
         """Make the model the variant for the block."""
-        if (lora := variant.borrowed) is not None:
-            self._loaded = None  # a borrowed LoRA takes the place of ours
-            return published_lora(self.model.network, lora.source, weight_name=lora.weight_name, revision=lora.revision)
+        if (other := variant.published) is not None:
+            self._loaded = None  # a published model takes the place of ours
+            network = self.model.network
+            if isinstance(other, LoraSource):
+                return published_lora(network, other.source, weight_name=other.weight_name, revision=other.revision)
+            return published_network(network, other.source, subfolder=other.subfolder, revision=other.revision)
         if variant.checkpoint is None:
             return self.model.reference()
         if variant.checkpoint != self._loaded:
@@ -135,8 +139,11 @@ def files_of(metrics: Sequence[MetricConfig]) -> list[str]:
 
 def digest_of_variant(variant: ModelVariant) -> list[str | None]:
     """A digest of the variant's weights."""
-    if (lora := variant.borrowed) is not None:
-        return [digest_of_model(lora.source), lora.weight_name, lora.revision]
+    other = variant.published
+    if isinstance(other, LoraSource):
+        return [digest_of_model(other.source), other.weight_name, other.revision]
+    if other is not None:
+        return [digest_of_model(other.source), other.subfolder, other.revision]
     return [None if variant.checkpoint is None else digest_of_weights(variant.checkpoint)]
 
 

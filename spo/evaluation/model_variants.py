@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from spo.config import Config, LoraSource
+from spo.config import Config, LoraSource, NetworkSource
 from spo.errors import DataError, ModelError
 from spo.models.generate import image_seed
 from spo.runtime.files import read_json
@@ -24,12 +24,12 @@ class Task:
 
 @dataclass(frozen=True)
 class ModelVariant:
-    """A model to compare: the base, a checkpoint of a method and training seed, or somebody else's LoRA."""
+    """A model to compare: the base, a checkpoint of a method and training seed, or a published model."""
 
     column: str
     training_seed: int | None = None
     checkpoint: Path | None = None  # a folder that `load_policy` takes
-    borrowed: LoraSource | None = None
+    published: LoraSource | NetworkSource | None = None
 
     @property
     def place(self) -> str:

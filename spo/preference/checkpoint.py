@@ -84,16 +84,26 @@ def load_preference_model(folder: str | Path) -> PreferenceModel:
     return PreferenceModel(_filled(config, weights, str(folder)), read_tokenizer(folder, config), preprocess)
 
 
+def kind_of(folder: Path) -> str:
+    """The kind of the preference model in a folder of ours; ModelError where there is none."""
+    return _read_settings(folder).get("kind", "pixel")
+
+
 def read_settings(folder: Path, *, kind: str) -> dict[str, Any]:
     """The config.json of a folder of ours; ModelError where there is none, or one of another kind or version."""
+    values = _read_settings(folder)
+    if (found := values.get("kind", "pixel")) != kind:
+        raise ModelError(f"{folder} holds a preference model of kind {found!r}, not {kind!r}; {MAKE_ONE}")
+    return values
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} is no preference model: {one_line(error)}; {MAKE_ONE}") from None
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise ModelError(f"{folder}/config.json is not that of a {FORMAT}, version {VERSION}; {MAKE_ONE}")
-    if (found := values.get("kind", "pixel")) != kind:
-        raise ModelError(f"{folder} holds a preference model of kind {found!r}, not {kind!r}; {MAKE_ONE}")
     return values
 
 

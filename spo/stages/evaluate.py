@@ -76,7 +76,7 @@ class Evaluation:
             for name in config.methods
         }
         self.validation_scores: list[Row] = []  # of each image, in the primary and guarded scores
-        self.others = [ModelVariant(name, borrowed=lora) for name, lora in settings.loras.items()]
+        self.others = [ModelVariant(name, published=source) for name, source in settings.published.items()]
         self.image_scorer = ImageScorer(config, root)
 
     def choose(self) -> tuple[list[Row], Chosen]:

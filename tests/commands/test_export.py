@@ -130,5 +130,7 @@ def test_a_published_preference_model_comes_in_and_goes_out_by_commands(
     assert set(again) == set(state)
     assert all(torch.equal(again[name], state[name]) for name in state)
     capsys.readouterr()
+    assert main([*command[:2], "--base", "model", "--out", str(tmp_path / "new")]) == 1
+    assert "name --clip for a file (.bin), or --base for a folder" in capsys.readouterr().err
     assert main(command) == 1
     assert capsys.readouterr().err == f"error: --out {folder} exists already; remove it, or name another place\n"

@@ -1,6 +1,7 @@
 """The evaluation: everything on the same prompts and seeds, choices made elsewhere, and nothing made twice."""
 
 import csv
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spo.config import Config, LoraConfig, LoraSource, ModelConfig, SamplerConfig, load_config
+from spo.config import Config, LoraConfig, LoraSource, ModelConfig, NetworkSource, SamplerConfig, load_config
 from spo.errors import DataError, ModelError
 from spo.evaluation import image_scorer
 from spo.evaluation.image_scorer import ImageScorer, contrast
@@ -28,7 +29,7 @@ from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
 
 PROMPTS = [scene.prompt for scene in all_scenes()[::30]]
 METHODS, SEEDS = ("spo", "other"), (3, 8)
-TOTAL = 9 + 6 * 2 * 2  # batches: base and 8 checkpoints; base, 4 choices and another's, two samplers, two batches each
+TOTAL = 9 + 7 * 2 * 2  # batches: base and 8 checkpoints; base, 4 choices and 2 published, two samplers, two batches
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +68,7 @@ def config(root) -> Config:
     settings["samplers"] = {name: SamplerConfig(steps=2, eta=eta) for name, eta in (("ddim", 0.0), ("noisy", 1.0))}
     lora = LoraSource(source=str(root / "runs/tiny/align/other/seed-8/checkpoints/step-000004"))
     settings["loras"] = {"published": lora}
+    settings["networks"] = {"network": NetworkSource(source=str(root / "base"), subfolder="unet")}
     return tiny.model_copy(
         update={
             "model": ModelConfig(family="sd15", path=str(root / "base"), resolution=RESOLUTION),
@@ -138,6 +140,7 @@ def test_every_column_has_the_same_prompts_and_every_score(folder):
         ("base", ""),
         ("contrast", ""),
         ("published", ""),
+        ("network", ""),
         *((name, str(seed)) for name in METHODS for seed in SEEDS),
     }
     for sampler in ("ddim", "noisy"):
@@ -195,10 +198,15 @@ def test_one_checkpoint_a_training_is_chosen_on_validation_prompts_and_one_a_met
 def test_every_claim_has_its_interval_and_counts_its_seeds(folder):
     rows = read(folder / "comparisons.csv")
     pairs = list(dict.fromkeys((row["column"], row["against"]) for row in rows))
-    assert pairs == [
-        ("contrast", "base"), ("spo", "base"), ("other", "base"), ("published", "base"),
-        ("spo", "other"), ("spo", "published"), ("other", "published"),
-        ("spo", "contrast"), ("other", "contrast"), ("published", "contrast")]  # fmt: skip
+    others = ("published", "network")
+    assert set(pairs) == {
+        *((column, "base") for column in ("contrast", *METHODS, *others)),
+        *((column, "contrast") for column in (*METHODS, *others)),
+        ("spo", "other"), ("published", "network"),
+        *itertools.product(METHODS, others),
+    }  # fmt: skip
+    of_base = [row for row in rows if (row["column"], row["against"]) == ("network", "base")]
+    assert {float(row["difference"]) for row in of_base} == {0.0}  # it is the base's own network
     for row in rows:
         assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
         assert 0 <= float(row["win_rate_low"]) <= float(row["win_rate"]) <= float(row["win_rate_high"]) <= 1
