@@ -30,6 +30,8 @@ bench: $(STAMP)  # on the CPU; docs/performance.md has the commands for a GPU
 	$(BIN)/python -m bench.profile_step --size tiny
 	$(BIN)/python -m bench.profile_step --size small --micro-batch-size 5
 	$(BIN)/python -m bench.spo_step --size small --micro-batch-size 2
+	$(BIN)/python -m bench.preference_kinds --size tiny
+	$(BIN)/python -m bench.preference_kinds --size small
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -170,6 +170,7 @@ class System:
     preference: PreferenceModel
     settings: SpoConfig
     prompts: list[str]
+    latent_guidance_scale: float = 7.5  # of a latent preference model: LPO's
 
 
 def make_system(
@@ -195,9 +196,8 @@ def make_system(
             policy = make_policy(SHAPES[size], device, steps=steps)
             preference = make_preference(SHAPES[size], device)
         leave_start(preference.model, "modulation")
-    return System(
-        policy, preference, settings, [f"a picture of number {i}" for i in range(settings.prompts_per_rollout)]
-    )
+    prompts_ = [f"a picture of number {i}" for i in range(settings.prompts_per_rollout)]
+    return System(policy, preference, settings, prompts_, **({"latent_guidance_scale": 1.0} if config else {}))
 
 
 def attach_lora(system: System) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import preference_kinds
 from bench.flops import count
 from bench.measure import Stopwatch
 from bench.ours import OurPath
@@ -73,3 +74,12 @@ def test_the_committed_figures_are_of_the_committed_tables(tmp_path: Path, monke
     assert drawn
     for file in drawn:
         assert file.read_bytes() == (ROOT / "docs" / "experiments" / file.name).read_bytes(), f"{file.name} is stale"
+
+
+@pytest.mark.slow
+def test_both_kinds_of_preference_model_are_measured_on_the_same_batch() -> None:
+    pixel, latent = (preference_kinds.run_one("mini", kind) for kind in preference_kinds.KINDS)
+    assert pixel["pairs"] == latent["pairs"] > 0
+    assert pixel["decodes"] > 0 == latent["decodes"]
+    shown = preference_kinds.show({"pixel": pixel, "latent": latent}, "mini", pixel)
+    assert f"| decoded images a pair | {pixel['decodes']:.3g} | 0 | 0.00 |" in shown
