@@ -72,7 +72,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         (lambda v: v.update(sed=5), r"sed: unknown key"),
         (lambda v: v["align"]["spo"].update(beta=-1), r"align\.spo\.beta: .*greater than 0, got -1"),
         (lambda v: v["model"].pop("path"), r"model\.path: Field required"),
-        (lambda v: v["model"].update(family="sd4"), r"model\.family: .*'sd15' or 'sdxl', got 'sd4'"),
+        (lambda v: v["model"].update(family="sd4"), r"model\.family: .*'sd15', 'sdxl', 'sd3' or 'flux', got 'sd4'"),
         (
             lambda v: v["align"]["spo"].update(branch_steps=3),
             r"branch_steps=3 must divide .* = 8; use one of \[1, 2, 4, 8\]",

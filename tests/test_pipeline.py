@@ -22,7 +22,7 @@ from spo.models.generate import image_seed
 from spo.models.lora import WEIGHTS
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
-from tests.models.tiny import FAMILIES, RESOLUTION, make_tiny_pipeline
+from tests.models.tiny import DIFFUSION, RESOLUTION, make_tiny_pipeline
 
 EXPORTS = {"diffusers": "spo", "kohya": "spo.safetensors", "merged": "merged"}
 PROMPTS = [scene.prompt for scene in all_scenes()[::24]]
@@ -120,7 +120,7 @@ def spo(root: Path, *commands: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DIFFUSION)
 def test_the_pipeline_goes_from_prompts_and_pairs_to_a_report_and_a_lora(family, tmp_path):
     root = make_project(tmp_path / "project", family)
     exports = [["export", "--format", format, "--out", out] for format, out in EXPORTS.items()]
