@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from spo.config.base import Fraction, Positive, Section
 
+FLOW = "FlowMatchEulerDiscreteScheduler"  # diffusers' sampler of flow models
+
 
 class ModelConfig(Section):
     """The diffusion model to align: a diffusers repository by hub name or local folder."""
@@ -38,7 +40,7 @@ class ModelConfig(Section):
     @property
     def scheduler(self) -> str:
         """The diffusers class of the family's plain sampler."""
-        return "FlowMatchEulerDiscreteScheduler" if self.is_flow else "DDIMScheduler"
+        return FLOW if self.is_flow else "DDIMScheduler"
 
 
 class SamplingConfig(Section):
