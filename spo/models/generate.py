@@ -38,20 +38,21 @@ def generate(
     pipeline.scheduler = build_scheduler(sampler, scheduler.config)
     options = model.network.text_options | ({} if sampler.scheduler == FLOW else {"eta": sampler.eta or 0.0})
     try:
-        for start in starts if label is None else progress(starts, label=label):
-            generators = [Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            pipeline.scheduler.generators = generators  # read by the scheduler of flow models
-            images = pipeline(
-                prompt=list(prompts[start : start + batch_size]),
-                height=height * pipeline.vae_scale_factor,
-                width=width * pipeline.vae_scale_factor,
-                num_inference_steps=sampler.steps,
-                guidance_scale=sampler.guidance_scale,
-                generator=generators,
-                output_type="pt",
-                **options,
-            ).images
-            batches.append(images.float().cpu().clamp(0, 1))
+        with model.network.text_encoders_ready():
+            for start in starts if label is None else progress(starts, label=label):
+                generators = [Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                pipeline.scheduler.generators = generators  # read by the scheduler of flow models
+                images = pipeline(
+                    prompt=list(prompts[start : start + batch_size]),
+                    height=height * pipeline.vae_scale_factor,
+                    width=width * pipeline.vae_scale_factor,
+                    num_inference_steps=sampler.steps,
+                    guidance_scale=sampler.guidance_scale,
+                    generator=generators,
+                    output_type="pt",
+                    **options,
+                ).images
+                batches.append(images.float().cpu().clamp(0, 1))
     finally:
         pipeline.scheduler = scheduler
     return torch.cat(batches)

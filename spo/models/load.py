@@ -59,7 +59,12 @@ def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | 
     multiple = pipeline.vae_scale_factor * family.patch_size
     if config.resolution % multiple:
         raise ModelError(f"model.resolution={config.resolution} must be a multiple of {multiple}")
-    network = family(pipeline, resolution=config.resolution, t5_tokens=config.t5_tokens)
+    network = family(
+        pipeline,
+        resolution=config.resolution,
+        t5_tokens=config.t5_tokens,
+        offload_text_encoders=config.offload_text_encoders,
+    )
     if config.gradient_checkpointing:
         network.module.enable_gradient_checkpointing()
     if config.compile:

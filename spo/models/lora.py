@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spo.config import LoraConfig
 from spo.errors import ModelError, one_line
-from spo.models.network import Network
+from spo.models.network import TEXT_ENCODERS, Network
 from spo.runtime import hub
 from spo.runtime.files import atomic_path
 
@@ -108,7 +108,7 @@ def published_lora(
                 raise ModelError(f"LoRA {source} holds no weights; give one for the same base model")
             options = {"network_alphas": alphas, "metadata": metadata, "_pipeline": pipeline}
             network.module.load_lora_adapter(state, prefix=network.component, **options)
-            for name in ("text_encoder", "text_encoder_2"):
+            for name in TEXT_ENCODERS[:2]:
                 if any(key.startswith(f"{name}.") for key in state):
                     encoder = getattr(pipeline, name, None)
                     if encoder is None:

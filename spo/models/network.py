@@ -17,6 +17,7 @@ from spo.core.types import Conditioning
 from spo.models.sampler import Sampler
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline | FluxPipeline
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # the pipelines' names
 
 
 class Network(ABC):
@@ -29,6 +30,7 @@ class Network(ABC):
         pipeline: already on its device
         resolution: height and width of an image, in pixels
         t5_tokens: of a prompt; None: as many as the pipeline gives T5
+        offload_text_encoders: to the CPU's memory while they encode no prompt
     """
 
     component: ClassVar[str] = "unet"  # the pipeline's name of the denoising network
@@ -36,7 +38,14 @@ class Network(ABC):
     patch_size: ClassVar[int] = 1  # height and width of latents are multiples of it
     is_distilled: ClassVar[bool] = False  # guidance is an input of the network, not a second pass
 
-    def __init__(self, pipeline: Pipeline, *, resolution: int, t5_tokens: int | None = None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        resolution: int,
+        t5_tokens: int | None = None,
+        offload_text_encoders: bool = False,
+    ):
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
@@ -50,6 +59,9 @@ class Network(ABC):
         self.latent_shape = (self.channels, size, size)
         self.batch_size = min(64, max(2, 32 * 64**2 // size**2))  # in a forward without gradients
         self.forwards: float = 0  # samples so far; both halves of the guidance count
+        parts = pipeline.components
+        self.offloaded = [parts[name] for name in TEXT_ENCODERS if parts.get(name)] if offload_text_encoders else []
+        self._move_text_encoders("cpu")
         self._negative: dict[str, Tensor] | None = None
         self._merged = False
         self._frozen: nn.Module | None = None
@@ -68,13 +80,28 @@ class Network(ABC):
         """The embeddings of each prompt and, under `negative_...`, those of guidance's negative prompt, if any."""
         if not prompts:
             raise ValueError("encode needs at least one prompt, got none")
-        if self._negative is None:
-            self._negative = self._embed_negative()
+        with self.text_encoders_ready():
+            embeds = self._embed(list(prompts))
+            if self._negative is None:
+                self._negative = self._embed_negative()
         negative = {
             f"negative_{name}": tensor.expand(len(prompts), *tensor.shape[1:])
             for name, tensor in self._negative.items()
         }
-        return Conditioning({**self._embed(list(prompts)), **negative})
+        return Conditioning({**embeds, **negative})
+
+    @contextmanager
+    def text_encoders_ready(self) -> Iterator[None]:
+        """Inside this context the text encoders are on the network's device."""
+        self._move_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            self._move_text_encoders("cpu")
+
+    def _move_text_encoders(self, device: torch.device | str) -> None:
+        for encoder in self.offloaded:
+            encoder.to(device)
 
     @abstractmethod
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:

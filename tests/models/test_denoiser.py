@@ -78,6 +78,17 @@ def test_rows_follow_the_prompts_whatever_their_company(denoiser):
             torch.testing.assert_close(together[i : i + 1].tensors[name], tensor, atol=1e-5, rtol=1e-5)
 
 
+def test_text_encoders_wait_on_the_cpu_while_they_encode_nothing(family, tiny_folder, monkeypatch):
+    network = make_tiny_denoiser(family, tiny_folder(family), offload_text_encoders=True).network
+    events = []
+    for encoder in network.offloaded:
+        monkeypatch.setattr(encoder, "to", events.append)
+        encoder.register_forward_pre_hook(lambda *_: events.append("encodes"))
+    network.encode(PROMPTS)
+    num_encoders, num_calls = (1 if family == "sd15" else 2), (1 if family == "flux" else 2)  # with negative prompts
+    assert events == num_encoders * [network.device] + num_encoders * num_calls * ["encodes"] + num_encoders * ["cpu"]
+
+
 def test_prediction_is_differentiable_in_float32_by_the_lora_alone(denoiser):
     add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
     output = denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(PROMPTS))
