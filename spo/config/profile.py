@@ -106,9 +106,6 @@ class Config(Section):
         if not is_flow:
             noise = self.sampling.noise
             return None if noise == "ddim" else f"sampling.noise={noise} is for sd3 and flux; use ddim for {family}"
-        for name in self.train_preference:
-            if (model := self.preference_models.get(name)) and model.kind == "latent":
-                return f"preference_models.{name}.kind=latent is for sd15 and sdxl; use pixel for {family}"
         for name, method in self.align.items():
             if isinstance(method, SpoConfig) and method.first_step >= self.sampling.steps - 1:
                 return (
