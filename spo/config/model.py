@@ -39,6 +39,11 @@ class ModelConfig(Section):
         return self.family in ("sd3", "flux")
 
     @property
+    def is_distilled(self) -> bool:
+        """Whether guidance is an input of the network instead of a second forward."""
+        return self.family == "flux"
+
+    @property
     def scheduler(self) -> str:
         """The diffusers class of the family's plain sampler."""
         return FLOW if self.is_flow else "DDIMScheduler"

@@ -46,6 +46,11 @@ class Config(Section):
     promote: PromoteConfig = PromoteConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    @property
+    def counted_sampling(self) -> SamplingConfig:
+        """The sampler with the guidance that costs forwards; FLUX's costs none."""
+        return self.sampling.model_copy(update={"guidance_scale": 1.0}) if self.model.is_distilled else self.sampling
+
     def scorer_of(self, method: str) -> str:
         """The preference model that watches the training of `method`: its own, or else the first one."""
         return self.align[method].scorer or self.train_preference[0]
