@@ -17,6 +17,7 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -74,7 +75,7 @@ def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | 
 
 
 def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
-    """The pipeline of `config.path`, without safety checker or progress bars; a diffusion model's has a DDIM scheduler.
+    """The pipeline of `config.path`, with a DDIM or flow Euler scheduler and without safety checker or progress bars.
 
     ModelError if it is missing, incomplete, of another family, or without .safetensors weights.
     """
@@ -99,8 +100,10 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
             use_safetensors=True,
             **parts,
         )
-    if not config.is_flow:
-        scheduler = pipeline.scheduler.config
+    scheduler = pipeline.scheduler.config
+    if config.is_flow:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler, stochastic_sampling=False)
+    else:
         pipeline.scheduler = DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)

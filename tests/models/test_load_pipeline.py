@@ -7,6 +7,8 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
 )
 
 from spo.config import ModelConfig, SamplingConfig
@@ -92,6 +94,17 @@ def test_any_scheduler_becomes_unclipped_ddim_of_the_same_noise_schedule(family,
     assert denoiser.network.pipeline.scheduler.config.clip_sample is False
     assert denoiser.timesteps.tolist() == [801, 601, 401, 201, 1]
     torch.testing.assert_close(denoiser.sampler.schedule.alpha_bar, euler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("family", FLOWS)
+def test_any_flow_scheduler_becomes_eulers(family, tmp_path):
+    folder = make_tiny_pipeline(family, tmp_path / "model")
+    FlowMatchHeunDiscreteScheduler(shift=2.0).save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"))
+    scheduler = load_pipeline(config(family, folder), "cpu").scheduler
+    assert type(scheduler) is FlowMatchEulerDiscreteScheduler
+    assert scheduler.config.shift == 2.0
 
 
 def test_a_grid_that_ends_in_a_step_without_noise_is_refused_with_the_remedy(tmp_path):
