@@ -4,8 +4,8 @@ What a researcher needs is importable from `spo`; each name is loaded when it is
 
     Config, load_config      the settings of a profile
     Workspace                where a profile's files are
-    build                    a diffusion model with its DDIM sampler, from its settings
-    load_policy              load a trained LoRA, or whole UNet, into that model
+    build                    a diffusion or flow model with its sampler, from its settings
+    load_policy              load a trained LoRA, or whole network, into that model
     load_preference_model    a trained step-aware preference model, from its folder
     PreferenceScorer         scores images by it: higher is better
     KeyedNoise               random numbers keyed by seed, epoch and prompt

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from spo.config import Config, EvaluateConfig, load_config
+from spo.config import FLOW, Config, EvaluateConfig, load_config
 from spo.errors import ConfigError
 from spo.workspace import Workspace
 
@@ -72,7 +72,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         (lambda v: v.update(sed=5), r"sed: unknown key"),
         (lambda v: v["align"]["spo"].update(beta=-1), r"align\.spo\.beta: .*greater than 0, got -1"),
         (lambda v: v["model"].pop("path"), r"model\.path: Field required"),
-        (lambda v: v["model"].update(family="sd4"), r"model\.family: .*'sd15' or 'sdxl', got 'sd4'"),
+        (lambda v: v["model"].update(family="sd4"), r"model\.family: .*'sd15', 'sdxl', 'sd3' or 'flux', got 'sd4'"),
         (
             lambda v: v["align"]["spo"].update(branch_steps=3),
             r"branch_steps=3 must divide .* = 8; use one of \[1, 2, 4, 8\]",
@@ -149,6 +149,23 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             r"align\.spo\.scoring\.at_step_time=true needs a preference model of kind latent",
         ),
         (lambda v: v["align"]["spo"].update(method="sp0"), r"align\.spo: .*'sp0'"),
+        (lambda v: v["sampling"].update(noise="cps"), r"sampling\.noise=cps is for sd3 and flux; use ddim for sd15"),
+        (
+            lambda v: v["evaluate"]["samplers"]["ddim"].update(scheduler=FLOW),
+            r"evaluate\.samplers\.ddim: scheduler=FlowMatch\w+ is not for sd15; use one of a diffusion model",
+        ),
+        (
+            lambda v: v["model"].update(family="sd3"),
+            r"evaluate\.samplers\.ddim: scheduler=DDIMScheduler is not for sd3; use FlowMatchEulerDiscreteScheduler",
+        ),
+        (
+            lambda v: (
+                v["model"].update(family="sd3"),
+                v["evaluate"].update(samplers={"flow": {"scheduler": FLOW}}),
+                v["align"]["spo"].update(first_step=9),
+            ),
+            r"align\.spo\.first_step=9 must be below sampling\.steps - 1 = 9, since the last step of sd3 has no",
+        ),
         (
             lambda v: v.update(align={"mine": v["align"]["spo"]}),
             r"methods names \['spo'\], but align has only \['mine'\]",

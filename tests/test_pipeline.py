@@ -1,4 +1,4 @@
-"""The whole pipeline as users run it, on both families' real architectures with random weights."""
+"""The whole pipeline as users run it, on all families' real architectures with random weights."""
 
 import csv
 import io
@@ -14,15 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from torch import Generator
 
+from spo.config import FLOW
 from spo.models.generate import image_seed
 from spo.models.lora import WEIGHTS
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
-from tests.models.tiny import FAMILIES, RESOLUTION, make_tiny_pipeline
+from tests.models.tiny import FAMILIES, FLOWS, RESOLUTION, T5_TOKENS, load_plainly, make_tiny_pipeline
 
 EXPORTS = {"diffusers": "spo", "kohya": "spo.safetensors", "merged": "merged"}
 PROMPTS = [scene.prompt for scene in all_scenes()[::24]]
@@ -55,6 +56,11 @@ def write_preferences(file: Path) -> None:
     )
 
 
+def text_of(family: str) -> dict[str, int]:
+    """Few tokens for T5, so that tests are quick."""
+    return {"t5_tokens": T5_TOKENS} if family in FLOWS else {}
+
+
 def make_project(root: Path, family: str) -> Path:
     """A project of the user's own: a model, a CLIP, prompts and preference pairs."""
     (root / "configs").mkdir(parents=True)
@@ -64,9 +70,12 @@ def make_project(root: Path, family: str) -> Path:
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     write_preferences(root / "pairs.parquet")
     spo = {"method": "spo", "epochs": 1, "prompts_per_rollout": 6, "candidates": 2, "first_step": 1, "threshold": 0.0}
+    spo["branch_steps"] = 4 if family in ("sdxl", "flux") else 1
     spo["optimizer"] = {"learning_rate": 0.05}  # so that the LoRA shows in a picture
+    is_flow = family in FLOWS
+    scheduler = {"scheduler": FLOW} if is_flow else {}
     config = {
-        "model": {"family": family, "path": "model", "resolution": RESOLUTION},
+        "model": {"family": family, "path": "model", "resolution": RESOLUTION} | text_of(family),
         "sampling": {"steps": 5},
         "prepare": {
             "prompts": {"source": "prompts.txt"},
@@ -85,11 +94,14 @@ def make_project(root: Path, family: str) -> Path:
                 "candidates": {"metric": {"kind": "oracle"}, "score": "aesthetic", "num_prompts": 2},
             },
         },
-        "align": {"spo": {**spo, "branch_steps": 4 if family == "sdxl" else 1, "checkpoints": 2, "batch_size": 8}},
+        "align": {"spo": {**spo, "checkpoints": 2, "batch_size": 8}},
         "evaluate": {
             "num_prompts": 4,
             "num_validation_prompts": 3,
-            "samplers": {"ddim": {"steps": 3, "eta": 0.0}, "ddim-stochastic": {"steps": 3, "eta": 1.0}},
+            "samplers": {
+                "plain": {"steps": 3, "eta": 0.0, **scheduler},
+                "stochastic": {"steps": 3, "eta": 1.0, **scheduler},
+            },
             "batch_size": 4,
             "metrics": [{"kind": "oracle"}, {"kind": "clip", "name": "clipscore", "model": "clip"}],
             "primary": "aesthetic",
@@ -149,13 +161,14 @@ def test_the_pipeline_goes_from_prompts_and_pairs_to_a_report_and_a_lora(family,
 
 def plain_picture(root: Path, model: str = "model", lora: Path | None = None) -> torch.Tensor:
     """What plain diffusers makes of the first test prompt with evaluation's sampler and seed: (h, w, 3) in [0, 255]."""
-    pipeline = DiffusionPipeline.from_pretrained(root / model, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_plainly(root / model)
     if lora is not None:
         pipeline.load_lora_weights(str(lora))
     prompt = (root / "runs/own/prepare/prompts/test.txt").read_text().splitlines()[0]
     generator = Generator().manual_seed(image_seed(1234, prompt, 0))
     options = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": RESOLUTION, "width": RESOLUTION}
+    if isinstance(pipeline, FluxPipeline | StableDiffusion3Pipeline):
+        options["max_sequence_length"] = T5_TOKENS
     return torch.from_numpy(pipeline(prompt, generator=generator, output_type="np", **options).images[0]) * 255
 
 

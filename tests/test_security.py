@@ -66,7 +66,7 @@ def test_diffusers_weights_come_from_safetensors() -> None:
     pipelines = [
         (where, node)
         for where, name, node in calls()
-        if name.endswith(".from_pretrained") and ("PIPELINES" in name or name.startswith(("Autoencoder", "UNet")))
+        if name.endswith(".from_pretrained") and ("PIPELINES" in name or name.startswith(("Autoencoder", "type(")))
     ]
     assert len(pipelines) >= 2
     for where, node in pipelines:

@@ -10,9 +10,9 @@ from spo.config import Config, PixelPreferenceConfig, PreferenceConfig
 from spo.workspace import Workspace
 
 CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, if it is on the hub
-UNET_BYTES = {"sd15": 4 * 860 * 10**6, "sdxl": 4 * 2567 * 10**6}  # if the base is on the hub
-TEXT_BYTES = {"sd15": 4 * 123 * 10**6, "sdxl": 4 * 818 * 10**6}  # of the text encoders, likewise
-LATENT_BYTES = 4 * 4 / 8**2  # of a pixel of an encoded picture: four channels of four bytes, an eighth of the sides
+MILLIONS = {"sd15": 860, "sdxl": 2567, "sd3": 8057, "flux": 11901}  # of weights, if the base is on the hub; SD3.5 large
+TEXT_MILLIONS = {"sd15": 123, "sdxl": 818}  # of the text encoders of what a latent preference model starts from
+CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16, "flux": 16}  # of an encoded picture, whose sides are an eighth
 PICTURE_BYTES = 2 + 3  # of a pixel: as a PNG, and raw until `evaluate` has ended
 STATES = 9  # times the weights: three states, each of weights and two moments; the third is being written
 
@@ -36,16 +36,16 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     source = size_of(root / preferences.source) if preferences and not preferences.max_pairs else 0
     models = [config.preference_models[name] for name in config.train_preference]
     trained = [0 if model.checkpoint else _preference(config, model) for model in models]
-    latents = 2 * (num_pairs(config, root) or 0) * resolution**2 * LATENT_BYTES
+    latents = 2 * (num_pairs(config, root) or 0) * (resolution / 8) ** 2 * 4 * CHANNELS[config.model.family]
     whole = [config.align[name].checkpoints for name in config.methods if config.align[name].full_fine_tuning]
-    unet = _unet(config) if whole else 0
+    network = _network(config) if whole else 0
     columns = 2 + len(config.methods) * seeds + len(evaluate.published)
     pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * resolution**2
     kept_and_passing = {
         "prepare": (2 * source, 0),
         "train_preference": (2 * sum(trained) + latents, STATES * max(trained)),
         # the checkpoints of one training are copied as they become the output
-        "align": (2 * unet * sum(whole) * seeds, (STATES + max(whole, default=0)) * unet),
+        "align": (2 * network * sum(whole) * seeds, (STATES + max(whole, default=0)) * network),
         "evaluate": (pictures * PICTURE_BYTES, 0),
     }
     workspace = Workspace(config, root)
@@ -96,12 +96,13 @@ def _preference(config: Config, training: PreferenceConfig) -> int:
         start = Path(training.start_from)
         return size_of(start) if start.is_dir() else CLIP_BYTES
     text = sum(_part(config, name) for name in ("text_encoder", "text_encoder_2"))
-    return _unet(config) // 2 + (text or TEXT_BYTES[config.model.family])
+    return _network(config) // 2 + (text or 4 * 10**6 * TEXT_MILLIONS.get(config.model.family, 0))
 
 
-def _unet(config: Config) -> int:
-    """Bytes of the UNet in float32, its dtype in training."""
-    return _part(config, "unet") or UNET_BYTES[config.model.family]
+def _network(config: Config) -> int:
+    """Bytes of the denoising network in float32, its dtype in training."""
+    name = "transformer" if config.model.is_flow else "unet"
+    return _part(config, name) or 4 * 10**6 * MILLIONS[config.model.family]
 
 
 def _part(config: Config, name: str) -> int:

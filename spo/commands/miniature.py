@@ -162,7 +162,7 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     for name in config.train_preference:
         training = config.preference_models[name]
         trained = 0 if training.checkpoint else training.steps * training.batch_size
-        counts[f"train_preference {name}"] = trained * training.forwards_per_pair(config.sampling)
+        counts[f"train_preference {name}"] = trained * training.forwards_per_pair(config.counted_sampling)
     for name in config.methods:
 
         def per_prompt(name: str = name) -> float:
@@ -179,7 +179,7 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     test, validation = evaluate.num_prompts * evaluate.images_per_prompt * columns, evaluate.num_validation_prompts
     steps = {name: len(build_scheduler(sampler).timesteps) for name, sampler in evaluate.samplers.items()}
     sampled = test * sum(steps.values()) + validation * (1 + checkpoints) * steps[evaluate.deciding]
-    return {**counts, "evaluate": 2.0 * sampled}
+    return {**counts, "evaluate": sampled * (1.0 if config.model.is_distilled else 2.0)}
 
 
 def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:

@@ -15,7 +15,10 @@ class LoraConfig(Section):
     """A LoRA on the attention projections, with alpha = rank and a gaussian start."""
 
     rank: Positive = 4
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] = (  # diffusers' LoRA scripts; the second row is the text's part of SD3 and FLUX
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    )
 
 
 class OptimizerConfig(Section):

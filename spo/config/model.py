@@ -2,28 +2,57 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spo.config.base import Fraction, Positive, Section
+
+FLOW = "FlowMatchEulerDiscreteScheduler"  # diffusers' sampler of flow models
 
 
 class ModelConfig(Section):
     """The diffusion model to align: a diffusers repository by hub name or local folder."""
 
-    family: Literal["sd15", "sdxl"]
+    family: Literal["sd15", "sdxl", "sd3", "flux"]
     path: str
     revision: str | None = None
     variant: str | None = None  # e.g. fp16
     vae: str | None = None  # another VAE, e.g. madebyollin/sdxl-vae-fp16-fix
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     resolution: Positive  # pixels; height and width
+    t5: bool = True  # of sd3: false leaves out the largest text encoder, 4.7 billion weights
+    t5_tokens: Positive | None = None  # of a prompt, for sd3 and flux; None: the pipeline's, 256 and 512 (schnell: 256)
+    offload_text_encoders: bool = False  # they wait in the CPU's memory while they encode no prompt
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of the UNet's transformer blocks; only useful on a GPU
 
+    @model_validator(mode="after")
+    def _t5_fits(self) -> "ModelConfig":
+        if not self.t5 and self.family != "sd3":
+            raise ValueError(f"t5=false is for family sd3; {self.family} has no text encoder that it can do without")
+        if self.t5_tokens is not None and not self.is_flow:
+            raise ValueError(f"t5_tokens={self.t5_tokens} is for families sd3 and flux; {self.family} has no T5")
+        return self
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the model is a rectified flow; the others are diffusion models."""
+        return self.family in ("sd3", "flux")
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether guidance is an input of the network instead of a second forward."""
+        return self.family == "flux"
+
+    @property
+    def scheduler(self) -> str:
+        """The diffusers class of the family's plain sampler."""
+        return FLOW if self.is_flow else "DDIMScheduler"
+
 
 class SamplingConfig(Section):
-    """The DDIM sampler of SPO's rollout; the paper's is 20 steps, eta 1, guidance 5."""
+    """The sampler of SPO's rollout; the paper's is DDIM with 20 steps, eta 1, guidance 5."""
 
     steps: Positive = 20
-    eta: Fraction = 1.0
+    eta: Fraction = 1.0  # 0: no noise; 1: DDPM's
+    noise: Literal["ddim", "flow-sde", "cps"] = "ddim"  # the last two: of flow models; eta is their noise level
     guidance_scale: Annotated[float, Field(ge=1)] = 5.0

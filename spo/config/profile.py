@@ -6,10 +6,10 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from spo.config.align import MethodConfig, PairConfig
+from spo.config.align import MethodConfig, PairConfig, SpoConfig
 from spo.config.base import Name, Positive, Section
 from spo.config.evaluate import EvaluateConfig, PromoteConfig
-from spo.config.model import ModelConfig, SamplingConfig
+from spo.config.model import FLOW, ModelConfig, SamplingConfig
 from spo.config.preference import LabelsConfig, PreferenceConfig, PrepareConfig
 from spo.errors import ConfigError, one_line
 
@@ -46,6 +46,11 @@ class Config(Section):
     promote: PromoteConfig = PromoteConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    @property
+    def counted_sampling(self) -> SamplingConfig:
+        """The sampler with the guidance that costs forwards; FLUX's costs none."""
+        return self.sampling.model_copy(update={"guidance_scale": 1.0}) if self.model.is_distilled else self.sampling
+
     def scorer_of(self, method: str) -> str:
         """The preference model that watches the training of `method`: its own, or else the first one."""
         return self.align[method].scorer or self.train_preference[0]
@@ -78,6 +83,8 @@ class Config(Section):
                     "prepare.preferences is missing: name preference pairs to train on, or a trained preference model "
                     f"in preference_models.{name}.checkpoint"
                 )
+        if problem := self._family_misfit():
+            raise ValueError(problem)
         if taken := [name for name in self.evaluate.published if name in ("base", "contrast", *self.align)]:
             raise ValueError(f"evaluate.loras and networks: {taken} are names of other columns; name them differently")
         if unknown := sorted(set(self.promote.tolerance) - set(self.evaluate.guarded)):
@@ -93,6 +100,24 @@ class Config(Section):
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}={list(values)} repeats a value; name each once")
         return self
+
+    def _family_misfit(self) -> str | None:
+        """A setting that the model's family cannot use; None if there is none."""
+        family, is_flow = self.model.family, self.model.is_flow
+        for name, sampler in self.evaluate.samplers.items():
+            if (sampler.scheduler == FLOW) != is_flow:
+                remedy = FLOW if is_flow else "one of a diffusion model, e.g. DDIMScheduler"
+                return f"evaluate.samplers.{name}: scheduler={sampler.scheduler} is not for {family}; use {remedy}"
+        if not is_flow:
+            noise = self.sampling.noise
+            return None if noise == "ddim" else f"sampling.noise={noise} is for sd3 and flux; use ddim for {family}"
+        for name, method in self.align.items():
+            if isinstance(method, SpoConfig) and method.first_step >= self.sampling.steps - 1:
+                return (
+                    f"align.{name}.first_step={method.first_step} must be below sampling.steps - 1 = "
+                    f"{self.sampling.steps - 1}, since the last step of {family} has no density"
+                )
+        return None
 
 
 def load_config(root: Path = Path(), profile: str | None = None) -> Config:

@@ -27,7 +27,7 @@ ContinueFrom = Literal["random", "win", "lose"]
 class Segment:
     """k paths of `branch_steps` steps from one x_t, and the scores of their ends."""
 
-    latents: tuple[Tensor, ...]  # x_t (1, b, c, h, w), then (k, b, c, h, w) after each step
+    latents: tuple[Tensor, ...]  # x_t (1, b, c, h, w), then (k, b, c, h, w) after each step that has a density
     times: tuple[float, ...]  # of those latents, descending
     cond: Conditioning  # b
     scores: Tensor  # (k, b)
@@ -51,12 +51,14 @@ def rollout(
 
     cond, text: the b prompts for the policy and the scorer; noise: of these prompts; candidates: k >= 2;
     first_step, branch_steps: counts of grid steps. The candidates of the last step are scored as they are, at t = 0.
+    A last step without density (a flow's) is taken but is not in the segment, and no segment starts with it.
     continue_from "win" or "lose" (the best or worst candidate) are the paper's ablations.
     Do not train the policy before the last segment, because later steps use earlier predictions. Raises ValueError at
     the first segment if the counts do not fit the policy's grid.
     """
     num_steps, k = len(policy.timesteps), candidates
-    _check(num_steps, k, first_step, branch_steps, continue_from)
+    num_trainable = policy.num_trainable
+    _check(num_steps, num_trainable, k, first_step, branch_steps, continue_from)
     step = _Step(policy, cond, noise)
 
     x_t = step.noise(-1, 1)  # (1, b, c, h, w)
@@ -64,7 +66,7 @@ def rollout(
         x_t = sample(step.transition(x_t, i), step.noise(i, 1))
     transition = step.transition(x_t, first_step)
 
-    for i in range(first_step, num_steps, branch_steps):
+    for i in range(first_step, num_trainable, branch_steps):
         end = i + branch_steps
         path = [x_t, sample(transition, step.noise(i, k))]
         for j in range(i + 1, end):
@@ -80,8 +82,9 @@ def rollout(
                 t_from=step.grid[end - 1],
             )
         )
-        yield Segment(tuple(path), tuple(step.grid[i : end + 1]), cond, scores, step.pop_forwards())
-        if end < num_steps:
+        last = min(end, num_trainable)
+        yield Segment(tuple(path[: last - i + 1]), tuple(step.grid[i : last + 1]), cond, scores, step.pop_forwards())
+        if end < num_trainable:
             match continue_from:
                 case "random":
                     index = noise.choice(i, k)
@@ -148,14 +151,16 @@ class _Ends:
         return x_t, self._transition.map(chosen) if self._transition else self._step.transition(x_t, self._i)
 
 
-def _check(num_steps: int, candidates: int, first_step: int, branch_steps: int, continue_from: str) -> None:
-    """ValueError if the arguments do not fit a grid of `num_steps`."""
+def _check(
+    num_steps: int, num_trainable: int, candidates: int, first_step: int, branch_steps: int, continue_from: str
+) -> None:
+    """ValueError if the arguments do not fit a grid of `num_steps`, of which the first ones have a density."""
     if continue_from not in ("random", "win", "lose"):
         raise ValueError(f"continue_from={continue_from!r} is unknown; use random, win or lose")
     if candidates < 2:
         raise ValueError(f"candidates={candidates} make no pair; use 2 or more")
-    if not 0 <= first_step < num_steps:
-        raise ValueError(f"first_step={first_step} must lie in [0, {num_steps}), the policy's grid")
+    if not 0 <= first_step < num_trainable:
+        raise ValueError(f"first_step={first_step} must lie in [0, {num_trainable}), the steps with a density")
     branched = num_steps - first_step
     if branch_steps < 1 or branched % branch_steps:
         allowed = [n for n in range(1, branched + 1) if branched % n == 0]

@@ -4,6 +4,7 @@ A schedule also splits the noise of x_prev: one part is kept from the predicted 
 training timesteps, integers or floats in [0, 1000].
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,7 +33,7 @@ class Schedule(Protocol):
     def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
         """The factors of the predicted eps and of fresh noise: (kept, std), each (b, 1, 1, 1), eta in [0, 1].
 
-        kept^2 + std^2 = noise'^2, the noise level at t_prev.
+        kept^2 + std^2 = noise'^2, the noise level at t_prev, except for `FlowSde`.
         """
         ...
 
@@ -88,6 +89,30 @@ class RectifiedFlow:
 
     def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
         return marginal_preserving_split(self.level(t), self.level(t_prev), eta=eta)
+
+
+@dataclass(frozen=True)
+class FlowSde(RectifiedFlow):
+    """Flow-GRPO's step (arXiv 2505.05470; yifan123/flow_grpo, noise level .7): `eta` is its noise level a.
+
+    s^2 = a^2 sigma / (1 - sigma), std = s sqrt(delta), kept = sigma' - s^2 delta / (2 sigma), delta = sigma - sigma'.
+    At sigma = 1 its code divides by 1 - sigma'. The marginals are kept only for small steps: kept^2 + std^2 > sigma'^2.
+    """
+
+    def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
+        sigma, then = self.level(t).noise, self.level(t_prev).noise
+        delta = sigma - then
+        variance = eta**2 * sigma / (1 - torch.where(sigma == 1, then, sigma))  # s^2
+        return then - variance * delta / (2 * sigma), (variance * delta).sqrt()
+
+
+@dataclass(frozen=True)
+class Cps(RectifiedFlow):
+    """CPS (arXiv 2509.05952; .8 in X-GenGroup/Flow-Factory): std = sigma' sin(eta pi / 2), whatever the step's size."""
+
+    def split_noise(self, t: Tensor, t_prev: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
+        then = self.level(t_prev).noise
+        return then * math.cos(eta * math.pi / 2), then * math.sin(eta * math.pi / 2)
 
 
 def marginal_preserving_split(now: Level, then: Level, *, eta: float) -> tuple[Tensor, Tensor]:

@@ -184,6 +184,11 @@ class Denoiser(Protocol):
         ...
 
     @property
+    def num_trainable(self) -> int:
+        """How many steps of the grid, from the first on, have a density; a flow's last step has none."""
+        ...
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """c, h, w"""
         ...

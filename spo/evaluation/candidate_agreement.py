@@ -54,7 +54,7 @@ def candidate_agreement(
         agreements.append((win - lose).sign() / 2 + 0.5)
     table = torch.stack(agreements, dim=1)  # (b, T)
     table = distributed.gather(table) if is_shared else table
-    times = [*base.timesteps.tolist()[1:], 0]
+    times = [*base.timesteps.tolist()[1:], 0][: base.num_trainable]
     rows = []
     for t, values in zip(times, table.unbind(1), strict=True):
         found = mean_interval(values.numpy(), prompts)

@@ -8,7 +8,7 @@ from spo import tracking
 from spo.config import Config
 from spo.errors import ModelError
 from spo.models.lora import WEIGHTS
-from spo.models.policy import UNET
+from spo.models.policy import WHOLE
 from spo.runtime import hub
 from spo.workspace import Workspace
 
@@ -81,7 +81,7 @@ def _evaluated(folder: Path) -> list[str]:
 
 
 def _holds_lora(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file() or (folder / UNET).is_dir()  # the latter after full fine-tuning
+    return (folder / WEIGHTS).is_file() or any((folder / name).is_dir() for name in WHOLE)
 
 
 def _short(name: str) -> str:

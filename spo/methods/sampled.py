@@ -88,9 +88,9 @@ class PairMethod(ABC, Generic[P]):
     def _rising(self) -> dict[float, float]:
         """The rising threshold by the times of the policy's grid."""
         times, sampler = self.policy.timesteps, cast(Any, self.policy).sampler
-        std = step_std(sampler.schedule, times, eta=sampler.eta)
+        std = step_std(sampler.schedule, times, eta=sampler.eta)[: self.policy.num_trainable]
         rising = cast(RisingThreshold, self.config.threshold)
-        return dict(zip(times.tolist(), rising_threshold(std, low=rising.low, high=rising.high).tolist(), strict=True))
+        return dict(zip(times.tolist(), rising_threshold(std, low=rising.low, high=rising.high).tolist(), strict=False))
 
     def loss(self, examples: Pairs) -> Loss:
         """DPO's loss on the ratios of single steps, clamped as in the published code (SPO's paper, eq. 9).

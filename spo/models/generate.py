@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from spo.config import SamplerConfig
+from spo.config import FLOW, SamplerConfig
 from spo.core.noise import seed_of
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.schedulers import build_scheduler
@@ -36,19 +36,23 @@ def generate(
     starts = range(0, len(prompts), batch_size)
     scheduler, batches = pipeline.scheduler, []
     pipeline.scheduler = build_scheduler(sampler, scheduler.config)
+    options = model.network.text_options | ({} if sampler.scheduler == FLOW else {"eta": sampler.eta or 0.0})
     try:
-        for start in starts if label is None else progress(starts, label=label):
-            images = pipeline(
-                prompt=list(prompts[start : start + batch_size]),
-                height=height * pipeline.vae_scale_factor,
-                width=width * pipeline.vae_scale_factor,
-                num_inference_steps=sampler.steps,
-                guidance_scale=sampler.guidance_scale,
-                eta=sampler.eta or 0.0,
-                generator=[Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
-                output_type="pt",
-            ).images
-            batches.append(images.float().cpu().clamp(0, 1))
+        with model.network.text_encoders_ready():
+            for start in starts if label is None else progress(starts, label=label):
+                generators = [Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                pipeline.scheduler.generators = generators  # read by the scheduler of flow models
+                images = pipeline(
+                    prompt=list(prompts[start : start + batch_size]),
+                    height=height * pipeline.vae_scale_factor,
+                    width=width * pipeline.vae_scale_factor,
+                    num_inference_steps=sampler.steps,
+                    guidance_scale=sampler.guidance_scale,
+                    generator=generators,
+                    output_type="pt",
+                    **options,
+                ).images
+                batches.append(images.float().cpu().clamp(0, 1))
     finally:
         pipeline.scheduler = scheduler
     return torch.cat(batches)

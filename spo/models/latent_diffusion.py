@@ -26,6 +26,10 @@ class LatentDiffusion:
         return self.sampler.timesteps
 
     @property
+    def num_trainable(self) -> int:
+        return self.sampler.num_trainable
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.network.latent_shape
 

@@ -17,9 +17,11 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -27,38 +29,53 @@ from transformers.utils import logging as transformers_logging
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ConfigError, ModelError
 from spo.models.autoencoder import Autoencoder
+from spo.models.flux import FluxNetwork
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.network import Pipeline
-from spo.models.sampler import Sampler
+from spo.models.network import Network, Pipeline
+from spo.models.sd3 import StableDiffusion3Network
 from spo.models.sd15 import StableDiffusionNetwork
 from spo.models.sdxl import StableDiffusionXLNetwork
 from spo.runtime import hub
 
-PIPELINES: dict[str, type[Pipeline]] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
-NETWORKS = {"sd15": StableDiffusionNetwork, "sdxl": StableDiffusionXLNetwork}
+PIPELINES: dict[str, type[Pipeline]] = {
+    "sd15": StableDiffusionPipeline,
+    "sdxl": StableDiffusionXLPipeline,
+    "sd3": StableDiffusion3Pipeline,
+    "flux": FluxPipeline,
+}
+NETWORKS: dict[str, type[Network]] = {
+    "sd15": StableDiffusionNetwork,
+    "sdxl": StableDiffusionXLNetwork,
+    "sd3": StableDiffusion3Network,
+    "flux": FluxNetwork,
+}
 
 VARIANTS = 256  # compiled versions of one block: widths, batch sizes, adapter on, off or merged, gradients on or off
 
 
 def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:
     """The configured model as a Denoiser, frozen."""
-    pipeline = load_pipeline(config, device)
+    pipeline, family = load_pipeline(config, device), NETWORKS[config.family]
     _check_grid(pipeline, config, sampling)
-    if config.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    if config.compile:
-        compile_blocks(pipeline.unet)
-    if config.resolution % pipeline.vae_scale_factor:
-        raise ModelError(f"model.resolution={config.resolution} must be a multiple of {pipeline.vae_scale_factor}")
-    network = NETWORKS[config.family](pipeline, resolution=config.resolution)
-    sampler = Sampler.ddim(pipeline.scheduler.config, sampling, network.device)
-    return LatentDiffusion(
-        network, sampler, Autoencoder(pipeline.vae, resolution=config.resolution, upcast=network.upcasts_vae)
+    multiple = pipeline.vae_scale_factor * family.patch_size
+    if config.resolution % multiple:
+        raise ModelError(f"model.resolution={config.resolution} must be a multiple of {multiple}")
+    network = family(
+        pipeline,
+        resolution=config.resolution,
+        t5_tokens=config.t5_tokens,
+        offload_text_encoders=config.offload_text_encoders,
     )
+    if config.gradient_checkpointing:
+        network.module.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(network.module)
+    autoencoder = Autoencoder(pipeline.vae, resolution=config.resolution, upcast=network.upcasts_vae)
+    return LatentDiffusion(network, network.sampler(sampling), autoencoder)
 
 
 def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
-    """The pipeline of `config.path`, with a DDIM scheduler and without safety checker or progress bars.
+    """The pipeline of `config.path`, with a DDIM or flow Euler scheduler and without safety checker or progress bars.
 
     ModelError if it is missing, incomplete, of another family, or without .safetensors weights.
     """
@@ -72,7 +89,9 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
         with _explained("model.vae", config.vae):
             parts["vae"] = AutoencoderKL.from_pretrained(config.vae, dtype=dtype, use_safetensors=True)
     with _explained("model.path", config.path):
-        _check_family(config)
+        index = _checked_index(config)
+        if config.family == "sd3" and not (config.t5 and index.get("text_encoder_3", [None])[0]):
+            parts |= {"text_encoder_3": None, "tokenizer_3": None}
         pipeline = PIPELINES[config.family].from_pretrained(
             config.path,
             revision=config.revision,
@@ -82,16 +101,19 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
             **parts,
         )
     scheduler = pipeline.scheduler.config
-    pipeline.scheduler = DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
+    if config.is_flow:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler, stochastic_sampling=False)
+    else:
+        pipeline.scheduler = DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    for convolutional in (pipeline.unet, pipeline.vae):
-        convolutional.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs
+    for name in {"unet", "vae"} & set(pipeline.components):
+        getattr(pipeline, name).to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs
     return pipeline
 
 
-def compile_blocks(unet: UNet2DConditionModel) -> None:
-    """Compile the UNet's transformer blocks when they are first called; equal blocks share their code.
+def compile_blocks(network: Any) -> None:
+    """Compile the transformer blocks when they are first called; equal blocks share their code.
 
     Every new shape compiles again, e.g. a smaller last batch. torch caches the code for later processes. ConfigError
     without a C++ compiler.
@@ -102,7 +124,8 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
             f"model.compile=true needs a C++ compiler, but there is no {compiler}; install it, or set CXX"
         )
     torch._dynamo.config.recompile_limit = VARIANTS
-    unet.compile_repeated_blocks(dynamic=False)
+    network._repeated_blocks = network._repeated_blocks or network._no_split_modules  # diffusers has none for SD3
+    network.compile_repeated_blocks(dynamic=False)
 
 
 def load_tiny_vae(path: str, policy: LatentDiffusion) -> AutoencoderTiny:
@@ -118,10 +141,12 @@ def load_tiny_vae(path: str, policy: LatentDiffusion) -> AutoencoderTiny:
 
 
 def _check_grid(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) -> None:
-    """ModelError for a grid whose last step is from t = 0 to t = 0, which has no noise and so no density."""
+    """ModelError for a diffusion grid whose last step is from t = 0 to t = 0, which has no noise and so no density."""
     total = pipeline.scheduler.config.num_train_timesteps
     if sampling.steps > total:
         raise ModelError(f"sampling.steps={sampling.steps} is more than the {total} timesteps of {config.path!r}")
+    if config.is_flow:
+        return
     pipeline.scheduler.set_timesteps(sampling.steps)
     if sampling.eta > 0 and pipeline.scheduler.timesteps[-1] == 0:
         raise ModelError(
@@ -130,7 +155,8 @@ def _check_grid(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfi
         )
 
 
-def _check_family(config: ModelConfig) -> None:
+def _checked_index(config: ModelConfig) -> dict[str, Any]:
+    """The repository's model_index.json; ModelError if it is of another family."""
     index = DiffusionPipeline.load_config(config.path, revision=config.revision)
     found, expected = index.get("_class_name"), PIPELINES[config.family].__name__
     if found != expected:
@@ -139,6 +165,7 @@ def _check_family(config: ModelConfig) -> None:
         raise ModelError(
             f"model.path={config.path!r} holds a {found}, but family {config.family} is a {expected}; {remedy}"
         )
+    return index
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spo.config import LoraConfig
 from spo.errors import ModelError, one_line
-from spo.models.network import Network
+from spo.models.network import TEXT_ENCODERS, Network
 from spo.runtime import hub
 from spo.runtime.files import atomic_path
 
@@ -48,15 +48,22 @@ def add_lora(module: Any, config: LoraConfig, *, seed: int) -> None:
 
 def save_lora(network: Network, folder: str | Path) -> None:
     """Write a folder for diffusers' `pipeline.load_lora_weights(folder)`."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network.module))
+    layers = get_peft_model_state_dict(network.module)
+    if network.component == "unet":
+        layers = convert_state_dict_to_diffusers(layers)
     with atomic_path(folder) as temporary:
-        network.pipeline.save_lora_weights(temporary, unet_lora_layers=layers)
+        network.pipeline.save_lora_weights(temporary, **{f"{network.component}_lora_layers": layers})
 
 
 def save_kohya(network: Network, file: str | Path) -> None:
-    """Write a .safetensors file with kohya's names and alpha, for AUTOMATIC1111, ComfyUI and similar programs."""
-    state = {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(network.module).items()}
-    state = convert_state_dict_to_kohya(state)
+    """Write a .safetensors file for AUTOMATIC1111, ComfyUI and similar programs.
+
+    A UNet's has kohya's names and alpha; a transformer's has diffusers' names, which ComfyUI reads (comfy/lora.py).
+    """
+    layers = get_peft_model_state_dict(network.module)
+    state = {f"{network.component}.{name}": weight for name, weight in layers.items()}
+    if network.component == "unet":
+        state = convert_state_dict_to_kohya(state)
     with atomic_path(file) as temporary:
         save_file({name: weight.float().cpu().contiguous() for name, weight in state.items()}, temporary)
 
@@ -65,27 +72,28 @@ def load_lora(network: Network, source: str | Path) -> None:
     """Replace the policy's LoRA by one from a folder, a file or a hub repository, with diffusers' or kohya's names.
 
     It is then trainable and in float32. Only .safetensors is read. ModelError if it is missing, also changes a text
-    encoder (which the reference could not undo) or was made for another UNet.
+    encoder (which the reference could not undo) or was made for another base model.
     """
-    unet = network.module
+    module, prefix = network.module, network.component
     with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
         state, alphas, metadata = _read(network, source)
-        others = sorted({name.split(".")[0] for name in state if not name.startswith("unet.")})
+        others = sorted({name.split(".")[0] for name in state if not name.startswith(f"{prefix}.")})
         if others or not state:
-            raise ModelError(f"LoRA {source} changes {others or 'nothing'}; it should change the UNet alone")
+            raise ModelError(f"LoRA {source} changes {others or 'nothing'}; it should change the {prefix} alone")
         if network.has_adapter:
-            unet.unload_lora()
-        unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name="default")
-        cast_training_params(unet, torch.float32)
-        weights = {name.removeprefix("unet."): weight for name, weight in state.items()}
-        set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(weights))  # loading rounded to the base's dtype
+            module.unload_lora()
+        module.load_lora_adapter(state, prefix=prefix, network_alphas=alphas, metadata=metadata, adapter_name="default")
+        cast_training_params(module, torch.float32)
+        weights = {name.removeprefix(f"{prefix}."): weight for name, weight in state.items()}
+        # loading rounded to the base's dtype
+        set_peft_model_state_dict(module, convert_unet_state_dict_to_peft(weights))
 
 
 @contextmanager
 def published_lora(
     network: Network, source: str | Path, *, weight_name: str | None = None, revision: str | None = None
 ) -> Iterator[None]:
-    """Inside this context the pipeline has a published LoRA, for UNet and text encoders, instead of the policy's own.
+    """Inside this context the pipeline has a published LoRA, of network and text encoders, instead of the policy's own.
 
     It is loaded like in diffusers, from a folder, a .safetensors file or a hub repository, with diffusers' or kohya's
     names; afterwards the pipeline is the base. ModelError if it is missing or fits no layer of this pipeline.
@@ -98,8 +106,9 @@ def published_lora(
             state, alphas, metadata = _read(network, source, weight_name, revision)
             if not state:
                 raise ModelError(f"LoRA {source} holds no weights; give one for the same base model")
-            pipeline.load_lora_into_unet(state, alphas, pipeline.unet, metadata=metadata, _pipeline=pipeline)
-            for name in ("text_encoder", "text_encoder_2"):
+            options = {"network_alphas": alphas, "metadata": metadata, "_pipeline": pipeline}
+            network.module.load_lora_adapter(state, prefix=network.component, **options)
+            for name in TEXT_ENCODERS[:2]:
                 if any(key.startswith(f"{name}.") for key in state):
                     encoder = getattr(pipeline, name, None)
                     if encoder is None:
@@ -124,11 +133,13 @@ def _read(
         raise ModelError(f"LoRA {source}: {chosen} is no .safetensors file; other formats can run code and are refused")
     if weight_name is None and (path / WEIGHTS).is_file():
         weight_name = WEIGHTS
-    return network.pipeline.lora_state_dict(
+    state, *alphas, metadata = network.pipeline.lora_state_dict(
         str(source),
         weight_name=weight_name,
         revision=revision,
         use_safetensors=True,
         unet_config=network.module.config,
+        return_alphas=True,  # only FLUX asks
         return_lora_metadata=True,
     )
+    return state, alphas[0] if alphas else None, metadata

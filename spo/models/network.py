@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from spo.config import SamplingConfig
 from spo.core.prediction import guide
 from spo.core.types import Conditioning
+from spo.models.sampler import Sampler
 
-Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline | FluxPipeline
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # the pipelines' names
 
 
 class Network(ABC):
@@ -26,12 +29,23 @@ class Network(ABC):
     Args:
         pipeline: already on its device
         resolution: height and width of an image, in pixels
+        t5_tokens: of a prompt; None: as many as the pipeline gives T5
+        offload_text_encoders: to the CPU's memory while they encode no prompt
     """
 
     component: ClassVar[str] = "unet"  # the pipeline's name of the denoising network
     upcasts_vae: ClassVar[bool] = False  # whether the pipeline respects the VAE's `force_upcast`
+    patch_size: ClassVar[int] = 1  # height and width of latents are multiples of it
+    is_distilled: ClassVar[bool] = False  # guidance is an input of the network, not a second pass
 
-    def __init__(self, pipeline: Pipeline, *, resolution: int):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        resolution: int,
+        t5_tokens: int | None = None,
+        offload_text_encoders: bool = False,
+    ):
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
@@ -40,26 +54,54 @@ class Network(ABC):
         self.dtype: torch.dtype = self.module.dtype
         self.device: torch.device = self.module.device
         self.resolution = resolution
+        self.text_options = {} if t5_tokens is None else {"max_sequence_length": t5_tokens}
         size = resolution // pipeline.vae_scale_factor
-        self.latent_shape = (self.module.config.in_channels, size, size)
+        self.latent_shape = (self.channels, size, size)
         self.batch_size = min(64, max(2, 32 * 64**2 // size**2))  # in a forward without gradients
         self.forwards: float = 0  # samples so far; both halves of the guidance count
+        parts = pipeline.components
+        self.offloaded = [parts[name] for name in TEXT_ENCODERS if parts.get(name)] if offload_text_encoders else []
+        self._move_text_encoders("cpu")
         self._negative: dict[str, Tensor] | None = None
         self._merged = False
         self._frozen: nn.Module | None = None
 
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.module.config.in_channels
+
+    def sampler(self, sampling: SamplingConfig) -> Sampler:
+        """The sampler of these settings on the grid of the pipeline."""
+        return Sampler.ddim(self.pipeline.scheduler.config, sampling, self.device)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The embeddings of each prompt and, under `negative_...`, those of guidance's negative prompt."""
+        """The embeddings of each prompt and, under `negative_...`, those of guidance's negative prompt, if any."""
         if not prompts:
             raise ValueError("encode needs at least one prompt, got none")
-        if self._negative is None:
-            self._negative = self._embed_negative()
+        with self.text_encoders_ready():
+            embeds = self._embed(list(prompts))
+            if self._negative is None:
+                self._negative = self._embed_negative()
         negative = {
             f"negative_{name}": tensor.expand(len(prompts), *tensor.shape[1:])
             for name, tensor in self._negative.items()
         }
-        return Conditioning({**self._embed(list(prompts)), **negative})
+        return Conditioning({**embeds, **negative})
+
+    @contextmanager
+    def text_encoders_ready(self) -> Iterator[None]:
+        """Inside this context the text encoders are on the network's device."""
+        self._move_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            self._move_text_encoders("cpu")
+
+    def _move_text_encoders(self, device: torch.device | str) -> None:
+        for encoder in self.offloaded:
+            encoder.to(device)
 
     @abstractmethod
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -67,34 +109,39 @@ class Network(ABC):
 
     def _embed_negative(self) -> dict[str, Tensor]:
         """Named embeddings (1, ...) of the empty prompt."""
-        return self._embed([""])
+        return {} if self.is_distilled else self._embed([""])
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, guidance_scale: float) -> Tensor:
         """The guided output (b, c, h, w), float32, for x_t (b, c, h, w) at times t (b,).
 
-        With a guidance scale of 1 the network gets each sample once, else twice, both halves in one call.
+        With a guidance scale of 1, or distilled guidance, the network gets each sample once, else twice, both halves in
+        one call.
         Differentiable; without gradients at most `batch_size` samples go through at once.
         """
         if not len(x_t) == len(t) == len(cond):
             raise ValueError(f"predict got {len(x_t)} latents, {len(t)} timesteps and {len(cond)} conditions")
-        guided = guidance_scale > 1
+        guided = guidance_scale > 1 and not self.is_distilled
         size = len(x_t) if torch.is_grad_enabled() else max(1, self.batch_size // (1 + guided))
         slices = [slice(start, start + size) for start in range(0, len(x_t), size)]
-        parts = [self._predict_at_once(x_t[part], t[part], cond[part], guidance_scale) for part in slices]
+        parts = [self._predict_at_once(x_t[part], t[part], cond[part], guidance_scale, guided) for part in slices]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _predict_at_once(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
-        guided = guidance_scale > 1
+    def _predict_at_once(
+        self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float, guided: bool
+    ) -> Tensor:
         if guided:
             x_t, t = x_t.repeat(2, 1, 1, 1), t.repeat(2)
         self.forwards += len(x_t)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.module(x_t.to(self.dtype), t, **self._inputs(cond, guided)).sample
-        output = output.float()
+            output = self._output(x_t.to(self.dtype), t, self._inputs(cond, guided), guidance_scale).float()
         if not guided:
             return output
         negative, positive = output.chunk(2)
         return guide(negative, positive, guidance_scale)
+
+    def _output(self, x_t: Tensor, t: Tensor, inputs: dict[str, Any], guidance_scale: float) -> Tensor:
+        """The network's output (b, c, h, w); guidance_scale is for distilled guidance."""
+        return self.module(x_t, timestep=t, **inputs).sample
 
     @abstractmethod
     def _inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Save, load and export the policy: a LoRA, or the whole UNet after full fine-tuning."""
+"""Save, load and export the policy: a LoRA, or the whole network after full fine-tuning."""
 
 import copy
 from pathlib import Path
 from typing import Literal
 
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from spo.errors import ModelError, one_line
@@ -12,52 +11,50 @@ from spo.models.lora import load_lora, save_kohya, save_lora
 from spo.models.network import Network
 from spo.runtime.files import atomic_path
 
-UNET = "unet"  # the folder of a whole UNet within a checkpoint
+WHOLE = ("unet", "transformer")  # folders of a whole network within a checkpoint
 
 Format = Literal["diffusers", "kohya", "merged"]
 
 
 def save_policy(network: Network, folder: str | Path) -> None:
-    """Write a checkpoint: a LoRA for diffusers' `load_lora_weights`, or `unet/` if the whole UNet was trained."""
+    """Write a checkpoint: a LoRA for diffusers' `load_lora_weights`, or the whole network if all of it was trained."""
     if network.has_adapter:
         save_lora(network, folder)
         return
     with atomic_path(folder) as temporary:
-        network.module.save_pretrained(temporary / UNET, safe_serialization=True)
+        network.module.save_pretrained(temporary / network.component, safe_serialization=True)
 
 
 def load_policy(network: Network, source: str | Path) -> None:
     """Load the policy from a checkpoint or any LoRA that `load_lora` accepts; the reference stays the base.
 
-    A whole UNet is frozen and has the base's dtype. ModelError if it is missing, damaged or of another base model.
+    A whole network is frozen and has the base's dtype. ModelError if it is missing, damaged or of another base model.
     """
     network.restore()
-    folder = Path(source) / UNET
+    folder = Path(source) / network.component
     if not folder.is_dir():
         load_lora(network, source)
         return
     if network.has_adapter:
         network.module.unload_lora()
     try:
-        unet = UNet2DConditionModel.from_pretrained(folder, dtype=network.dtype, use_safetensors=True)
+        whole = type(network.module).from_pretrained(folder, dtype=network.dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: {one_line(error)}; run the align stage again") from None
-    shapes = [{name: weight.shape for name, weight in net.state_dict().items()} for net in (unet, network.module)]
+    shapes = [{name: weight.shape for name, weight in net.state_dict().items()} for net in (whole, network.module)]
     if shapes[0] != shapes[1]:
-        raise ModelError(
-            f"{folder} is the UNet of another base model; name the one that it was trained from as `model`"
-        )
-    network.replace(unet.to(network.device))
+        raise ModelError(f"{folder} is the {network.component} of another base model; name its own as `model`")
+    network.replace(whole.to(network.device))
 
 
 def save_merged(network: Network, folder: str | Path) -> None:
-    """Write the whole pipeline with the policy as its UNet, the LoRA added into the weights."""
-    unet = copy.deepcopy(network.module).float().requires_grad_(False)
+    """Write the whole pipeline with the policy as its network, the LoRA added into the weights."""
+    whole = copy.deepcopy(network.module).float().requires_grad_(False)
     if network.has_adapter:
-        unet.fuse_lora()
-        unet.unload_lora()
+        whole.fuse_lora()
+        whole.unload_lora()
     merged = copy.copy(network.pipeline)
-    merged.register_modules(unet=unet.to(network.dtype))
+    merged.register_modules(**{network.component: whole.to(network.dtype)})
     with atomic_path(folder) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
 
@@ -65,12 +62,12 @@ def save_merged(network: Network, folder: str | Path) -> None:
 def export(network: Network, format: Format, out: Path) -> None:
     """Write the policy as a LoRA folder, a LoRA file with kohya's names, or a whole pipeline.
 
-    ModelError for a LoRA format if the whole UNet was trained.
+    ModelError for a LoRA format if the whole network was trained.
     """
     if format == "merged":
         save_merged(network, out)
     elif not network.has_adapter:
-        raise ModelError(f"--format {format} needs a LoRA, but the whole UNet was trained; use --format merged")
+        raise ModelError(f"--format {format} needs a LoRA, but the whole network was trained; use --format merged")
     elif format == "diffusers":
         save_lora(network, out)
     else:

@@ -4,14 +4,16 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from spo.config import SamplingConfig
 from spo.core.prediction import PredictionType, predict_x_0_and_noise, training_target
-from spo.core.schedule import Schedule, VariancePreserving
+from spo.core.schedule import Cps, FlowSde, RectifiedFlow, Schedule, VariancePreserving
 from spo.core.step import gaussian_step
 from spo.core.types import Transition
+
+FLOWS = {"ddim": RectifiedFlow, "flow-sde": FlowSde, "cps": Cps}  # by `sampling.noise`
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,28 @@ class Sampler:
             eta=sampling.eta,
             guidance_scale=sampling.guidance_scale,
         )
+
+    @classmethod
+    def flow(cls, scheduler_config: Any, sampling: SamplingConfig, device: torch.device, **grid: Any) -> Self:
+        """Rectified flow on the grid of diffusers' FlowMatchEulerDiscreteScheduler; eta 0 is its Euler step.
+
+        grid: what else the pipeline gives to `set_timesteps`: sigmas, mu.
+        """
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+        scheduler.set_timesteps(sampling.steps, **grid)
+        return cls(
+            FLOWS[sampling.noise](scheduler.config.num_train_timesteps),
+            scheduler.timesteps.to(device),
+            prediction_type="flow",
+            eta=sampling.eta,
+            guidance_scale=sampling.guidance_scale,
+        )
+
+    @property
+    def num_trainable(self) -> int:
+        """Steps with a density; at time 0 a flow has no noise, so its last step has none."""
+        end = self.schedule.level(self.timesteps.new_zeros(1))
+        return len(self.timesteps) - int(end.noise == 0)
 
     def transition(self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> Transition:
         """The step from t to t_prev, both (b,), in float32."""

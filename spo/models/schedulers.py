@@ -1,13 +1,17 @@
-"""The diffusers schedulers for a sampler."""
+"""The diffusers schedulers for a sampler; flow models have one, which can add noise."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import schedulers
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, schedulers
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
 
-from spo.config import SamplerConfig
+from spo.config import FLOW, SamplerConfig
+from spo.core.schedule import Level, marginal_preserving_split
 from spo.errors import ConfigError, one_line
 
 UNUSABLE = {
@@ -19,25 +23,60 @@ USABLE = sorted(
 )
 
 
+class FlowScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler's step with the noise of `RectifiedFlow`; eta 0 is diffusers' own.
+
+    Latents may be packed. eta and the images' generators are attributes, since flow pipelines pass neither.
+    """
+
+    eta = 0.0
+    generators: list[Generator] | None = None
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        sigma, then = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        (euler,) = super().step(model_output, timestep, sample, return_dict=False)
+        if self.eta == 0:
+            return (euler,)
+        kept, std = marginal_preserving_split(Level(1 - sigma, sigma), Level(1 - then, then), eta=self.eta)
+        eps = sample.float() + (1 - sigma) * model_output.float()
+        fresh = randn_tensor(sample.shape, generator=self.generators, device=sample.device, dtype=torch.float32)
+        return ((euler.float() + (kept - then) * eps + std * fresh).to(euler.dtype),)
+
+
 def build_scheduler(sampler: SamplerConfig, base: Mapping[str, Any] | None = None) -> Any:
     """The sampler's scheduler, with the noise schedule of the scheduler configuration `base`, or the class's default.
 
     ConfigError if the settings are wrong.
     """
     name = sampler.scheduler
+    if name == FLOW:
+        return _build_flow(sampler, base)
     if name not in USABLE:
         raise ConfigError(f"scheduler={name!r} is no scheduler that the pipeline can use; use one of {USABLE}")
     kind = getattr(schedulers, name)
-    known = [option for option in inspect.signature(kind.__init__).parameters if option != "self"]
-    if unknown := [option for option in sampler.options if option not in known]:
-        raise ConfigError(f"options={unknown} are unknown to {name}; use some of {known}")
     if sampler.eta is not None and "eta" not in inspect.signature(kind.step).parameters:
         raise ConfigError(f"eta={sampler.eta:g}, but {name} has no eta; leave eta out")
+    return _built(kind, sampler, base)
+
+
+def _build_flow(sampler: SamplerConfig, base: Mapping[str, Any] | None) -> FlowScheduler:
+    """With a dynamic grid, set_timesteps needs a mu; the pipeline sets the timesteps again with its own."""
+    scheduler = _built(FlowScheduler, sampler, base, mu=1.0)
+    scheduler.eta = sampler.eta or 0.0
+    return scheduler
+
+
+def _built(kind: Any, sampler: SamplerConfig, base: Mapping[str, Any] | None, **grid: float) -> Any:
+    known = [option for option in inspect.signature(kind.__init__).parameters if option != "self"]
+    if unknown := [option for option in sampler.options if option not in known]:
+        raise ConfigError(f"options={unknown} are unknown to {sampler.scheduler}; use some of {known}")
     try:
         scheduler = kind.from_config(dict(base or {}), **sampler.options)
-        scheduler.set_timesteps(sampler.steps)
+        scheduler.set_timesteps(sampler.steps, **grid)
     except Exception as error:  # each class checks its settings in its own way
         raise ConfigError(
-            f"{sampler.description}: {name} refuses: {one_line(error, 200)}; change the settings"
+            f"{sampler.description}: {sampler.scheduler} refuses: {one_line(error, 200)}; change the settings"
         ) from None
     return scheduler

@@ -113,8 +113,12 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
         return None
     preference = load_scorer(config, config.scorer_of(name), root, policy)
     text = preference.encode(prompts)
-    sampler = SamplerConfig(steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale, eta=0.0)
-
+    sampler = SamplerConfig(
+        scheduler=config.model.scheduler,
+        steps=config.sampling.steps,
+        guidance_scale=config.sampling.guidance_scale,
+        eta=0.0,
+    )
     seeds = [image_seed(settings.seed, prompt, 0) for prompt in prompts]
     size = min(BATCH, config.evaluate.batch_size)
 

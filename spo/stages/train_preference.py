@@ -72,7 +72,8 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
         write_csv(folder / "history.csv", done.history)
         metrics = {**_metrics(done, candidates), "skipped": training.updater.guard.skipped}
         metrics |= {"filter": counts} if counts else {}
-        metrics["unet_forwards"] = round(done.step * settings.batch_size * settings.forwards_per_pair(config.sampling))
+        per_pair = settings.forwards_per_pair(config.counted_sampling)
+        metrics["unet_forwards"] = round(done.step * settings.batch_size * per_pair)
         write_json(folder / "metrics.json", {**metrics, "seconds": round(time.perf_counter() - start, 1)})
     for row in done.accuracy:
         tracker.log_metrics({f"accuracy_{row['model']}": row["accuracy"]}, step=row["timestep"])

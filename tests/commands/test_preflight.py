@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 
 from spo.commands import preflight
-from spo.commands.disk_estimate import room, size_of
+from spo.commands.disk_estimate import num_pairs, room, size_of
 from spo.commands.preflight import findings, require
 from spo.config import Config, MetricConfig, load_config
 from spo.config.metrics import MetricSection
@@ -219,6 +219,15 @@ def test_a_latent_preference_model_needs_no_clip_and_the_room_of_half_the_base(
         lacking = changed(config, "preference_models.latent", {"kind": "latent", **source})
         bad = [finding.what for finding in findings(lacking, tmp_path) if not finding.good]
         assert f"preference_models.latent.{key}" in bad
+
+
+def test_flows_have_no_latent_preference_model_yet_but_larger_latents(config: Config, tmp_path: Path) -> None:
+    sd3 = config.model.model_copy(update={"family": "sd3"})
+    flow = config.model_copy(update={"train_preference": ("pixel", "latent"), "model": sd3})
+    assert "preference_models.latent.kind" in [found.what for found in findings(flow, tmp_path) if not found.good]
+    only_pixel = [each.model_copy(update={"train_preference": ("pixel",)}) for each in (config, flow)]
+    before, after = (room(each, ROOT)["train_preference"].kept for each in only_pixel)
+    assert after - before == pytest.approx(2 * num_pairs(config, ROOT) * (config.model.resolution / 8) ** 2 * 4 * 12)
 
 
 def test_full_fine_tuning_needs_room_for_its_checkpoints(

@@ -7,7 +7,7 @@ import torch
 from spo.core.gaussian import log_prob
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
-from spo.core.schedule import VariancePreserving
+from spo.core.schedule import RectifiedFlow, VariancePreserving
 from spo.core.step import gaussian_step
 from spo.core.types import Conditioning, Pairs
 from spo.methods.sampled import keep_pairs
@@ -21,6 +21,7 @@ class AnalyticDenoiser:
 
     def __init__(self):
         self.timesteps = grid(NUM_STEPS)
+        self.num_trainable = NUM_STEPS
         self.latent_shape = LATENT
         self.alpha_bar = stable_diffusion().alpha_bar
         self.decoded = 0
@@ -45,6 +46,24 @@ class AnalyticDenoiser:
 
     def reference(self):
         return nullcontext()
+
+
+class AnalyticFlow(AnalyticDenoiser):
+    """The exact velocity of the same data; its last step has no density."""
+
+    def __init__(self):
+        super().__init__()
+        self.timesteps = torch.linspace(1000, 100, NUM_STEPS)
+        self.num_trainable = NUM_STEPS - 1
+
+    def predict(self, x_t, t, cond):
+        self.calls.append((x_t, t))
+        mean, sigma = cond.tensors["prompt"].view(-1, 1, 1, 1), (t / 1000).view(-1, 1, 1, 1)
+        x_0 = mean + (1 - sigma) * (x_t - (1 - sigma) * mean) / ((1 - sigma) ** 2 + sigma**2)
+        return (x_t - x_0) / sigma
+
+    def transition(self, output, x_t, t, t_prev):
+        return gaussian_step(output, x_t, t, t_prev, schedule=RectifiedFlow(), eta=1.0, prediction_type="flow")
 
 
 class BrightnessScorer:
@@ -205,6 +224,29 @@ def test_candidates_know_the_time_that_their_last_step_started_from(branch_steps
     assert scorer.started == started
 
 
+@pytest.mark.parametrize(
+    ("branch_steps", "scored_at", "pairs_from"),
+    [(1, [700, 600, 500, 400, 300, 200, 100], [800, 700, 600, 500, 400, 300, 200]), (4, [400, 0], [800, 400])],
+)
+def test_a_flows_last_step_is_taken_but_makes_no_pair(branch_steps, scored_at, pairs_from):
+    policy, scorer = AnalyticFlow(), LatentScorer()
+    segments = run(policy, scorer, branch_steps=branch_steps)
+    assert [round(t) for _, _, t in scorer.calls] == scored_at
+    assert [round(segment.t) for segment in segments] == pairs_from
+    pairs = [pairs for segment in segments for pairs in segment.pairs]
+    assert [round(float(each.t[0])) for each in pairs] == [800, 700, 600, 500, 400, 300, 200]
+    for each in pairs:
+        x_t = each.x_t[:, 0]
+        output = policy.predict(x_t, each.t, each.cond)
+        assert log_prob(policy.transition(output, x_t, each.t, each.t_prev), each.x_prev[:, 0]).isfinite().all()
+
+
+def test_all_noise_is_fresh_in_a_flows_first_step():
+    (first, *_) = run(AnalyticFlow(), first_step=0)
+    assert first.pairs[0].t.tolist() == [1000.0] * 3
+    assert first.pairs[0].x_prev.isfinite().all()
+
+
 def test_each_x_t_was_a_candidate_of_the_segment_before():
     policy = AnalyticDenoiser()
     segments = run(policy)
@@ -310,6 +352,7 @@ def test_gradients_are_off_inside_and_as_they_were_outside():
     [
         ({"candidates": 1}, "candidates=1 make no pair; use 2 or more"),
         ({"first_step": 10}, r"first_step=10 must lie in \[0, 10\)"),
+        ({"policy": AnalyticFlow(), "first_step": 9}, r"first_step=9 must lie in \[0, 9\), the steps with a density"),
         ({"branch_steps": 3}, r"branch_steps=3 must divide steps - first_step = 8; use one of \[1, 2, 4, 8\]"),
         ({"continue_from": "best"}, "continue_from='best' is unknown; use random, win or lose"),
     ],

@@ -9,23 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from spo.config import CandidatesConfig, ModelConfig, SamplingConfig
+from spo.config import CandidatesConfig, SamplingConfig
 from spo.core.types import Candidates
 from spo.evaluation import candidate_agreement as module
 from spo.evaluation.candidate_agreement import candidate_agreement
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.load import build
-from tests.models.tiny import RESOLUTION, make_tiny_pipeline
+from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline
 
 PROMPTS = ["a cat", "a dog", "a hen"]
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
-    path = make_tiny_pipeline("sd15", tmp_path_factory.mktemp("agreement") / "model")
-    model = ModelConfig(family="sd15", path=str(path), resolution=RESOLUTION)
-    return build(model, SamplingConfig(steps=STEPS), "cpu")
+@pytest.fixture(scope="module", params=["sd15", "sd3"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
+    path = make_tiny_pipeline(request.param, tmp_path_factory.mktemp("agreement") / "model")
+    return make_tiny_denoiser(request.param, path, sampling=SamplingConfig(steps=STEPS))
 
 
 @pytest.fixture
@@ -67,8 +65,9 @@ def test_a_model_that_scores_as_the_metric_does_agrees_and_its_opposite_does_not
     for sign, expected in ((1, 1.0), (-1, 0.0)):
         scorer = Scorer(lambda candidates, sign=sign: sign * of_images(candidates))
         rows = candidate_agreement(base, scorer, PROMPTS, settings(), seed=3)
-        assert [row["timestep"] for row in rows] == [*base.timesteps.tolist()[1:], 0] == scorer.times
-        assert [row["agreement"] for row in rows] == [expected] * STEPS
+        times = [*base.timesteps.tolist()[1:], 0][: base.num_trainable]  # a flow's last step draws no candidates
+        assert [row["timestep"] for row in rows] == times == scorer.times
+        assert [row["agreement"] for row in rows] == [expected] * base.num_trainable
         assert {(row["low"], row["high"], row["n"]) for row in rows} == {(expected, expected, len(PROMPTS))}
 
 
@@ -76,7 +75,7 @@ def test_a_model_that_scores_as_the_metric_does_agrees_and_its_opposite_does_not
 def test_equal_candidates_count_half(base: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "score", lambda _, images, __: {"aesthetic": torch.ones(len(images))})
     rows = candidate_agreement(base, Scorer(of_images), PROMPTS, settings(), seed=3)
-    assert [row["agreement"] for row in rows] == [0.5] * STEPS
+    assert [row["agreement"] for row in rows] == [0.5] * base.num_trainable
 
 
 @pytest.mark.usefixtures("brightness")
@@ -96,7 +95,7 @@ def test_looking_ahead_measures_the_end_of_deterministic_sampling(base: LatentDi
     with torch.no_grad():
         rows = candidate_agreement(base, Scorer(ahead), PROMPTS, settings(look_ahead=True), seed=3)
         other = candidate_agreement(base, Scorer(ahead), PROMPTS, settings(), seed=3)
-    assert [row["agreement"] for row in rows] == [1.0] * STEPS
+    assert [row["agreement"] for row in rows] == [1.0] * base.num_trainable
     assert other[-1]["agreement"] == 1.0  # at the end there is nothing ahead
 
 

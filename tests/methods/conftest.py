@@ -10,13 +10,19 @@ from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_pipeline("sd15", tmp_path_factory.mktemp("sd15"))
+def family() -> str:
+    """A test that needs another one parametrizes it."""
+    return "sd15"
 
 
 @pytest.fixture(scope="module")
-def shared_policy(folder: Path) -> LatentDiffusion:
-    denoiser = make_tiny_denoiser("sd15", folder)
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_pipeline(family, tmp_path_factory.mktemp(family))
+
+
+@pytest.fixture(scope="module")
+def shared_policy(family: str, folder: Path) -> LatentDiffusion:
+    denoiser = make_tiny_denoiser(family, folder)
     add_lora(denoiser.network.module, LoraConfig(rank=2), seed=0)
     return denoiser
 

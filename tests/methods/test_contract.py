@@ -7,9 +7,12 @@ import torch
 
 from spo.models.latent_diffusion import LatentDiffusion
 from tests.methods.tiny import METHODS, batch_settings, make_method, swapped, what_is_learned
-from tests.models.tiny import shake
+from tests.models.tiny import FAMILIES, shake
 
-pytestmark = pytest.mark.parametrize("name", METHODS)
+pytestmark = [
+    pytest.mark.parametrize("family", FAMILIES, scope="module"),
+    pytest.mark.parametrize("name", METHODS),
+]
 
 
 def test_the_loss_is_log_2_where_policy_and_reference_are_one(name: str, policy: LatentDiffusion) -> None:

@@ -3,14 +3,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from spo.config import LoraConfig
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import add_lora
 from spo.models.network import Pipeline
 from tests.models.sampled import RANK, SAMPLING
-from tests.models.tiny import FAMILIES, make_tiny_denoiser, make_tiny_pipeline, shake
+from tests.models.tiny import FAMILIES, load_plainly, make_tiny_denoiser, make_tiny_pipeline, shake
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +52,4 @@ def policy(make: Callable[..., LatentDiffusion]) -> LatentDiffusion:
 @pytest.fixture
 def plain_pipeline(family: str, tiny_folder: Callable[..., Path]) -> Pipeline:
     """Without any of our code."""
-    kind = StableDiffusionPipeline if family == "sd15" else StableDiffusionXLPipeline
-    more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = kind.from_pretrained(tiny_folder(family), **(more if family == "sd15" else {}))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_plainly(tiny_folder(family))

@@ -7,16 +7,22 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
 )
 
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ModelError
-from spo.models.load import build, load_pipeline, load_tiny_vae
-from spo.models.sd15 import StableDiffusionNetwork
-from spo.models.sdxl import StableDiffusionXLNetwork
-from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
+from spo.models.load import NETWORKS, PIPELINES, build, load_pipeline, load_tiny_vae
+from tests.models.tiny import (
+    DIFFUSION,
+    FAMILIES,
+    FLOWS,
+    RESOLUTION,
+    load_plainly,
+    make_tiny_denoiser,
+    make_tiny_pipeline,
+)
 
 
 def config(family, path, **more):
@@ -32,17 +38,15 @@ def message(*args, **more):
 
 def test_a_resolution_that_latents_cannot_have_is_refused(family, tiny_folder):
     odd = config(family, tiny_folder(family)).model_copy(update={"resolution": 17})
-    with pytest.raises(ModelError, match=r"resolution=17 must be a multiple of 2"):
+    multiple = 4 if family in FLOWS else 2  # with the transformer's patches
+    with pytest.raises(ModelError, match=f"resolution=17 must be a multiple of {multiple}"):
         build(odd, SamplingConfig(), "cpu")
 
 
 def test_family_decides_pipeline_and_network(family, tiny_folder):
     denoiser = build(config(family, tiny_folder(family)), SamplingConfig(), "cpu")
-    kinds = {
-        "sd15": (StableDiffusionNetwork, StableDiffusionPipeline),
-        "sdxl": (StableDiffusionXLNetwork, StableDiffusionXLPipeline),
-    }
-    assert (type(denoiser.network), type(denoiser.network.pipeline)) == kinds[family]
+    assert set(NETWORKS) == set(PIPELINES) == set(FAMILIES)
+    assert (type(denoiser.network), type(denoiser.network.pipeline)) == (NETWORKS[family], PIPELINES[family])
     assert denoiser.latent_shape == (4, 8, 8)
 
 
@@ -64,6 +68,19 @@ def test_vae_that_overflows_in_float16_runs_in_float32_beside_the_pipelines_own(
         assert denoiser.network.pipeline("fog", **options).images.isfinite().all()
 
 
+def test_sd3_can_leave_t5_out_and_flux_cannot(tiny_folder, tmp_path):
+    pipeline, flux = (load_plainly(tiny_folder(family)) for family in FLOWS)
+    pipeline.register_modules(text_encoder_3=flux.text_encoder_2, tokenizer_3=flux.tokenizer_2)
+    pipeline.save_pretrained(tmp_path)
+    assert load_pipeline(config("sd3", tmp_path), "cpu").text_encoder_3 is not None
+    assert load_pipeline(config("sd3", tmp_path, t5=False), "cpu").text_encoder_3 is None
+    with pytest.raises(ValueError, match="t5=false is for family sd3; flux has no text encoder"):
+        config("flux", "x", t5=False)
+    with pytest.raises(ValueError, match="t5_tokens=8 is for families sd3 and flux"):
+        config("sd15", "x", t5_tokens=8)
+
+
+@pytest.mark.parametrize("family", DIFFUSION)
 def test_any_scheduler_becomes_unclipped_ddim_of_the_same_noise_schedule(family, tmp_path):
     folder = make_tiny_pipeline(family, tmp_path / "model")
     euler = EulerDiscreteScheduler(
@@ -77,6 +94,17 @@ def test_any_scheduler_becomes_unclipped_ddim_of_the_same_noise_schedule(family,
     assert denoiser.network.pipeline.scheduler.config.clip_sample is False
     assert denoiser.timesteps.tolist() == [801, 601, 401, 201, 1]
     torch.testing.assert_close(denoiser.sampler.schedule.alpha_bar, euler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("family", FLOWS)
+def test_any_flow_scheduler_becomes_eulers(family, tmp_path):
+    folder = make_tiny_pipeline(family, tmp_path / "model")
+    FlowMatchHeunDiscreteScheduler(shift=2.0).save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"))
+    scheduler = load_pipeline(config(family, folder), "cpu").scheduler
+    assert type(scheduler) is FlowMatchEulerDiscreteScheduler
+    assert scheduler.config.shift == 2.0
 
 
 def test_a_grid_that_ends_in_a_step_without_noise_is_refused_with_the_remedy(tmp_path):
@@ -113,7 +141,7 @@ def test_without_network_a_hub_name_says_what_to_download_and_where_to_put_it(mo
 
 
 def test_folder_of_the_other_family_names_the_right_one(family, tiny_folder):
-    other = {"sd15": "sdxl", "sdxl": "sd15"}[family]
+    other = FAMILIES[FAMILIES.index(family) - 1]
     assert f"set model.family={other}" in message(family, tiny_folder(other))
 
 
@@ -131,7 +159,7 @@ def test_variant_that_is_not_there_is_refused(family, tiny_folder):
 
 def test_damaged_weights_are_refused(family, tmp_path):
     folder = make_tiny_pipeline(family, tmp_path)
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = folder / NETWORKS[family].component / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot be loaded" in message(family, folder)
 

@@ -13,13 +13,13 @@ from spo.models.lora import add_lora
 from spo.preference.latent import LOGIT_SCALE, LatentPreferenceModel, half_of, half_unet
 from spo.preference.latent_checkpoint import LatentPreference
 from spo.preference.latent_score import LatentScorer
-from tests.models.tiny import FAMILIES
+from tests.models.tiny import DIFFUSION
 from tests.preference.latents import PROMPTS, latents, make_base, make_preference
 
 TINY = Path(__file__).parents[2] / "data" / "base" / "tiny"
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DIFFUSION)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
     return make_base(request.param, tmp_path_factory.mktemp("base"))
 
@@ -99,7 +99,7 @@ CLIP_G = CLIPTextConfig(
     ("unet", "encoders", "features", "size"),
     [(SD15, [(CLIPTextModel, CLIP_L)], 4800, 768),
      (SDXL, [(CLIPTextModel, CLIP_L), (CLIPTextModelWithProjection, CLIP_G)], 3520, 1280)],
-    ids=FAMILIES,
+    ids=DIFFUSION,
 )  # fmt: skip
 @torch.no_grad()
 def test_the_real_models_have_the_papers_widths(unet: dict, encoders: list, features: int, size: int):

@@ -15,7 +15,7 @@ from spo.preference.checkpoint import PreferenceModel, load_preference_model, sa
 from spo.preference.latent_checkpoint import LatentPreference, load_latent_preference, save_latent_preference
 from spo.preference.latent_published import HEADS, read_published_latent, write_published_latent
 from spo.preference.latent_score import LatentScorer
-from tests.models.tiny import FAMILIES
+from tests.models.tiny import DIFFUSION
 from tests.preference.latents import PROMPTS, latents, make_base, make_preference
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bases")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DIFFUSION)
 def base(request: pytest.FixtureRequest, folder: Path) -> LatentDiffusion:
     return make_base(request.param, folder / request.param)
 

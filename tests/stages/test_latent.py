@@ -23,7 +23,7 @@ from spo.tracking import NullTracker
 from spo.training.latent_preference import LatentPreferenceTraining
 from spo.training.preference_scorer import load_scorer
 from spo.workspace import Workspace
-from tests.models.tiny import FAMILIES, make_tiny_pipeline
+from tests.models.tiny import DIFFUSION, make_tiny_pipeline
 from tests.test_pipeline import make_project, spo
 
 PREFERENCE = {
@@ -37,7 +37,7 @@ def change_profile(root: Path, **sections: Any) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **sections}))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DIFFUSION)
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared, and with a trained preference model."""
     root = make_project(tmp_path_factory.mktemp("latent") / "project", request.param)

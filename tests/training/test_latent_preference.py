@@ -14,11 +14,11 @@ from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.latent_checkpoint import LatentPreference
 from spo.preference.latent_score import LatentScorer
 from spo.training.latent_preference import LatentPreferenceTraining
-from tests.models.tiny import FAMILIES, make_tiny_denoiser, make_tiny_pipeline
+from tests.models.tiny import DIFFUSION, make_tiny_denoiser, make_tiny_pipeline
 from tests.training.steps import assert_same_up_to_rounding
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DIFFUSION)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
     folder = tmp_path_factory.mktemp("base")
     return make_tiny_denoiser(request.param, make_tiny_pipeline(request.param, folder))
