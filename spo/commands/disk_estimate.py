@@ -91,12 +91,17 @@ def size_of(place: Path) -> int:
 
 
 def _preference(config: Config, training: PreferenceConfig) -> int:
-    """Bytes of the preference model that trains, in float32; a latent one has half the UNet and the text encoders."""
+    """Bytes of the preference model that trains, in float32.
+
+    A latent one has half the UNet and the text encoders, or three quarters of a transformer.
+    """
     if isinstance(training, PixelPreferenceConfig):
         start = Path(training.start_from)
         return size_of(start) if start.is_dir() else CLIP_BYTES
+    if config.model.is_flow:
+        return 3 * _network(config) // 4
     text = sum(_part(config, name) for name in ("text_encoder", "text_encoder_2"))
-    return _network(config) // 2 + (text or 4 * 10**6 * TEXT_MILLIONS.get(config.model.family, 0))
+    return _network(config) // 2 + (text or 4 * 10**6 * TEXT_MILLIONS[config.model.family])
 
 
 def _network(config: Config) -> int:

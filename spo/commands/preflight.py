@@ -79,9 +79,6 @@ def _models(config: Config) -> Iterator[Finding]:
         yield _repository("model.vae", model.vae, "config.json", DISTRIBUTED)
     for name in config.train_preference:
         preference, section = config.preference_models[name], f"preference_models.{name}"
-        if preference.kind == "latent" and model.is_flow:
-            detail = f"latent is not for {model.family}; leave it out of train_preference and methods in params.yaml"
-            yield Finding(f"{section}.kind", False, detail, ("train_preference",))
         for key, (source, file) in preference.repositories().items():
             yield _repository(f"{section}.{key}", source, file, ("train_preference",))
         if not preference.checkpoint and (labels := config.labels_of(name).model):

@@ -167,7 +167,8 @@ class LatentPreferenceConfig(TrainPreferenceConfig):
     text_projection: str | None = None  # SD v1.5: a CLIP from whose projection the text's starts; None: random
     # published: openai/clip-vit-large-patch14
     projection_size: Positive | None = None  # None: the text encoder's, 768 for SD v1.5 and 1280 for SDXL
-    guidance_scale: Annotated[float, Field(ge=1)] = 7.5  # of the mid block's features; 1: none, and half the work
+    guidance_scale: Annotated[float, Field(ge=1)] = 7.5  # of the last block's features; 1: none, and half the work
+    layers: Positive | None = None  # of sd3 and flux: joint blocks of the transformer; None: 3/4, 18 of SD3's 24 (LPO)
     noise_per: Literal["image", "pair"] = "image"  # whether a pair's two images are noised each in its own way
     timestep_stride: Positive = 50  # t is drawn from 1, 1 + stride, ... (1, 51, ..., 951); 1: from all timesteps
     steps: Positive = 4000

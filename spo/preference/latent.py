@@ -35,7 +35,7 @@ class LatentPreferenceModel(nn.Module):
         unet: one without an up path, from `half_unet` or `half_of`
         text_encoders: SD v1.5's CLIPTextModel, or SDXL's two, the second a CLIPTextModelWithProjection
         projection_size: d, the width of the features that are compared; 768 for SD v1.5, 1280 for SDXL
-        image_size: height and width that SDXL's UNet is told, of whatever size the latents are; that of its training
+        image_size: height and width that SDXL's UNet gets, whatever the size of the latents; that of its training
         guidance_scale: 1 for none, and then without the second pass
         num_guided: how many features are guided, from the mid block upwards. The published option "all blocks" is 5 for
             SD v1.5 and 3 for SDXL, where it leaves the first block out
@@ -63,11 +63,11 @@ class LatentPreferenceModel(nn.Module):
             raise ValueError(
                 f"num_guided={num_guided} must lie in [1, {len(self.widths)}]; the paper guides 1, the mid"
             )
-        self.visual_projection = _projection(sum(self.widths), projection_size, generator)
+        self.visual_projection = new_projection(sum(self.widths), projection_size, generator)
         self.text_projection: nn.Linear | None = None
         if len(text_encoders) == 1:
             encoder: Any = text_encoders[0]
-            self.text_projection = _projection(encoder.config.hidden_size, projection_size, generator)
+            self.text_projection = new_projection(encoder.config.hidden_size, projection_size, generator)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.image_size = image_size
         self.guidance_scale = guidance_scale
@@ -102,6 +102,9 @@ class LatentPreferenceModel(nn.Module):
                 raise ValueError(f"text_projection {tuple(text_projection.shape)} does not fit the text encoder")
             model.text_projection.weight.data.copy_(text_projection)
         return model.float().to(pipeline.unet.device)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.unet.enable_gradient_checkpointing()
 
     @property
     def num_text_encoders(self) -> int:
@@ -213,7 +216,8 @@ def text_encoders_of(pipeline: Any) -> list[Any]:
     return [encoder for encoder in found if encoder is not None]
 
 
-def _projection(width: int, size: int, generator: Generator | None) -> nn.Linear:
+def new_projection(width: int, size: int, generator: Generator | None) -> nn.Linear:
+    """A linear layer without bias, at the published start."""
     layer = nn.Linear(width, size, bias=False)
     nn.init.normal_(layer.weight, std=0.02, generator=generator)
     return layer

@@ -105,6 +105,8 @@ def load_latent_preference(folder: str | Path) -> LatentPreference:
     """Read what save_latent_preference wrote, in float32 on the CPU; ModelError in one line if it cannot be."""
     folder = Path(folder)
     values = read_settings(folder, kind=KIND)
+    if values.get("family") not in ENCODERS:
+        raise ModelError(f"{folder} holds a preference model of family {values.get('family')}, not of {[*ENCODERS]}")
     try:
         model = _empty_model(values)
         space = _space(values["latent_space"])

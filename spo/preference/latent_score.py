@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spo.core.types import Candidates, Conditioning
 from spo.preference.latent_checkpoint import LatentPreference
+from spo.preference.latent_transformer import TransformerPreference
 
 POSITIONS = 32 * 64**2  # of the latents that go through at a time, both halves of the guidance counted
 
@@ -18,15 +19,15 @@ class LatentScorer:
     A `dtype` below float32 runs under autocast; the weights stay as they are, and scores are float32. Prompts are
     encoded once, the empty prompt once a call; the published code encodes both anew for every candidate.
     `at_step_time`: score candidates as if at the time from which the last step started, one grid step noisier than they
-    are. So does the published sampler, although its model was trained on latents at the time that it is told.
+    are. So does the published sampler, although its model was trained on latents at the time that it gets.
     `autoencoder`: the policy's, which makes latents of images; its `encode` is all that is used of it.
-    `count`: is told of the forwards that candidates took, in those of whole UNets; a pass of this half of one is half.
+    `count`: gets the forwards that candidates took, in those of whole networks; a pass of this half of one is half.
     `batch_size`: latents that go through at a time; None for as many as have 32 times 64 x 64 positions.
     """
 
     def __init__(
         self,
-        preference: LatentPreference,
+        preference: LatentPreference | TransformerPreference,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -37,8 +38,8 @@ class LatentScorer:
     ):
         self.device = torch.device(device)
         self.preference = preference
-        self.model = preference.model.to(self.device).eval()
-        self.model.unet.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs as on GPUs
+        channels_last: dict[str, Any] = {"memory_format": torch.channels_last}  # faster convolutions
+        self.model: Any = preference.model.eval().to(self.device).to(**channels_last)
         self.at_step_time = at_step_time
         self.autoencoder = autoencoder
         self.count = count

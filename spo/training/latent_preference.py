@@ -15,14 +15,28 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
-from spo.config import Config, LatentPreferenceConfig, SafetyConfig
+from spo.config import Config, LatentPreferenceConfig, ModelConfig, SafetyConfig
 from spo.core.types import LabelledPairs
+from spo.errors import ModelError
 from spo.models.latent_diffusion import LatentDiffusion
+from spo.models.network import Network
+from spo.preference.checkpoint import read_settings
 from spo.preference.latent_checkpoint import LatentPreference, load_latent_preference, save_latent_preference
 from spo.preference.latent_published import read_published_latent
 from spo.preference.latent_score import LatentScorer
+from spo.preference.latent_transformer import TransformerPreference
 from spo.preference.repository import read_clip
 from spo.training.preference_steps import PreferenceTraining
+
+
+def load_latent(folder: Path, network: Network, model: ModelConfig) -> LatentPreference | TransformerPreference:
+    """A latent preference model from our folder, for the base's family; ModelError if it is of another one."""
+    if not model.is_flow:
+        return load_latent_preference(folder)
+    values = read_settings(folder, kind="latent")
+    if (found := values.get("family")) != model.family:
+        raise ModelError(f"{folder} holds a preference model of family {found}, not of {model.family}")
+    return TransformerPreference.load(folder, values, network)
 
 
 class LatentPreferenceTraining(PreferenceTraining):
@@ -37,7 +51,7 @@ class LatentPreferenceTraining(PreferenceTraining):
     def __init__(
         self,
         base: LatentDiffusion,
-        preference: LatentPreference,
+        preference: LatentPreference | TransformerPreference,
         config: LatentPreferenceConfig,
         safety: SafetyConfig | None = None,
     ):
@@ -50,7 +64,18 @@ class LatentPreferenceTraining(PreferenceTraining):
     def start(cls, base: LatentDiffusion, config: Config, name: str) -> Self:
         settings = config.preference_models[name]
         assert isinstance(settings, LatentPreferenceConfig)
-        if settings.checkpoint is None:
+        preference: LatentPreference | TransformerPreference
+        if config.model.is_flow and settings.checkpoint is None:
+            preference = TransformerPreference.from_network(
+                base.network,
+                family=config.model.family,
+                vae=base.autoencoder.vae,
+                layers=settings.layers,
+                projection_size=settings.projection_size,
+                guidance_scale=settings.guidance_scale,
+                generator=Generator().manual_seed(config.seed),
+            )
+        elif settings.checkpoint is None:
             projection = settings.text_projection and read_clip(settings.text_projection).text_projection.weight.data
             preference = LatentPreference.from_pipeline(
                 base.network.pipeline,
@@ -61,17 +86,20 @@ class LatentPreferenceTraining(PreferenceTraining):
                 generator=Generator().manual_seed(config.seed),
             )
         elif settings.checkpoint_base is None:
-            preference = load_latent_preference(settings.checkpoint)
+            preference = load_latent(Path(settings.checkpoint), base.network, config.model)
         else:
             preference = read_published_latent(
                 settings.checkpoint, settings.checkpoint_base, guidance_scale=settings.guidance_scale
             )
         if config.model.gradient_checkpointing:
-            preference.model.unet.enable_gradient_checkpointing()
+            preference.model.enable_gradient_checkpointing()
         return cls(base, preference, settings, config.safety)
 
     def save(self, folder: Path) -> None:
-        save_latent_preference(self.preference, folder)
+        if isinstance(self.preference, LatentPreference):
+            save_latent_preference(self.preference, folder)
+        else:
+            self.preference.save(folder)
 
     def scorer(self) -> LatentScorer:
         return LatentScorer(self.preference, device=self.base.device, autoencoder=self.base.autoencoder)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +11,17 @@ from torch import Generator, Tensor
 from spo.config import LatentPreferenceConfig
 from spo.core.types import LabelledPairs
 from spo.errors import ModelError, TrainingError
+from spo.models.flow import FlowNetwork
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.latent_checkpoint import LatentPreference
 from spo.preference.latent_score import LatentScorer
+from spo.preference.latent_transformer import TransformerPreference
 from spo.training.latent_preference import LatentPreferenceTraining
-from tests.models.tiny import DIFFUSION, make_tiny_denoiser, make_tiny_pipeline
+from tests.models.tiny import FAMILIES, make_tiny_denoiser, make_tiny_pipeline
 from tests.training.steps import assert_same_up_to_rounding
 
 
-@pytest.fixture(scope="module", params=DIFFUSION)
+@pytest.fixture(scope="module", params=FAMILIES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
     folder = tmp_path_factory.mktemp("base")
     return make_tiny_denoiser(request.param, make_tiny_pipeline(request.param, folder))
@@ -26,7 +29,13 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def make_training(base: LatentDiffusion, **config) -> LatentPreferenceTraining:
     settings = {"steps": 12, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0, **config}
-    preference = LatentPreference.from_pipeline(base.network.pipeline, generator=Generator().manual_seed(0))
+    preference: LatentPreference | TransformerPreference
+    options: dict[str, Any] = {"projection_size": None, "guidance_scale": 7.5, "generator": Generator().manual_seed(0)}
+    if isinstance(base.network, FlowNetwork):
+        vae = base.autoencoder.vae
+        preference = TransformerPreference.from_network(base.network, family="flow", vae=vae, layers=1, **options)
+    else:
+        preference = LatentPreference.from_pipeline(base.network.pipeline, **options)
     return LatentPreferenceTraining(base, preference, LatentPreferenceConfig(**settings))
 
 
@@ -144,7 +153,7 @@ def test_half_precision_trains_float32_weights(base: LatentDiffusion, dtype: str
 
 def test_gradient_checkpointing_changes_no_gradient(base: LatentDiffusion):
     pairs, plain, checkpointed = make_pairs(), make_training(base), make_training(base)
-    checkpointed.model.unet.enable_gradient_checkpointing()
+    checkpointed.model.enable_gradient_checkpointing()
     rows = [training.step(pairs, 0, seed=0) for training in (plain, checkpointed)]
     assert rows[0] is not None and rows[1] == pytest.approx(rows[0], rel=1e-4)
 
