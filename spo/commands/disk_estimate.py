@@ -32,15 +32,15 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     Files in DVC's cache count twice, since it copies them if the file system cannot share them.
     """
     preferences, evaluate = config.prepare.preferences, config.evaluate
-    seeds, resolution = len(config.training_seeds), config.model.resolution
+    seeds, pixels = len(config.training_seeds), math.prod(config.model.size)
     source = size_of(root / preferences.source) if preferences and not preferences.max_pairs else 0
     models = [config.preference_models[name] for name in config.train_preference]
     trained = [0 if model.checkpoint else _preference(config, model) for model in models]
-    latents = 2 * (num_pairs(config, root) or 0) * (resolution / 8) ** 2 * 4 * CHANNELS[config.model.family]
+    latents = 2 * (num_pairs(config, root) or 0) * pixels / 8**2 * 4 * CHANNELS[config.model.family]
     whole = [config.align[name].checkpoints for name in config.methods if config.align[name].full_fine_tuning]
     network = _network(config) if whole else 0
     columns = 2 + len(config.methods) * seeds + len(evaluate.published)
-    pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * resolution**2
+    pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * pixels
     kept_and_passing = {
         "prepare": (2 * source, 0),
         "train_preference": (2 * sum(trained) + latents, STATES * max(trained)),

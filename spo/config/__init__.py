@@ -26,7 +26,7 @@ from spo.config.metrics import (
     MetricConfig,
     OracleConfig,
 )
-from spo.config.model import FLOW, ModelConfig, SamplingConfig
+from spo.config.model import FLOW, ModelConfig, SamplingConfig, sides
 from spo.config.preference import (
     CandidatesConfig,
     LabelsConfig,

@@ -9,6 +9,11 @@ from spo.config.base import Fraction, Positive, Section
 FLOW = "FlowMatchEulerDiscreteScheduler"  # diffusers' sampler of flow models
 
 
+def sides(resolution: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width; a number is the side of a square."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
 class ModelConfig(Section):
     """The diffusion model to align: a diffusers repository by hub name or local folder."""
 
@@ -18,7 +23,7 @@ class ModelConfig(Section):
     variant: str | None = None  # e.g. fp16
     vae: str | None = None  # another VAE, e.g. madebyollin/sdxl-vae-fp16-fix
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    resolution: Positive  # pixels; height and width
+    resolution: Positive | tuple[Positive, Positive]  # pixels: the side of a square, or height and width
     t5: bool = True  # of sd3: false leaves out the largest text encoder, 4.7 billion weights
     t5_tokens: Positive | None = None  # of a prompt, for sd3 and flux; None: the pipeline's, 256 and 512 (schnell: 256)
     offload_text_encoders: bool = False  # they wait in the CPU's memory while they encode no prompt
@@ -32,6 +37,11 @@ class ModelConfig(Section):
         if self.t5_tokens is not None and not self.is_flow:
             raise ValueError(f"t5_tokens={self.t5_tokens} is for families sd3 and flux; {self.family} has no T5")
         return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return sides(self.resolution)
 
     @property
     def is_flow(self) -> bool:

@@ -1,10 +1,13 @@
 """The autoencoder of a latent diffusion model: images to latents and back."""
 
 import copy
+import math
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
+
+from spo.config import sides
 
 
 class Autoencoder:
@@ -12,16 +15,16 @@ class Autoencoder:
 
     Args:
         vae: already on its device
-        resolution: height and width of an image, in pixels
+        resolution: of images, in pixels: the side of a square, or height and width
         upcast: run a float16 VAE with `force_upcast` in its config in float32, as the SDXL pipeline does
     """
 
-    def __init__(self, vae: AutoencoderKL, *, resolution: int, upcast: bool = False):
+    def __init__(self, vae: AutoencoderKL, *, resolution: int | tuple[int, int], upcast: bool = False):
         upcast = upcast and vae.dtype == torch.float16 and vae.config.force_upcast
         self.vae = copy.deepcopy(vae).float() if upcast else vae
         self.preview: AutoencoderTiny | None = None  # decodes instead of the VAE
         pixels = 8 * (128 if vae.device.type == "cpu" else 512) ** 2
-        self.batch_size = min(16, max(1, pixels // resolution**2))  # images in one forward
+        self.batch_size = min(16, max(1, pixels // math.prod(sides(resolution))))  # images in one forward
         self.decodes = 0  # images decoded so far
 
     def decode(self, latents: Tensor) -> Tensor:

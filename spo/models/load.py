@@ -58,7 +58,7 @@ def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | 
     pipeline, family = load_pipeline(config, device), NETWORKS[config.family]
     _check_grid(pipeline, config, sampling)
     multiple = pipeline.vae_scale_factor * family.patch_size
-    if config.resolution % multiple:
+    if any(side % multiple for side in config.size):
         raise ModelError(f"model.resolution={config.resolution} must be a multiple of {multiple}")
     network = family(
         pipeline,

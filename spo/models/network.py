@@ -11,7 +11,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPip
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from spo.config import SamplingConfig
+from spo.config import SamplingConfig, sides
 from spo.core.prediction import guide
 from spo.core.types import Conditioning
 from spo.models.sampler import Sampler
@@ -28,7 +28,7 @@ class Network(ABC):
 
     Args:
         pipeline: already on its device
-        resolution: height and width of an image, in pixels
+        resolution: of images, in pixels: the side of a square, or height and width
         t5_tokens: of a prompt; None: as many as the pipeline gives T5
         offload_text_encoders: to the CPU's memory while they encode no prompt
     """
@@ -42,7 +42,7 @@ class Network(ABC):
         self,
         pipeline: Pipeline,
         *,
-        resolution: int,
+        resolution: int | tuple[int, int],
         t5_tokens: int | None = None,
         offload_text_encoders: bool = False,
     ):
@@ -55,9 +55,9 @@ class Network(ABC):
         self.device: torch.device = self.module.device
         self.resolution = resolution
         self.text_options = {} if t5_tokens is None else {"max_sequence_length": t5_tokens}
-        size = resolution // pipeline.vae_scale_factor
-        self.latent_shape = (self.channels, size, size)
-        self.batch_size = min(64, max(2, 32 * 64**2 // size**2))  # in a forward without gradients
+        height, width = (side // pipeline.vae_scale_factor for side in sides(resolution))
+        self.latent_shape = (self.channels, height, width)
+        self.batch_size = min(64, max(2, 32 * 64**2 // (height * width)))  # in a forward without gradients
         self.forwards: float = 0  # samples so far; both halves of the guidance count
         parts = pipeline.components
         self.offloaded = [parts[name] for name in TEXT_ENCODERS if parts.get(name)] if offload_text_encoders else []

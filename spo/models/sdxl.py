@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo.config import sides
 from spo.core.types import Conditioning
 from spo.models.network import Network
 
 
 class StableDiffusionXLNetwork(Network):
-    """Conditioned on `prompt_embeds` (b, tokens, width), `pooled_embeds` (b, width) and uncropped square images."""
+    """Conditioned on `prompt_embeds` (b, tokens, width), `pooled_embeds` (b, width) and uncropped images."""
 
     upcasts_vae = True
 
@@ -29,8 +30,8 @@ class StableDiffusionXLNetwork(Network):
 
     def _inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:
         pooled = self._halves(cond, "pooled_embeds", guided)
-        side = self.resolution
-        time_ids = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=self.device)
+        size = sides(self.resolution)
+        time_ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=self.device)
         return {
             "encoder_hidden_states": self._halves(cond, "prompt_embeds", guided),
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)},

@@ -134,8 +134,8 @@ def _signature(config: Config) -> "ModelSignature":
     defaults: dict[str, tuple[DataType, Any]] = {
         "num_inference_steps": (DataType.integer, sampler.steps),
         "guidance_scale": (DataType.double, sampler.guidance_scale),
-        "height": (DataType.integer, config.model.resolution),
-        "width": (DataType.integer, config.model.resolution),
+        "height": (DataType.integer, config.model.size[0]),
+        "width": (DataType.integer, config.model.size[1]),
         "negative_prompt": (DataType.string, ""),
     }
     return ModelSignature(

@@ -66,7 +66,7 @@ def load_pairs(
         labeller = PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
         quantities["label"] = partial(_label, labeller=labeller, labels=labels)
     if quantities:
-        options: dict[str, Any] = {"resolution": config.model.resolution, "device": base.device}
+        options: dict[str, Any] = {"size": config.model.size, "device": base.device}
         made = measure(stored, num_pairs, quantities, label=f"encode {path.stem} pairs", **options)
         found |= made
         if distributed.is_main():
@@ -115,11 +115,11 @@ def measure(
     num_pairs: int,
     quantities: Mapping[str, Quantity],
     *,
-    resolution: int,
+    size: tuple[int, int],
     device: torch.device,
     label: str,
 ) -> dict[str, Tensor]:
-    """Each quantity (n, ...) of the first n pairs, from their images at `resolution`.
+    """Each quantity (n, ...) of the first n pairs, from their images at `size`, height and width.
 
     Every image is decoded once. Each process takes its share, and all get everything.
     """
@@ -128,7 +128,7 @@ def measure(
     shard = torch.arange(num_pairs)[distributed.share(num_pairs) if is_shared else slice(None)]
 
     def read(pairs: list[PreferencePair]) -> tuple[list[PreferencePair], Tensor]:
-        images = torch.stack([_pixels(image, resolution) for pair in pairs for image in (pair.image_0, pair.image_1)])
+        images = torch.stack([_pixels(image, size) for pair in pairs for image in (pair.image_0, pair.image_1)])
         return pairs, images.pin_memory() if device.type == "cuda" else images
 
     parts = shard.split(PAIRS_AT_A_TIME)
@@ -141,7 +141,7 @@ def measure(
     return {name: distributed.gather(tensor) for name, tensor in made.items()} if is_shared else made
 
 
-def _pixels(data: bytes, resolution: int) -> Tensor:
-    """Decoded image (3, resolution, resolution), uint8: the shortest side is resized, the rest cropped."""
-    image = ImageOps.fit(decode_image(data), (resolution, resolution), Image.Resampling.BICUBIC)
+def _pixels(data: bytes, size: tuple[int, int]) -> Tensor:
+    """Decoded image (3, *size), uint8: resized until it covers the size, the rest cropped."""
+    image = ImageOps.fit(decode_image(data), size[::-1], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

@@ -19,9 +19,17 @@ def ours(denoiser: LatentDiffusion) -> Tensor:
     return sample_plainly(denoiser, draw_latents(denoiser, 2), denoiser.encode(PROMPTS))
 
 
-def theirs(pipeline: Pipeline, *, steps: int = 2, guidance_scale: float = 5.0) -> Tensor:
-    """(2, 4, 8, 8)"""
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(pipeline.vae.dtype)
+def theirs(
+    pipeline: Pipeline,
+    *,
+    steps: int = 2,
+    guidance_scale: float = 5.0,
+    height: int = RESOLUTION,
+    width: int = RESOLUTION,
+) -> Tensor:
+    """(2, 4, height / 2, width / 2)"""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, height // 2, width // 2, generator=generator).to(pipeline.vae.dtype)
     is_packed = isinstance(pipeline, FluxPipeline)
     has_t5 = isinstance(pipeline, FluxPipeline | StableDiffusion3Pipeline)
     sampled = pipeline(
@@ -29,12 +37,12 @@ def theirs(pipeline: Pipeline, *, steps: int = 2, guidance_scale: float = 5.0) -
         latents=pack(latents, 2) if is_packed else latents,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        height=RESOLUTION,
-        width=RESOLUTION,
+        height=height,
+        width=width,
         output_type="latent",
         **({"max_sequence_length": T5_TOKENS} if has_t5 else {}),
     ).images
-    return unpack(sampled, 2, height=8) if is_packed else sampled
+    return unpack(sampled, 2, height=height // 2) if is_packed else sampled
 
 
 def close(a: Tensor, b: Tensor) -> None:

@@ -130,6 +130,17 @@ def test_sampling_with_eta_0_is_the_pipelines_own_call(family, tiny_folder, pred
     torch.testing.assert_close(ours(denoiser), expected, atol=1e-3, rtol=1e-4)
 
 
+def test_images_need_not_be_square(family, tiny_folder):
+    sampling = SamplingConfig(steps=2, eta=0.0)
+    denoiser = make_tiny_denoiser(family, tiny_folder(family), sampling=sampling, resolution=(16, 8))
+    assert denoiser.latent_shape == (4, 8, 4)
+    expected = theirs(denoiser.network.pipeline, height=16, width=8)
+    torch.testing.assert_close(ours(denoiser), expected, atol=1e-3, rtol=1e-4)
+    images = denoiser.decode(expected)
+    assert images.shape == (2, 3, 16, 8)
+    assert denoiser.autoencoder.encode(images).shape == expected.shape
+
+
 def test_predicted_x_0_undoes_added_noise_if_the_output_is_the_target(denoiser):
     x_0, noise = draw_latents(denoiser, 3), draw_latents(denoiser, 3, seed=1)
     x_t, target = denoiser.sampler.add_noise(x_0, noise, T), denoiser.sampler.target(x_0, noise, T)

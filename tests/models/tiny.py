@@ -198,7 +198,7 @@ def make_tiny_denoiser(
 ) -> LatentDiffusion:
     """Load such a folder as the stages do; `model` is passed to ModelConfig."""
     model = {**({"t5_tokens": T5_TOKENS} if family in FLOWS else {}), **model}
-    config = ModelConfig(family=family, path=str(folder), resolution=RESOLUTION, **model)
+    config = ModelConfig(family=family, path=str(folder), **{"resolution": RESOLUTION, **model})
     return build(config, sampling or SamplingConfig(steps=5, eta=1.0, guidance_scale=5.0), "cpu")
 
 

@@ -126,7 +126,7 @@ def test_what_is_kept_and_damaged_is_made_anew(
     assert not encoded
 
 
-def test_a_picture_is_cut_to_a_square_of_eight_bits(config: Config) -> None:
+def test_a_picture_is_cut_to_height_and_width_in_eight_bits(config: Config) -> None:
     stored = module.PreferencePairs(Workspace(config).prepared.pairs_file("train"))
-    pixels = module._pixels(stored[0].image_0, 24)
-    assert (pixels.shape, pixels.dtype) == ((3, 24, 24), torch.uint8)
+    pixels = module._pixels(stored[0].image_0, (24, 16))
+    assert (pixels.shape, pixels.dtype) == ((3, 24, 16), torch.uint8)
