@@ -15,6 +15,7 @@ from spo.config import Config, ScoringConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
 from spo.errors import ConfigError, ModelError
+from spo.preference.latent_checkpoint import LatentPreference
 from spo.preference.latent_published import write_published_latent
 from spo.preference.latent_score import LatentScorer
 from spo.runtime.checkpoint import Saver
@@ -37,7 +38,7 @@ def change_profile(root: Path, **sections: Any) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **sections}))
 
 
-@pytest.fixture(scope="module", params=DIFFUSION)
+@pytest.fixture(scope="module", params=[*DIFFUSION, "sd3"])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared, and with a trained preference model."""
     root = make_project(tmp_path_factory.mktemp("latent") / "project", request.param)
@@ -87,8 +88,8 @@ def test_a_step_costs_one_pass_of_the_policy_and_half_passes_of_the_model(config
         rollout(policy, scorer, policy.encode(prompts), scorer.encode(prompts), candidates=k, first_step=0,
                 branch_steps=1, noise=noise)
     )  # fmt: skip
-    assert sum(segment.unet_forwards for segment in segments) == len(prompts) * len(policy.timesteps)
-    assert policy.network.forwards == len(policy.timesteps) * len(prompts) * (2 + k * 2 / 2)
+    assert sum(segment.unet_forwards for segment in segments) == len(prompts) * policy.num_trainable
+    assert policy.network.forwards == policy.num_trainable * len(prompts) * (2 + k * 2 / 2)
     assert policy.autoencoder.decodes == 0
 
 
@@ -137,9 +138,11 @@ def test_a_checkpoint_of_either_layout_is_taken_over(project: Path, config: Conf
     policy = align.build_policy(config, "spo")
     scorer = load_scorer(config, "latent", Path(), policy)
     assert isinstance(scorer, LatentScorer)
-    write_published_latent(scorer.preference, tmp_path / "published")
-    ours = {"checkpoint": str(Workspace(config).preference_model("latent"))}
-    for given in (ours, {"checkpoint": str(tmp_path / "published"), "checkpoint_base": "model"}):
+    layouts = [{"checkpoint": str(Workspace(config).preference_model("latent"))}]
+    if isinstance(scorer.preference, LatentPreference):  # there is no published layout for transformers
+        write_published_latent(scorer.preference, tmp_path / "published")
+        layouts.append({"checkpoint": str(tmp_path / "published"), "checkpoint_base": "model"})
+    for given in layouts:
         values = {**config.model_dump(), "preference_models": {"latent": {"kind": "latent", **given}}}
         other = Config.model_validate(values)
         taken = train_preference.TRAININGS["latent"].start(policy, other, "latent").model.state_dict()
@@ -149,7 +152,9 @@ def test_a_checkpoint_of_either_layout_is_taken_over(project: Path, config: Conf
 @pytest.mark.slow
 def test_a_model_of_the_other_kind_is_refused(config: Config) -> None:
     values = config.model_dump() | {"preference_models": {"latent": {"start_from": "clip"}}}
-    pixel = Config.model_validate(values | {"align": {"spo": {"method": "spo", "preference_model": "latent"}}})
+    pixel = Config.model_validate(
+        values | {"align": {"spo": {"method": "spo", "preference_model": "latent", "first_step": 1}}}
+    )
     with pytest.raises(ModelError, match="of kind 'latent', not 'pixel'"):
         load_scorer(pixel, "latent", Path(), align.build_policy(pixel, "spo"))
 
