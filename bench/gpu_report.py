@@ -105,6 +105,24 @@ def _preference(rows: Mapping[str, Figures]) -> str:
     return f"One step of train_preference ({found[0]['dtype']}):\n\n{table(lines)}"
 
 
+def _kinds(rows: Mapping[str, Figures]) -> str:
+    parts = []
+    for name in [name for name in rows if name.startswith("kinds-") and "times_faster" in rows[name]]:
+        pixel, latent = rows[name]["kinds"]["pixel"], rows[name]["kinds"]["latent"]
+        lines = [["", "pixel", "latent", "latent of pixel"]]
+        for label, key in (
+            ("s a kept pair", "seconds_a_pair"),
+            ("UNet forwards a kept pair", "forwards_a_pair"),
+            ("decoded images a kept pair", "decodes_a_pair"),
+        ):
+            lines.append([label, number(pixel[key]), number(latent[key]), f"{latent[key] / pixel[key]:.2f}"])
+        if pixel["peak_bytes"] and latent["peak_bytes"]:
+            ratio = f"{latent['peak_bytes'] / pixel['peak_bytes']:.2f}"
+            lines.append(["peak memory, GB", giga(pixel["peak_bytes"]), giga(latent["peak_bytes"]), ratio])
+        parts.append(f"{name}, the kinds of preference model: {_batch(rows[name])}.\n\n{table(lines)}")
+    return "\n\n".join(parts)
+
+
 def _switches(rows: Mapping[str, Figures]) -> str:
     lines = [["switch", "what is timed", "ms", "times faster", "peak memory, GB", "first call, s"]]
     for name in [name for name in rows if name.startswith("switch-")]:
@@ -138,7 +156,15 @@ def _check(rows: Mapping[str, Figures]) -> str:
     return f"What `check` would have said of SD v1.5's batch ({_batch(found)}):\n\n{table(lines)}"
 
 
-SECTIONS: tuple[Callable[[Mapping[str, Figures]], str], ...] = (_rates, _duels, _where, _preference, _switches, _check)
+SECTIONS: tuple[Callable[[Mapping[str, Figures]], str], ...] = (
+    _rates,
+    _duels,
+    _where,
+    _kinds,
+    _preference,
+    _switches,
+    _check,
+)
 
 
 def _batch(found: Figures) -> str:

@@ -36,6 +36,8 @@ ROWS = (
     Row("spo-sdxl", "bench.gpu_spo:duel", 60, {"family": "sdxl"}),
     Row("where-sdxl", "bench.gpu_spo:where", 30, {"family": "sdxl"}),
     Row("where-sd15", "bench.gpu_spo:where", 20, {"family": "sd15"}),
+    Row("kinds-sd15", "bench.gpu_kinds:kinds", 40, {"family": "sd15"}),
+    Row("kinds-sdxl", "bench.gpu_kinds:kinds", 60, {"family": "sdxl"}),
     *(Row(f"preference-{n}", "bench.gpu_parts:preference_step", 5, {"num_pairs": n}) for n in (1, 4, 16)),
     _switch("dtype", 6),
     _switch("tf32", 6),

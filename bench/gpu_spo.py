@@ -37,10 +37,10 @@ def duel(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
 
     Where memory is short for updates of the recipe's size, both are measured once more with half of it.
     """
-    system = _batch(bench, figures, family)
+    system = batch_of(bench, figures, family)
     figures["shared_bytes"] = in_use(bench.device)  # the system's own, which both ways need
     for way in WAYS:
-        _run(way, _few(system), bench, rehearsal=True)
+        _run(way, few(system), bench, rehearsal=True)
     whole = system.settings.batch_size
     try:
         return _take_turns(system, bench, figures)
@@ -56,8 +56,8 @@ def duel(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
 
 def where(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
     """Seconds of our batch by what they are for; the GPU is waited for between sections, which costs a little."""
-    system = _batch(bench, figures, family)
-    _run("ours", _few(system), bench, rehearsal=True)
+    system = batch_of(bench, figures, family)
+    _run("ours", few(system), bench, rehearsal=True)
     watch = Stopwatch(bench.device)
     with _path("ours", system) as path:
         with attached(watch, path), Meter(bench.device) as meter:
@@ -75,8 +75,8 @@ def check(bench: Bench, figures: dict[str, Any]) -> None:
     check runs two prompts, and updates of as many pairs as are in memory at a time; a forward's share of that time is
     what every forward is taken to cost. Its memory is that of the miniature, and said to be so.
     """
-    system = _batch(bench, figures, "sd15")
-    _run("ours", _few(system), bench, rehearsal=True)
+    system = batch_of(bench, figures, "sd15")
+    _run("ours", few(system), bench, rehearsal=True)
     small = replace(
         system,
         settings=system.settings.model_copy(
@@ -95,7 +95,7 @@ def check(bench: Bench, figures: dict[str, Any]) -> None:
     figures["estimate_over_measured"] = figures["estimated_seconds"] / figures["measured_seconds"]
 
 
-def _batch(bench: Bench, figures: dict[str, Any], family: str) -> System:
+def batch_of(bench: Bench, figures: dict[str, Any], family: str) -> System:
     """The family's system with one batch; what it is goes into the figures."""
     system = bench.system(family)
     settings = system.settings
@@ -110,7 +110,7 @@ def _batch(bench: Bench, figures: dict[str, Any], family: str) -> System:
     return system
 
 
-def _few(system: System) -> System:
+def few(system: System) -> System:
     """As little as calls every kernel once: two prompts, and steps up to the end of the first segment."""
     settings, prompts = system.settings, system.prompts[:2]
     least = settings.first_step + settings.branch_steps

@@ -122,6 +122,9 @@ def test_a_row_holds_what_it_is_for(whole_run: tuple[Any, Path]) -> None:
         assert list(groups) == ["UNet, sampling", "VAE", "preference model", "updates", "rest"]
         assert sum(groups.values()) == pytest.approx(rows[name]["seconds"])
     assert [rows[f"preference-{n}"]["pairs"] for n in (1, 4, 16)] == [1, 4, 16]
+    for name in ("kinds-sd15", "kinds-sdxl"):
+        pixel, latent = (rows[name]["kinds"][kind] for kind in ("pixel", "latent"))
+        assert pixel["pairs"] == latent["pairs"] and pixel["decodes_a_pair"] > 0 == latent["decodes_a_pair"]
     assert {"sample", "sample, compiled"} == set(rows["switch-compile"]["trials"])
     assert rows["check"]["estimated_seconds"] > 0
 
@@ -287,7 +290,7 @@ class ShortOfMemory(PlainPath):
 
 def test_where_memory_is_short_both_ways_are_measured_with_smaller_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_spo.WAYS, "plain", ShortOfMemory)
-    monkeypatch.setattr(gpu_spo, "_few", lambda system: replace(system, settings=of_one_pair(system.settings)))
+    monkeypatch.setattr(gpu_spo, "few", lambda system: replace(system, settings=of_one_pair(system.settings)))
     bench = Bench("cpu", "small", Deadline(time.monotonic(), 60))
     figures: dict[str, Any] = {}
     gpu_spo.duel(bench, figures, family="sd15")
