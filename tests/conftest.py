@@ -56,7 +56,7 @@ def _group(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
     if file in RAN:
         return min(RAN)
-    return PREFECT if file.startswith(PREFECT) and not file.startswith(f"{PREFECT}test_deployment") else file
+    return PREFECT if file.startswith(PREFECT) else file
 
 
 @pytest.fixture(autouse=True)
