@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if hasattr(config, "workerinput"):  # under `pytest -n`: what takes long starts first
         slow = Counter(_group(item.nodeid) for item in items if "slow" in item.keywords)
-        items.sort(key=lambda item: (_group(item.nodeid) != PREFECT, -slow[_group(item.nodeid)]))
+        size = Counter(_group(item.nodeid) for item in items)
+        items.sort(key=lambda item: (_group(item.nodeid) != PREFECT, *(-n[_group(item.nodeid)] for n in (slow, size))))
 
 
 @pytest.hookimpl(optionalhook=True)
