@@ -85,7 +85,12 @@ def _small_clip(width: int, layers: int, image_size: int) -> dict[str, Any]:
 
 SHAPES = {
     "mini": Shape(
-        unet={"block_out_channels": (16, 32, 32, 32), "cross_attention_dim": 64, "norm_num_groups": 8},
+        unet={
+            "block_out_channels": (16, 32, 32, 32),
+            "layers_per_block": 1,
+            "cross_attention_dim": 64,
+            "norm_num_groups": 8,
+        },
         vae=(8, 8, 8, 8),
         vae_layers=1,
         **_small_clip(32, 2, 32),

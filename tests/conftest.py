@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if hasattr(config, "workerinput"):  # under `pytest -n`: what takes long starts first
         slow = Counter(_group(item.nodeid) for item in items if "slow" in item.keywords)
-        items.sort(key=lambda item: (_group(item.nodeid) != PREFECT, -slow[_group(item.nodeid)]))
+        size = Counter(_group(item.nodeid) for item in items)
+        items.sort(key=lambda item: (_group(item.nodeid) != PREFECT, *(-n[_group(item.nodeid)] for n in (slow, size))))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,7 +57,7 @@ def _group(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
     if file in RAN:
         return min(RAN)
-    return PREFECT if file.startswith(PREFECT) and not file.startswith(f"{PREFECT}test_deployment") else file
+    return PREFECT if file.startswith(PREFECT) else file
 
 
 @pytest.fixture(autouse=True)

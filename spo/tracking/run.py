@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,6 @@ def experiment_name(config: Config) -> str:
 
 def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
     """The tags of a stage's run."""
-    import diffusers
     import torch
 
     return {
@@ -93,7 +93,7 @@ def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
         "profile": config.profile,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": version("diffusers"),
         **hardware(),
         **provenance(root),
     }

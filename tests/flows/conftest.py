@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,12 @@ import yaml
 import flows  # noqa: F401  (its settings come before prefect's import)
 
 # isort: split
-from prefect.testing.utilities import prefect_test_harness
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tests.delivery.conftest import ROOT, shell
+from tests.delivery.test_docker import DOCKER, running, wait_until_healthy
 
 DVC_YAML = """
 stages:
@@ -40,7 +47,7 @@ stages:
     outs: ["runs/${profile}/report"]
 """
 
-SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+SHIPPED = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
 SHIPPED["align"]["other"] = SHIPPED["align"]["spo"]
 FILES = {
     "dvc.yaml": DVC_YAML,
@@ -83,6 +90,48 @@ def project(made_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=300):
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A server as its container starts it, the one that flows run against; the variables of who works with it."""
+    folder = tmp_path_factory.mktemp("prefect")
+    port, worker_port = free_ports(2)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    variables = {
+        **clean,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PREFECT_HOME": str(folder / "home"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": port,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
+        "PREFECT_WORKER_WEBSERVER_PORT": worker_port,
+        "SPO_SERVICE_FILE": str(folder / "service"),
+    }
+    api = {PREFECT_API_URL: variables["PREFECT_API_URL"]}
+    with serving("prefect-server", folder, variables), temporary_settings(api):
+        yield variables
+        for queue in (APILogWorker, EventsWorker):  # they still have something to send
+            queue.drain_all()
+
+
+@contextmanager
+def serving(service: str, folder: Path, variables: dict[str, str]) -> Iterator[None]:
+    """A container's service, unhealthy before and healthy within the block; `folder` gets its `log`."""
+    healthcheck = f"{sys.executable} {DOCKER / 'healthcheck.py'} {service}"
+    assert "unhealthy: " in shell(f"! {healthcheck}", folder, variables)
+    with running(DOCKER / "entrypoint.sh", service, folder=folder, variables=variables):
+        wait_until_healthy(healthcheck, folder, variables)
         yield
+
+
+def free_ports(count: int) -> list[str]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

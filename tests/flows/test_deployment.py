@@ -1,142 +1,109 @@
-"""prefect.yaml for real: a server, a worker and the deployed flow, all in a temporary home on this machine."""
+"""prefect.yaml for real: the containers' server and worker as docker/ starts them, and the deployed flow."""
 
+import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
-ROOT = Path(__file__).parents[2]
-START_SECONDS = 300.0  # about 20 on an idle machine
+from tests.delivery.conftest import ROOT, shell
+from tests.flows.conftest import serving
+
+WAIT_SECONDS = 300.0
+pytestmark = pytest.mark.slow  # all use `deployed`
+
+
+@pytest.fixture(scope="module")
+def deployed(
+    made_project: Path, prefect_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """The project as it was committed, deployed by the worker that runs its flows."""
+    folder = shutil.copytree(made_project, tmp_path_factory.mktemp("deployed") / "project")
+    shutil.copy(ROOT / "prefect.yaml", folder)
+    shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".gitignore").write_text("log\n")
+    shell("git add -A && git -c user.name=t -c user.email=t commit -qm start", folder, os.environ)
+    with serving("worker", folder, prefect_server):
+        yield folder
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return {
-        **clean,
-        "PYTHONPATH": str(ROOT),
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_API_PORT": str(port),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "DO_NOT_TRACK": "1",
-    }
+def client(prefect_server: dict[str, str]) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
 
 
-@pytest.mark.slow
-def test_the_deployed_flow_ends_truthfully_is_cancelled_with_its_children_and_runs_one_at_a_time(
-    project: Path, environment: dict[str, str]
+def prefect(line: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", *line.split()]
+    return subprocess.run(command, cwd=folder, env=variables, text=True, capture_output=True, check=False)
+
+
+def test_a_worker_in_its_container_retrains_for_a_runner_on_its_machine(
+    deployed: Path, prefect_server: dict[str, str], tmp_path: Path
 ) -> None:
-    shutil.copy(ROOT / "prefect.yaml", project)
-    shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-
-    def prefect(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-        return subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True, timeout=300)
-
-    with ExitStack() as stack:  # the worker ends before the server
-        stack.enter_context(_running(["server", "start", "--host", "127.0.0.1"], project, environment, "server.log"))
-        _wait_until_healthy(environment["PREFECT_API_URL"], project / "server.log")
-        for command in (
-            ["work-pool", "create", "spo-gpu", "--type", "process"],
-            ["work-pool", "set-concurrency-limit", "spo-gpu", "1"],
-            ["deploy", "--all"],
-        ):
-            done = prefect(*command)
-            assert done.returncode == 0, done.stdout + done.stderr
-        stack.enter_context(_running(["worker", "start", "--pool", "spo-gpu"], project, environment, "worker.log"))
-
-        done = prefect("deployment", "run", "spo/full", "--watch")
-        assert done.returncode == 0, done.stdout + done.stderr + (project / "worker.log").read_text()
-        assert (project / "runs/tiny/report/report.html").exists()
-
-        (project / "evaluate.sh").write_text("exit 3\n")
-        done = prefect("deployment", "run", "spo/evaluate", "--watch")
-        assert done.returncode != 0, done.stdout + done.stderr
-        assert "stage evaluate failed" in (project / "worker.log").read_text()
-
-        pids = project / "pids"
-        (project / "align.sh").write_text("sleep 3600 & echo $$ $! > pids; wait\n")
-        with _client(environment) as client:
-            first = _start(client, "spo/full")
-            _wait(lambda: pids.is_file() and len(pids.read_text().split()) == 2, project / "worker.log")
-            second = _start(client, "spo/evaluate", stages=["prepare"])
-            time.sleep(5)  # five looks of the worker
-            assert client.read_flow_run(second).start_time is None
-            done = prefect("flow-run", "cancel", str(first))
-            assert done.returncode == 0, done.stdout + done.stderr
-            _wait(lambda: client.read_flow_run(first).state.is_final(), project / "worker.log")
-            assert client.read_flow_run(first).state.is_cancelled()
-            _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split()), pids)
-            _wait(lambda: client.read_flow_run(second).state.is_final(), project / "worker.log")
-            assert client.read_flow_run(second).state.is_completed()
+    summary, out = tmp_path / "summary.md", tmp_path / "out"
+    variables = {**prefect_server, "GITHUB_STEP_SUMMARY": str(summary), "ENGINE": "prefect", "PROFILE": "tiny"}
+    shell(f"{ROOT / '.github/scripts/retrain.sh'} {out}", deployed, variables)
+    assert "SPO wins." in summary.read_text()
+    assert "dvc.lock" in (out / "changes.patch").read_text()
+    assert json.loads((deployed / "runs/tiny/report/metrics.json").read_text())
+    assert (deployed / "runs/tiny/report/report.html").exists()
 
 
-@contextmanager
-def _client(environment: dict[str, str]) -> Iterator[SyncPrefectClient]:
-    with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
-        with get_client(sync_client=True) as client:
-            yield client
+def test_a_deployed_run_that_fails_fails_its_command(deployed: Path, prefect_server: dict[str, str]) -> None:
+    (deployed / "evaluate.sh").write_text("exit 3\n")
+    done = prefect("deployment run spo/evaluate --watch", deployed, prefect_server)
+    assert done.returncode != 0, done.stdout + done.stderr
+    assert "stage evaluate failed" in (deployed / "log").read_text()
 
 
-def _start(client: SyncPrefectClient, deployment: str, **parameters: object) -> UUID:
+def test_runs_go_one_at_a_time_and_a_cancelled_one_ends_with_its_children(
+    deployed: Path, prefect_server: dict[str, str], client: SyncPrefectClient
+) -> None:
+    log, pids = deployed / "log", deployed / "pids"
+    (deployed / "align.sh").write_text("sleep 3600 & echo $$ $! > pids; wait\n")
+    first = start(client, "spo/full")
+    wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2, log)
+    second = start(client, "spo/evaluate", stages=["prepare"])
+    for _ in range(2):  # the worker looks for runs to start, and starts none
+        wait_for(looks_again(client), log)
+    assert client.read_flow_run(second).start_time is None
+    done = prefect(f"flow-run cancel {first}", deployed, prefect_server)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for run in (first, second):
+        wait_for(lambda run=run: client.read_flow_run(run).state.is_final(), log)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split()), pids)
+    assert client.read_flow_run(first).state.is_cancelled()
+    assert client.read_flow_run(second).state.is_completed()
+
+
+def start(client: SyncPrefectClient, deployment: str, **parameters: object) -> UUID:
     found = client.read_deployment_by_name(deployment)
     return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
 
 
-def _wait(condition: Callable[[], bool], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def looks_again(client: SyncPrefectClient) -> Callable[[], bool]:
+    """Whether the worker has asked for runs since this call."""
+
+    def last() -> object:
+        [queue] = client.request(
+            "POST", "/work_pools/{work_pool_name}/queues/filter", path_params={"work_pool_name": "spo-gpu"}, json={}
+        ).json()
+        return queue["last_polled"]
+
+    before = last()
+    return lambda: last() != before
+
+
+def wait_for(condition: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
-
-
-@contextmanager
-def _running(arguments: Sequence[str], folder: Path, environment: dict[str, str], log: str) -> Iterator[None]:
-    """A prefect service in the background, with its children; ended, not left, on the way out."""
-    with (folder / log).open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", *arguments],
-            cwd=folder,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            yield
-        finally:
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _wait_until_healthy(api: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{api}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"no server after {START_SECONDS} s:\n{log.read_text()}")

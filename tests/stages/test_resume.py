@@ -16,7 +16,7 @@ import yaml
 from tests.test_pipeline import make_project
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("SPO_KILLS", "8"))  # of each stage; `make soak` asks for more
+KILLS = int(os.environ.get("SPO_KILLS", "6"))  # of each stage: each moment with each signal; `make soak` asks for more
 STEPS = KILLS * 3  # a killed run gets on by about two
 
 pytestmark = pytest.mark.slow

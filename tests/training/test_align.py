@@ -288,8 +288,7 @@ def test_running_out_of_memory_while_sampling_names_the_prompts(pipeline, tmp_pa
         align(method, method.policy, config, tmp_path, NullTracker())
 
 
-@pytest.mark.parametrize("micro", [None, 2])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "micro"), [("spo", None), *((name, 2) for name in METHODS)])
 def test_a_run_that_a_signal_ends_in_an_update_continues_to_the_same_weights_and_history(
     pipeline, tmp_path, name, micro
 ):
