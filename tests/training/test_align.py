@@ -288,14 +288,18 @@ def test_running_out_of_memory_while_sampling_names_the_prompts(pipeline, tmp_pa
         align(method, method.policy, config, tmp_path, NullTracker())
 
 
-@pytest.mark.parametrize(("name", "micro"), [("spo", None), *((name, 2) for name in METHODS)])
+@pytest.mark.parametrize(
+    ("family", "name", "micro"),
+    [("sd15", "spo", None), *(("sd15", name, 2) for name in METHODS), ("sd3", "spo", 2), ("flux", "d3po", None)],
+)
 def test_a_run_that_a_signal_ends_in_an_update_continues_to_the_same_weights_and_history(
-    pipeline, tmp_path, name, micro
+    pipeline, tmp_path, family, name, micro
 ):
+    model = pipeline if family == "sd15" else make_tiny_pipeline(family, tmp_path / "model")
     settings = {**SETTINGS[name], "epochs": 2, "checkpoints": 2, "lora": LoraConfig(rank=2), "micro_batch_size": micro}
 
     def run(folder: Path, *, cut_at: int | None = None) -> dict:
-        policy = make_tiny_denoiser("sd15", pipeline)
+        policy = make_tiny_denoiser(family, model)
         add_lora(policy.network.module, settings["lora"], seed=0)
         method = make_method(name, policy, **settings)
         calls, loss = count(1), method.loss
