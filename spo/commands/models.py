@@ -124,9 +124,9 @@ def import_preference_model(
         str | None, typer.Option(metavar="REPO", help="Of a folder: the diffusion model that it was made from.")
     ] = None,
 ) -> None:
-    """Convert a published preference model: SPO's file (.bin) or LPO's folder.
+    """Convert a published preference model.
 
-    The result is a folder that `checkpoint` of a preference model can name.
+    It is SPO's file (.bin) or LPO's folder. The result is a folder that `checkpoint` of a preference model can name.
     """
     _require_new(out)
     if source.is_dir() == (base is None) or source.is_dir() == (clip is not None):
@@ -149,9 +149,9 @@ def export_preference_model(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="PATH", show_default=False)],
 ) -> None:
-    """Write a preference model as published: SPO's file (.bin), or LPO's folder for a latent one.
+    """Write a preference model as published.
 
-    The published code reads it.
+    That is SPO's file (.bin), or LPO's folder for a latent one; the published code reads it.
     """
     _require_new(out)
     set_up_libraries()
