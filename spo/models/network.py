@@ -115,8 +115,7 @@ class Network(ABC):
         """The guided output (b, c, h, w), float32, for x_t (b, c, h, w) at times t (b,).
 
         With a guidance scale of 1, or distilled guidance, the network gets each sample once, else twice, both halves in
-        one call.
-        Differentiable; without gradients at most `batch_size` samples go through at once.
+        one call. Differentiable; without gradients at most `batch_size` samples go through at once.
         """
         if not len(x_t) == len(t) == len(cond):
             raise ValueError(f"predict got {len(x_t)} latents, {len(t)} timesteps and {len(cond)} conditions")

@@ -9,14 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
 from spo.config import LoraConfig, SamplingConfig
 from spo.core.types import Conditioning
 from spo.errors import ConfigError, ModelError
 from spo.models.lora import add_lora
 from tests.models.sampled import ours, theirs
-from tests.models.tiny import DIFFUSION, FLOWS, RESOLUTION, draw_latents, make_tiny_denoiser, shake, with_sampling
+from tests.models.tiny import (
+    DIFFUSION,
+    FLOWS,
+    RESOLUTION,
+    draw_latents,
+    make_tiny_denoiser,
+    make_tiny_pipeline,
+    shake,
+    with_sampling,
+)
 from tests.training.steps import assert_same_up_to_rounding
 
 PROMPTS = ["a red house", "two cats on a mat", "fog"]
@@ -55,6 +64,23 @@ def test_distilled_guidance_is_an_input_of_the_network(tiny_folder):
     assert not any(name.startswith("negative_") for name in cond.tensors)
     weak = with_sampling(flux, guidance_scale=1.0).predict(x_t, T, cond)
     assert (flux.predict(x_t, T, cond) - weak).abs().max() > 1e-4
+
+
+def test_a_model_like_schnell_has_no_guidance(tmp_path):
+    folder = make_tiny_pipeline("flux", tmp_path, guidance_embeds=False)
+    schnell = make_tiny_denoiser("flux", folder, sampling=SamplingConfig(steps=2, eta=0.0))
+    found = ours(schnell)
+    torch.testing.assert_close(found, theirs(schnell.network.pipeline), atol=1e-3, rtol=1e-4)
+    assert torch.equal(ours(with_sampling(schnell, guidance_scale=1.0)), found)
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+@pytest.mark.parametrize("family", FLOWS)
+def test_the_grid_is_the_one_that_the_pipeline_sets(denoiser, is_dynamic):
+    pipeline = denoiser.network.pipeline
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=is_dynamic)
+    theirs(pipeline, steps=3)
+    assert torch.equal(denoiser.network.sampler(SamplingConfig(steps=3)).timesteps, pipeline.scheduler.timesteps)
 
 
 def test_without_gradients_the_network_goes_by_slices_that_change_nothing(denoiser):

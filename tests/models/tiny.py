@@ -69,12 +69,18 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def make_tiny_pipeline(
-    family: str, folder: Path, *, prediction_type: str = "epsilon", safe_serialization: bool = True, seed: int = 0
+    family: str,
+    folder: Path,
+    *,
+    prediction_type: str = "epsilon",
+    guidance_embeds: bool = True,
+    safe_serialization: bool = True,
+    seed: int = 0,
 ) -> Path:
     """Save a random pipeline of the family as diffusers does, and return its folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _make_flow(family) if family in FLOWS else _make_diffusion(family, prediction_type)
+        pipeline = _make_flow(family, guidance_embeds) if family in FLOWS else _make_diffusion(family, prediction_type)
     pipeline.save_pretrained(folder, safe_serialization=safe_serialization)
     return folder
 
@@ -92,8 +98,8 @@ def make_vae(shift: float | None = None) -> AutoencoderKL:
     )
 
 
-def _make_flow(family: str) -> Pipeline:
-    """SD3.5 medium's layers without T5, and FLUX.1-dev's with a dynamic grid."""
+def _make_flow(family: str, guidance_embeds: bool) -> Pipeline:
+    """SD3.5 medium's layers without T5; FLUX.1-dev's, or schnell's without guidance_embeds, with a dynamic grid."""
     tokenizer = make_tokenizer()
     sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4}
     parts: dict[str, Any] = {"vae": make_vae(shift=0.1), "tokenizer": tokenizer}
@@ -128,7 +134,7 @@ def _make_flow(family: str) -> Pipeline:
         num_single_layers=1,
         joint_attention_dim=32,
         pooled_projection_dim=32,
-        guidance_embeds=True,
+        guidance_embeds=guidance_embeds,
         axes_dims_rope=(2, 2, 4),
         **sizes,
     )
