@@ -135,16 +135,11 @@ Threshold = Annotated[
 ]
 
 
-class PairConfig(AlignConfig):
-    """The settings of methods that sample the policy and make pairs of the samples."""
-
-    pairs_at_random: ClassVar[bool] = False
+class SampledConfig(AlignConfig):
+    """The settings of methods that sample the policy and have a preference model score the samples."""
 
     rollouts_per_epoch: Positive | None = None  # None: each training prompt once in an epoch
     prompts_per_rollout: Positive = 40
-    threshold: Threshold = 0.3  # margin above which a pair is kept
-    beta: Rate = 10.0
-    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1  # of the ratio of policy and reference, around 1
     preference_model: Name = "pixel"  # a key of the profile's preference_models
     scoring: ScoringConfig = ScoringConfig()
 
@@ -158,6 +153,24 @@ class PairConfig(AlignConfig):
     def memory_remedy(self) -> str:
         return f"lower the method's prompts_per_rollout, now {self.prompts_per_rollout}"
 
+    def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
+        small = super().miniature(examples=examples, prompts=prompts)
+        return small | {"rollouts_per_epoch": 1, "prompts_per_rollout": prompts}
+
+    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:
+        most = (self.rollouts_per_epoch or num_prompts) * self.prompts_per_rollout
+        return self.epochs * min(num_prompts, most) * per_prompt()
+
+
+class PairConfig(SampledConfig):
+    """The settings of methods that make pairs of the samples."""
+
+    pairs_at_random: ClassVar[bool] = False
+
+    threshold: Threshold = 0.3  # margin above which a pair is kept
+    beta: Rate = 10.0
+    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.1  # of the ratio of policy and reference, around 1
+
     def empty_remedy(self, margin: float) -> str:
         return (
             f"threshold={self.threshold}, but the mean margin is {margin:.3g}; lower the method's threshold, or train "
@@ -165,12 +178,7 @@ class PairConfig(AlignConfig):
         )
 
     def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
-        small = super().miniature(examples=examples, prompts=prompts)
-        return small | {"rollouts_per_epoch": 1, "prompts_per_rollout": prompts, "threshold": 0.0}
-
-    def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:
-        most = (self.rollouts_per_epoch or num_prompts) * self.prompts_per_rollout
-        return self.epochs * min(num_prompts, most) * per_prompt()
+        return super().miniature(examples=examples, prompts=prompts) | {"threshold": 0.0}
 
 
 class SpoConfig(PairConfig):
@@ -211,6 +219,22 @@ class D3poConfig(PairConfig):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-5, max_grad_norm=1.0)
 
 
+class GrpoConfig(SampledConfig):
+    """GRPO of whole trajectories (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818)."""
+
+    method: Literal["grpo"] = "grpo"
+    candidates: Annotated[int, Field(ge=2)] = 8  # trajectories of a prompt: the group
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # of the ratio to the policy that sampled, around 1
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0  # of the divergence from the reference; above 0 it costs a forward
+    max_advantage: Rate = 5.0  # advantages are clamped to this
+    optimizer: OptimizerConfig = OptimizerConfig(max_grad_norm=1.0)
+
+    def misfit(self, sampling: SamplingConfig) -> str | None:
+        if sampling.eta == 0:
+            return "method=grpo needs the densities of noisy steps; set sampling.eta above 0"
+        return None
+
+
 class DiffusionDpoConfig(AlignConfig):
     """Diffusion-DPO (arXiv 2311.12908; SalesforceAIResearch/DiffusionDPO's settings for SD 1.5 as defaults)."""
 
@@ -240,4 +264,4 @@ class DiffusionDpoConfig(AlignConfig):
         return 4.0 * self.epochs * min(num_pairs, most)
 
 
-MethodConfig = Annotated[SpoConfig | D3poConfig | DiffusionDpoConfig, Field(discriminator="method")]
+MethodConfig = Annotated[SpoConfig | D3poConfig | GrpoConfig | DiffusionDpoConfig, Field(discriminator="method")]

@@ -6,7 +6,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from spo.config.align import MethodConfig, PairConfig, SpoConfig
+from spo.config.align import MethodConfig, SampledConfig, SpoConfig
 from spo.config.base import Name, Positive, Section
 from spo.config.evaluate import EvaluateConfig, PromoteConfig
 from spo.config.model import FLOW, ModelConfig, SamplingConfig
@@ -64,7 +64,7 @@ class Config(Section):
         for name, method in self.align.items():
             if problem := method.misfit(self.sampling):
                 raise ValueError(f"align.{name}.{problem}")
-            if not isinstance(method, PairConfig):
+            if not isinstance(method, SampledConfig):
                 continue
             scorer = method.preference_model
             if scorer not in self.preference_models:

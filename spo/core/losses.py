@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo.core.precision import at_least_float32
-from spo.core.types import Loss
+from spo.core.types import Loss, Transition
 
 
 def log_ratio(log_p: Tensor, log_p_ref: Tensor, *, clip_range: float | None = None) -> Tensor:
@@ -39,6 +39,23 @@ def dpo_loss(log_ratio: Tensor, *, beta: float) -> Loss:
     values = {"logit": logit, "accuracy": (logit > 0).float(), "log_ratio_win": win, "log_ratio_lose": lose}
     metrics = {name: value.mean().detach() for name, value in values.items()}
     return Loss(-F.logsigmoid(logit).mean(), metrics, log_ratio.detach())
+
+
+def clipped_advantage_loss(ratio: Tensor, advantage: Tensor, *, clip_range: float) -> Loss:
+    """-min(ratio A, clip(ratio) A), mean over examples (PPO, arXiv 1707.06347, eq. 7).
+
+    ratio, advantage: (n,). Metrics: `ratio`, its mean; `clipped`, the share outside [1 - clip_range, 1 + clip_range].
+    """
+    ratio, advantage = at_least_float32(ratio), at_least_float32(advantage)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    metrics = {"ratio": ratio.mean().detach(), "clipped": (ratio != clipped).float().mean().detach()}
+    return Loss(-torch.minimum(ratio * advantage, clipped * advantage).mean(), metrics)
+
+
+def gaussian_divergence(policy: Transition, reference: Transition) -> Tensor:
+    """KL (n,) of two transitions with the same std: |mean - mean_ref|^2 / (2 std^2), mean over (c, h, w)."""
+    difference = at_least_float32(policy.mean) - at_least_float32(reference.mean)
+    return (difference**2 / (2 * at_least_float32(policy.std) ** 2)).mean(dim=(-3, -2, -1))
 
 
 def preference_loss(scores: Tensor, label: Tensor, weight: Tensor) -> Loss:

@@ -31,6 +31,7 @@ class Segment:
     times: tuple[float, ...]  # of those latents, descending
     cond: Conditioning  # b
     scores: Tensor  # (k, b)
+    transitions: tuple[Transition, ...]  # of those steps: the Gaussians (1, b, ...), then (k, b, ...)
     unet_forwards: int  # samples predicted since the previous segment
 
 
@@ -68,9 +69,10 @@ def rollout(
 
     for i in range(first_step, num_trainable, branch_steps):
         end = i + branch_steps
-        path = [x_t, sample(transition, step.noise(i, k))]
+        path, transitions = [x_t, sample(transition, step.noise(i, k))], [transition]
         for j in range(i + 1, end):
-            path.append(sample(step.transition(path[-1], j), step.noise(j, k)))
+            transitions.append(step.transition(path[-1], j))
+            path.append(sample(transitions[-1], step.noise(j, k)))
         ends = _Ends(step, path[-1], end)
         scores = scorer(
             Candidates(
@@ -82,8 +84,15 @@ def rollout(
                 t_from=step.grid[end - 1],
             )
         )
-        last = min(end, num_trainable)
-        yield Segment(tuple(path[: last - i + 1]), tuple(step.grid[i : last + 1]), cond, scores, step.pop_forwards())
+        count = min(end, num_trainable) - i
+        yield Segment(
+            tuple(path[: count + 1]),
+            tuple(step.grid[i : i + count + 1]),
+            cond,
+            scores,
+            tuple(transitions[:count]),
+            step.pop_forwards(),
+        )
         if end < num_trainable:
             match continue_from:
                 case "random":

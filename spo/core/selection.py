@@ -49,3 +49,12 @@ def _pairs(latents: Sequence[Tensor], times: Sequence[float], cond: Conditioning
     t, t_prev = (torch.full((len(cond),), time, device=x_t.device) for time in times)
     x_t = x_t.transpose(0, 1) if len(x_t) == 1 else both(x_t)
     return Pairs(x_t, both(x_prev), t, t_prev, cond, selection.margin)[selection.keep]
+
+
+def group_advantage(scores: Tensor, *, limit: float) -> Tensor:
+    """(score - mean) / std within each prompt's group, clamped to [-limit, limit]; scores: (k, b), k >= 2.
+
+    A group of equal scores has advantages of 0 (GRPO, arXiv 2402.03300, section 4.1.2).
+    """
+    centred = scores.float() - scores.float().mean(dim=0)
+    return (centred / (centred.std(dim=0) + 1e-4)).clamp(-limit, limit)

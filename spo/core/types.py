@@ -117,6 +117,49 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Single denoising steps, each with the advantage of the path that it belongs to."""
+
+    x_t: Tensor  # (n, c, h, w)
+    x_prev: Tensor  # (n, c, h, w)
+    t: Tensor  # (n,)
+    t_prev: Tensor  # (n,)
+    cond: Conditioning  # n
+    log_p: Tensor  # (n,) of x_prev under the policy that sampled it, mean over (c, h, w)
+    advantage: Tensor  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, index: Tensor | slice) -> "Steps":
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Steps":
+        """Apply the function to every tensor (n, ...)."""
+        return Steps(
+            function(self.x_t),
+            function(self.x_prev),
+            function(self.t),
+            function(self.t_prev),
+            self.cond.map(function),
+            function(self.log_p),
+            function(self.advantage),
+        )
+
+    @staticmethod
+    def cat(parts: "Sequence[Steps]") -> "Steps":
+        return Steps(
+            torch.cat([part.x_t for part in parts]),
+            torch.cat([part.x_prev for part in parts]),
+            torch.cat([part.t for part in parts]),
+            torch.cat([part.t_prev for part in parts]),
+            Conditioning.cat([part.cond for part in parts]),
+            torch.cat([part.log_p for part in parts]),
+            torch.cat([part.advantage for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
 class LabelledPairs:
     """Encoded preference pairs with their labels."""
 

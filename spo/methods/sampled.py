@@ -1,4 +1,4 @@
-"""Methods that sample the policy: batches of prompts, pairs from rollouts, and the loss of single steps.
+"""Methods that sample the policy: batches of prompts, examples from rollouts, and the loss of pairs of single steps.
 
 One epoch samples each training prompt once, in batches of prompts. The policy is trained on the examples of a batch
 before the next batch is sampled.
@@ -13,7 +13,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 import torch
 from torch import Generator, Tensor
 
-from spo.config import PairConfig, RisingThreshold
+from spo.config import PairConfig, RisingThreshold, SampledConfig
 from spo.core.gaussian import log_prob
 from spo.core.losses import dpo_loss, log_ratio
 from spo.core.noise import KeyedNoise, epoch_seed
@@ -21,19 +21,21 @@ from spo.core.rollout import Segment, rollout
 from spo.core.selection import pairs_of, select_pairs
 from spo.core.threshold import rising_threshold, step_std
 from spo.core.types import Denoiser, Loss, Pairs, Scorer
-from spo.methods.method import Inputs, Round, Tally
+from spo.methods.method import Examples, Inputs, Round, Tally
 from spo.runtime import distributed
 
+S = TypeVar("S", bound=SampledConfig)
 P = TypeVar("P", bound=PairConfig)
+E = TypeVar("E", bound=Examples)
 
 
-class PairMethod(ABC, Generic[P]):
-    """Trains on the best and the worst path of each segment of a rollout, scored by the preference model.
+class SampledMethod(ABC, Generic[S, E]):
+    """Trains on what a rollout of the policy gives, scored by the preference model.
 
     prompts: the training prompts; the index of a prompt is its id, which keys its noise.
     """
 
-    def __init__(self, config: P, policy: Denoiser, scorer: Scorer, prompts: Sequence[str], *, seed: int = 0):
+    def __init__(self, config: S, policy: Denoiser, scorer: Scorer, prompts: Sequence[str], *, seed: int = 0):
         self.config = config
         self.policy = policy
         self.scorer = scorer
@@ -41,12 +43,20 @@ class PairMethod(ABC, Generic[P]):
         self.seed = seed
 
     @classmethod
-    def build(cls, config: P, inputs: Inputs, *, seed: int) -> Self:
+    def build(cls, config: S, inputs: Inputs, *, seed: int) -> Self:
         return cls(config, inputs.policy, inputs.load_scorer(config.scoring), inputs.prompts, seed=seed)
 
     @abstractmethod
     def rollout_settings(self) -> dict[str, Any]:
         """The settings of `core.rollout.rollout`: candidates, first_step, branch_steps, continue_from."""
+
+    @abstractmethod
+    def round_of(self, segments: Iterator[Segment], *, drop: bool) -> Round[E]:
+        """The examples of all processes from the segments of this one's prompts, which count for nothing if `drop`."""
+
+    @abstractmethod
+    def loss(self, examples: E) -> Loss:
+        """The mean loss of the examples."""
 
     @property
     def rounds_per_epoch(self) -> int:
@@ -54,10 +64,10 @@ class PairMethod(ABC, Generic[P]):
         whole = -(-len(self.prompts) // self.config.prompts_per_rollout)
         return min(self.config.rollouts_per_epoch or whole, whole)
 
-    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[Pairs]]:
-        """The pairs of each batch of prompts; train on them before asking for the next.
+    def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[E]]:
+        """The examples of each batch of prompts; train on them before asking for the next.
 
-        Each process samples its share of the batch, and all get all pairs.
+        Each process samples its share of the batch, and all get all examples.
         """
         config, policy = self.config, self.policy
         generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
@@ -72,12 +82,17 @@ class PairMethod(ABC, Generic[P]):
             cond, text = policy.encode(prompts), self.scorer.encode(prompts)
             with policy.merged():
                 segments = rollout(policy, self.scorer, cond, text, noise=noise, **self.rollout_settings())
-                kept = [
-                    keep_pairs(each, threshold=self.threshold(each.times[0]), at_random=config.pairs_at_random)
-                    for each in segments
-                ]
-                collected = _to_round([_gathered(each, drop=not shard) for each in kept])
+                collected = self.round_of(segments, drop=not shard)
             yield collected
+
+
+class PairMethod(SampledMethod[P, Pairs], Generic[P]):
+    """Trains on the best and the worst path of each segment of a rollout."""
+
+    def round_of(self, segments: Iterator[Segment], *, drop: bool) -> Round[Pairs]:
+        at_random = self.config.pairs_at_random
+        kept = [keep_pairs(each, threshold=self.threshold(each.times[0]), at_random=at_random) for each in segments]
+        return _to_round([_gathered(each, drop=drop) for each in kept])
 
     def threshold(self, t: float) -> float:
         """The threshold of a segment whose first step starts at time t."""
