@@ -1,6 +1,7 @@
 """GRPO: a method without pairs, from its advantages to a trained policy."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_every_step_of_every_trajectory_is_an_example_with_its_own_density(polic
     steps, count = first_steps(method), policy.num_trainable
     assert len(steps) == count * K * 2
     by_step = [steps[index] for index in torch.arange(len(steps)).split(K * 2)]
-    for now, then in zip(by_step, by_step[1:], strict=False):
+    for now, then in pairwise(by_step):
         assert torch.equal(now.x_prev, then.x_t) and torch.equal(now.t_prev, then.t)
     assert torch.equal(by_step[0].x_t[0], by_step[0].x_t[K - 1])  # a group shares its first noise
     assert not torch.equal(by_step[0].x_t[0], by_step[0].x_t[K])
