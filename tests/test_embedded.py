@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spo.config import SamplerConfig, load_config
+from spo.config import load_config
 from spo.data.prompts import split_prompts
 from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
@@ -13,7 +13,6 @@ from spo.world.oracle import oracle_scores
 from spo.world.scenes import all_scenes
 
 ROOT = Path(__file__).parents[1]
-CONFIG = load_config(ROOT, "tiny")
 
 
 def test_the_prompt_file_holds_the_whole_world():
@@ -22,19 +21,21 @@ def test_the_prompt_file_holds_the_whole_world():
 
 
 @pytest.mark.slow
-def test_the_base_knows_its_prompts_and_finishes_pictures_indifferently(monkeypatch):
+@pytest.mark.parametrize("profile", ["tiny", "tiny-flow"])
+def test_the_base_knows_its_prompts_and_finishes_pictures_indifferently(profile, monkeypatch):
     monkeypatch.chdir(ROOT)
+    config = load_config(ROOT, profile)
     prompts = split_prompts(
         [scene.prompt for scene in all_scenes()],
-        seed=CONFIG.seed,
-        validation_fraction=CONFIG.prepare.validation_fraction,
-        test_fraction=CONFIG.prepare.test_fraction,
+        seed=config.seed,
+        validation_fraction=config.prepare.validation_fraction,
+        test_fraction=config.prepare.test_fraction,
     ).test[:48]
     pictures = generate(
-        build(CONFIG.model, CONFIG.sampling, "cpu"),
+        build(config.model, config.sampling, "cpu"),
         prompts,
         [image_seed(11, prompt, 0) for prompt in prompts],
-        sampler=SamplerConfig(eta=0.0),
+        sampler=config.evaluate.samplers[config.evaluate.deciding],
         batch_size=48,
         label="base",
     )
@@ -52,5 +53,6 @@ def test_the_repository_stays_small():
 def test_weights_are_safetensors_alone():
     files = [path for path in (ROOT / "data" / "base").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}
-    index = json.loads((ROOT / "data" / "base" / "tiny" / "model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusionPipeline"
+    for name, pipeline in (("tiny", "StableDiffusionPipeline"), ("tiny-flow", "StableDiffusion3Pipeline")):
+        index = json.loads((ROOT / "data" / "base" / name / "model_index.json").read_text())
+        assert index["_class_name"] == pipeline

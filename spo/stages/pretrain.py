@@ -1,7 +1,7 @@
-"""Make the models and data of the profile `tiny` again: base model, initial preference model, prompts and pairs.
+"""Make the models and data of profiles `tiny` and `tiny-flow` again: base models, preference model, prompts, pairs.
 
-The results are in git and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it, in about two hours on two
-CPU cores. Finished parts are cached in .cache/pretrain, so a killed run continues with the next part. The recipe is
+The results are in git and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it, in about three hours on
+two CPU cores. Finished parts are cached in .cache/pretrain, so a killed run continues with the next part. The recipe is
 fixed; the last digits of the weights depend on the machine.
 """
 
@@ -21,7 +21,7 @@ from spo.world.scenes import all_scenes
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
-    """Write data/base/tiny, data/base/tiny-preference, data/preferences/tiny and data/prompts/world.txt."""
+    """Write data/base/tiny, tiny-flow and tiny-preference, data/preferences/tiny and data/prompts/world.txt."""
     torch.set_flush_denormal(True)
     data, work = root / "data", root / ".cache" / "pretrain"
     prompts = [scene.prompt for scene in all_scenes()]
@@ -34,21 +34,28 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     taught = parts.training_prompts(config)
     lessons = _once(work / "lessons", lambda folder: parts.make_lessons(folder, denoiser, taught))
     preference = _once(work / "preference", lambda folder: parts.make_preference(folder, vae, lessons, pool, config))
+    flow = _once(work / "flow", lambda folder: parts.make_flow(folder, denoiser / "final", preference))
 
-    figures = parts.score_base(denoiser / "final", prompts)
-    accuracy = read_json(preference / "accuracy.json")
+    figures = {
+        "base": parts.score_base(ModelConfig(family="sd15", path=str(denoiser / "final"), resolution=64), prompts),
+        "flow": parts.score_base(ModelConfig(family="sd3", path=str(flow), resolution=64, **WITHOUT_T5), prompts),
+        "preference": read_json(preference / "accuracy.json"),
+    }
     with atomic_path(data / "base" / "tiny") as folder:
         shutil.copytree(denoiser / "final", folder)
-        write_text(folder / "README.md", cards.base(RECIPE, figures))
+        write_text(folder / "README.md", cards.base(RECIPE, figures["base"]))
+    with atomic_path(data / "base" / "tiny-flow") as folder:
+        shutil.copytree(flow, folder)
+        write_text(folder / "README.md", cards.flow(RECIPE, figures["flow"]))
     with atomic_path(data / "base" / "tiny-preference") as folder:
         shutil.copytree(preference, folder, ignore=shutil.ignore_patterns("accuracy.json"))
-        write_text(folder / "README.md", cards.preference(RECIPE, accuracy))
+        write_text(folder / "README.md", cards.preference(RECIPE, figures["preference"]))
     with atomic_path(data / "preferences" / "tiny") as folder:
         folder.mkdir()
         write_pairs(pool, folder / "pairs.parquet", parts.generator(5))
         write_text(folder / "README.md", cards.pairs(RECIPE, pool))
-    write_json(work / "metrics.json", {"base": figures, "preference": accuracy})
-    tracker.log_metrics({"base": figures, "preference": accuracy})
+    write_json(work / "metrics.json", figures)
+    tracker.log_metrics(figures)
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -5,12 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
 from torch import Generator
 
 from spo.data.preferences import PreferencePair, read_preferences
 from spo.world.opinion import Opinion, combine
-from spo.world.pretraining.clip import CONTEXT, new_clip, new_tokenizer, text_encoder_of, token_ids, train_clip
+from spo.world.pretraining.clip import (
+    CONTEXT,
+    new_clip,
+    new_tokenizer,
+    save_clip,
+    text_encoder_of,
+    token_ids,
+    train_clip,
+)
 from spo.world.pretraining.denoiser import Average, new_unet, train_denoiser
+from spo.world.pretraining.flow import Frozen, encode, new_transformer, save_flow, train_flow
 from spo.world.pretraining.pairs import Pool, compare, write_pairs
 from spo.world.pretraining.preference import (
     draw_stock,
@@ -129,6 +139,40 @@ def test_the_denoiser_learns_and_its_average_follows():
     assert any(not torch.equal(a, b) for a, b in zip(average.modules[0].parameters(), unet.parameters(), strict=True))
     average.apply()
     assert all(torch.equal(a, b) for a, b in zip(average.modules[0].parameters(), unet.parameters(), strict=True))
+
+
+def test_the_flow_model_learns_and_ends_with_its_average():
+    scenes = len(all_scenes())
+    prompts = (torch.randn(scenes + 1, 17, 128, generator=fixed()), torch.randn(scenes + 1, 128, generator=fixed()))
+    latents = torch.randn(32, 8, 1, 1, generator=fixed()).expand(-1, -1, 8, 8)
+    scene_index = torch.randint(scenes, (32,), generator=fixed())
+    transformer = new_transformer(8)
+    steps = train_flow(
+        transformer, prompts, latents, scene_index, steps=60, batch_size=16, learning_rate=4e-3, generator=fixed()
+    )
+    losses = [next(steps)["loss"] for _ in range(60)]
+    live = transformer.proj_out.weight.clone()
+    assert next(steps, None) is None
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    assert not torch.equal(transformer.proj_out.weight, live)
+
+
+def test_the_saved_flow_pipeline_reads_prompts_as_its_training_did(vae, tmp_path):
+    clip, tokenizer = new_clip(new_tokenizer()), new_tokenizer()
+    save_clip(clip, tokenizer, tmp_path / "clip")
+    text_encoder_of(clip).save_pretrained(tmp_path / "base" / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "base" / "tokenizer")
+    vae.save_pretrained(tmp_path / "base" / "vae")
+    frozen = Frozen.load(tmp_path / "base", tmp_path / "clip")
+    save_flow(frozen, new_transformer(8), tmp_path / "flow")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "flow", text_encoder_3=None, tokenizer_3=None)
+    prompts = [all_scenes()[0].prompt, all_scenes()[-1].prompt, ""]
+    seen, _, pooled, _ = pipeline.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=1
+    )
+    expected = encode(frozen.text_encoders, frozen.tokenizer)
+    torch.testing.assert_close(seen, expected[0][[0, -2, -1]])
+    torch.testing.assert_close(pooled, expected[1][[0, -2, -1]])
 
 
 def test_an_average_of_constant_weights_is_those_weights():

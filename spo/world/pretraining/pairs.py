@@ -38,16 +38,17 @@ def sample_pool(
             sampler = SamplerConfig(guidance_scale=1.5 + 6 * u[1], steps=8 + int(13 * u[2]), eta=float(u[3] < 0.5))
             names, label = [prompts[i] for i in rows.tolist()], f"pictures {number + 1}/{per_prompt}"
             checkpoint = checkpoints[int(u[0] * len(checkpoints))]
+            model = ModelConfig(family="sd15", path=str(checkpoint), resolution=64)
             index.append(rows)
-            pictures.append(paint(checkpoint, names, sampler, seed=0, number=number, batch_size=chunk, label=label))
+            pictures.append(paint(model, names, sampler, seed=0, number=number, batch_size=chunk, label=label))
     return torch.cat(index), torch.cat(pictures)
 
 
 def paint(
-    pipeline: Path, prompts: list[str], sampler: SamplerConfig, *, seed: int, number: int, batch_size: int, label: str
+    config: ModelConfig, prompts: list[str], sampler: SamplerConfig, *, seed: int, number: int, batch_size: int, label: str
 ) -> Tensor:
     """8-bit pictures (n, 3, 64, 64) in [0, 1] of n prompts, each the prompt's picture with this number."""
-    model = build(ModelConfig(family="sd15", path=str(pipeline), resolution=64), SamplingConfig(), "cpu")
+    model = build(config, SamplingConfig(), "cpu")
     seeds = [image_seed(seed, prompt, number) for prompt in prompts]
     return eight_bits(generate(model, prompts, seeds, sampler=sampler, batch_size=batch_size, label=label))
 

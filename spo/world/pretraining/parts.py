@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo.config import Config, SamplerConfig
+from spo.config import Config, ModelConfig, SamplerConfig
 from spo.data.prompts import split_prompts
 from spo.preference.labels import pairwise_accuracy
 from spo.runtime.files import read_json, write_json
@@ -21,6 +21,7 @@ from spo.world.opinion import Opinion
 from spo.world.oracle import oracle_scores
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip, text_encoder_of, train_clip
 from spo.world.pretraining.denoiser import draw_latents, new_unet, save_pipeline, train_denoiser
+from spo.world.pretraining.flow import Frozen, encode, new_transformer, save_flow, train_flow
 from spo.world.pretraining.pairs import Pool, compare, paint, sample_pool
 from spo.world.pretraining.preference import (
     Group,
@@ -197,11 +198,31 @@ def _held_out_accuracy(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, kn
     return {"accuracy": accuracy, "pairs": num_pairs}
 
 
-def score_base(pipeline: Path, prompts: Sequence[str]) -> dict[str, float]:
-    """The oracle's means over pictures of the base: 20 DDIM steps, eta 0, guidance 5."""
+def make_flow(folder: Path, base: Path, preference: Path) -> None:
+    """The flow model's pipeline."""
+    random = generator(8)
+    frozen = Frozen.load(base, preference)
+    transformer = new_transformer(RECIPE.latent_channels).train()
+    latents, scene_index = draw_latents(frozen.vae, RECIPE.latents, random)
+    training = train_flow(
+        transformer,
+        encode(frozen.text_encoders, frozen.tokenizer),
+        latents,
+        scene_index,
+        steps=RECIPE.flow_steps,
+        batch_size=RECIPE.flow_batch,
+        learning_rate=RECIPE.flow_rate,
+        generator=random,
+    )
+    _run(training, RECIPE.flow_steps, "flow")
+    save_flow(frozen, transformer.eval(), folder)
+
+
+def score_base(model: ModelConfig, sampler: SamplerConfig, prompts: Sequence[str]) -> dict[str, float]:
+    """The oracle's means over pictures of a base model."""
     order = torch.randperm(len(prompts), generator=generator(6))[: RECIPE.scored].tolist()
-    names, sampler = [prompts[i] for i in order], SamplerConfig(eta=0.0)
-    pictures = paint(pipeline, names, sampler, seed=1, number=0, batch_size=RECIPE.chunk, label="base")
+    names = [prompts[i] for i in order]
+    pictures = paint(model, names, sampler, seed=1, number=0, batch_size=RECIPE.chunk, label="base")
     scores = oracle_scores(pictures, names)
     return {name: round(values.mean().item(), 4) for name, values in scores.items()}
 

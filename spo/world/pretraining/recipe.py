@@ -40,6 +40,10 @@ class Recipe:
     preference_steps: int = 2700
     preference_prompts: int = 12  # a step, with 8 pictures each
     preference_rate: float = 1e-3
+    # flow model
+    flow_steps: int = 6500
+    flow_rate: float = 4e-3
+    flow_batch: int = 64
     # figures of the model card
     scored: int = 288
 
