@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spo.config import Config
+from spo.config import Config, ModelConfig
 from spo.runtime.files import atomic_path, read_json, write_json, write_text
 from spo.tracking import Tracker
 from spo.world.pretraining import cards, parts
@@ -36,9 +36,11 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     preference = _once(work / "preference", lambda folder: parts.make_preference(folder, vae, lessons, pool, config))
     flow = _once(work / "flow", lambda folder: parts.make_flow(folder, denoiser / "final", preference))
 
+    base_config = ModelConfig(family="sd15", path=str(denoiser / "final"), resolution=64)
+    flow_config = ModelConfig(family="sd3", path=str(flow), resolution=64, t5=False, t5_tokens=1)
     figures = {
-        "base": parts.score_base(ModelConfig(family="sd15", path=str(denoiser / "final"), resolution=64), prompts),
-        "flow": parts.score_base(ModelConfig(family="sd3", path=str(flow), resolution=64, **WITHOUT_T5), prompts),
+        "base": parts.score_base(base_config, prompts),
+        "flow": parts.score_base(flow_config, prompts),
         "preference": read_json(preference / "accuracy.json"),
     }
     with atomic_path(data / "base" / "tiny") as folder:

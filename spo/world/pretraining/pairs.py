@@ -45,7 +45,14 @@ def sample_pool(
 
 
 def paint(
-    config: ModelConfig, prompts: list[str], sampler: SamplerConfig, *, seed: int, number: int, batch_size: int, label: str
+    config: ModelConfig,
+    prompts: list[str],
+    sampler: SamplerConfig,
+    *,
+    seed: int,
+    number: int,
+    batch_size: int,
+    label: str,
 ) -> Tensor:
     """8-bit pictures (n, 3, 64, 64) in [0, 1] of n prompts, each the prompt's picture with this number."""
     model = build(config, SamplingConfig(), "cpu")
