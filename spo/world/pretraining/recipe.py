@@ -41,9 +41,9 @@ class Recipe:
     preference_prompts: int = 12  # a step, with 8 pictures each
     preference_rate: float = 1e-3
     # flow model
-    flow_steps: int = 6500
+    flow_steps: int = 34_000
     flow_rate: float = 4e-3
-    flow_batch: int = 64
+    flow_batch: int = 32
     # figures of the model card
     scored: int = 288
 
