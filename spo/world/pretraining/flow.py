@@ -7,6 +7,7 @@ transformer predicts the velocity noise - x_0 at x_t = (1 - sigma) x_0 + sigma n
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def new_transformer(latent_channels: int) -> SD3Transformer2DModel:
 
 
 @torch.no_grad()
-def with_projection(tower: nn.Module, projection: Tensor, *, scale: float) -> CLIPTextModelWithProjection:
+def with_projection(tower: Any, projection: Tensor, *, scale: float) -> CLIPTextModelWithProjection:
     """A frozen CLIP text tower of width d with a projection (d, d).
 
     SD3 reads the last but one hidden state, which has no norm. There ours have standard deviations of 8 and 3, which
