@@ -19,15 +19,25 @@ from unittest import mock
 import pytest
 import torch
 
-from spo.config import LoraConfig, OptimizerConfig, PixelPreferenceConfig, SpoConfig
+from spo.config import (
+    GrpoConfig,
+    LatentPreferenceConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PixelPreferenceConfig,
+    SpoConfig,
+)
 from spo.core.noise import KeyedNoise
-from spo.core.types import Pairs
+from spo.core.types import LabelledPairs, Pairs, Steps
+from spo.methods.grpo import Grpo
 from spo.methods.spo import Spo
 from spo.models.lora import add_lora
 from spo.preference.checkpoint import load_clip
+from spo.preference.latent_checkpoint import LatentPreference
 from spo.runtime import distributed
 from spo.tracking import NullTracker
 from spo.training.align import align
+from spo.training.latent_preference import LatentPreferenceTraining
 from spo.training.preference import StepAwareTraining
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline, shake
@@ -105,6 +115,29 @@ def train_preference(pipeline: Path, clip: Path) -> dict[str, Any]:
     return {"rows": rows, "gradients": optimizer.gradients, "moved": moved}
 
 
+def train_latent(pipeline: Path) -> dict[str, Any]:
+    """The same of a latent preference model."""
+    config = LatentPreferenceConfig(steps=3, batch_size=3, learning_rate=0.1, warmup_steps=0, max_grad_norm=None)
+    base = make_tiny_denoiser("sd15", pipeline)
+    preference = LatentPreference.from_pipeline(base.network.pipeline, generator=torch.Generator().manual_seed(0))
+    training = LatentPreferenceTraining(base, preference, config)
+    training.updater.optimizer = optimizer = PlainSteps(preference.model.parameters(), config.learning_rate)
+    latents = torch.randn(8, 2, *base.latent_shape, generator=torch.Generator().manual_seed(1))
+    label = torch.tensor([[1.0, 0.0]]).repeat(8, 1)
+    pairs = LabelledPairs(latents, label, torch.arange(1.0, 9.0), [f"prompt {i}" for i in range(8)])
+    start = flat(preference.model.parameters()).clone()
+    rows = [training.step(pairs, step, seed=0) for step in range(config.steps)]
+    moved = flat(preference.model.parameters()) - start
+    return {"rows": rows, "gradients": optimizer.gradients, "moved": moved}
+
+
+def collect_steps(pipeline: Path) -> Steps:
+    """The examples of an epoch of GRPO."""
+    policy = make_tiny_denoiser("sd15", pipeline)
+    method = Grpo(GrpoConfig(candidates=3, prompts_per_rollout=3), policy, PickyScorer(), PROMPTS)
+    return Steps.cat([round_.examples for round_ in method.collect(0) if round_.examples is not None])
+
+
 SUM_GRADIENTS, SHARE = distributed.sum_gradients, distributed.share
 
 
@@ -170,6 +203,7 @@ def process(rank: int, port: int, pipeline: Path, clip: Path, out: Path) -> None
             made[fault] = {"align": run(pipeline, out.with_suffix(f".{number}"))}
             if fault is None or fault in OF_GRADIENTS:
                 made[fault]["preference"] = train_preference(pipeline, clip)
+    made[None] |= {"latent": train_latent(pipeline), "grpo": collect_steps(pipeline)}
     torch.save(made, out)
     if rank == 1:
         sys.exit(3)
@@ -196,6 +230,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory):
     for each in processes:
         each.start()
     alone = {"align": run(pipeline, folder / "alone"), "preference": train_preference(pipeline, clip)}
+    alone |= {"latent": train_latent(pipeline), "grpo": collect_steps(pipeline)}
     for each in processes:
         each.join(SECONDS)
     codes = [each.exitcode for each in processes]
@@ -238,12 +273,21 @@ def test_two_processes_come_to_the_adapter_of_one(aligned):
     assert_same_steps(alone, *both)
 
 
-def test_two_processes_train_the_preference_model_of_one(outcomes):
+@pytest.mark.parametrize("kind", ["preference", "latent"])
+def test_two_processes_train_the_preference_model_of_one(outcomes, kind: str):
     alone, both, _ = outcomes
-    both = [other[None]["preference"] for other in both]
-    assert_same_steps(alone["preference"], *both)
-    for ours, theirs in zip(alone["preference"]["rows"], both[0]["rows"], strict=True):
+    both = [other[None][kind] for other in both]
+    assert_same_steps(alone[kind], *both)
+    for ours, theirs in zip(alone[kind]["rows"], both[0]["rows"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-6)
+
+
+def test_two_processes_collect_the_steps_of_one_in_its_order(outcomes):
+    alone, both, _ = outcomes
+    for other in (each[None]["grpo"] for each in both):
+        assert torch.equal(other.t, alone["grpo"].t)
+        for name in ("x_t", "x_prev", "log_p", "advantage"):
+            assert_same_up_to_rounding(getattr(alone["grpo"], name), getattr(other, name))
 
 
 @pytest.mark.parametrize("fault", OF_GRADIENTS)
