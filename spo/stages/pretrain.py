@@ -39,8 +39,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     base_config = ModelConfig(family="sd15", path=str(denoiser / "final"), resolution=64)
     flow_config = ModelConfig(family="sd3", path=str(flow), resolution=64, t5=False, t5_tokens=1)
     figures = {
-        "base": parts.score_base(base_config, prompts),
-        "flow": parts.score_base(flow_config, prompts),
+        "base": parts.score_base(base_config, prompts, guidance_scale=5),
+        "flow": parts.score_base(flow_config, prompts, guidance_scale=3),
         "preference": read_json(preference / "accuracy.json"),
     }
     with atomic_path(data / "base" / "tiny") as folder:

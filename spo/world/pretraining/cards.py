@@ -40,7 +40,7 @@ diffusers:
 
 ```python
 pipe = StableDiffusion3Pipeline.from_pretrained("data/base/tiny-flow", text_encoder_3=None, tokenizer_3=None)
-pipe("a small red cross", height=64, width=64, num_inference_steps=20, guidance_scale=5, max_sequence_length=1)
+pipe("a small red cross", height=64, width=64, num_inference_steps=20, guidance_scale=3, max_sequence_length=1)
 ```
 
 `max_sequence_length=1` belongs to the model: in T5's place it learned with one zero token. Apache-2.0. {MADE}
@@ -52,7 +52,7 @@ pipe("a small red cross", height=64, width=64, num_inference_steps=20, guidance_
   {recipe.latents}, sigma logit-normal, moving average of the weights, stored in float16. The pictures it learns
   from are drawn like those of `data/base/tiny`: they mix good and poor finish evenly, so its own are mediocre.
 
-The oracle's means over {recipe.scored} pictures (20 Euler steps, guidance 5):
+The oracle's means over {recipe.scored} pictures (20 Euler steps, guidance 3):
 
 {_table(figures)}
 """

@@ -218,10 +218,11 @@ def make_flow(folder: Path, base: Path, preference: Path) -> None:
     save_flow(frozen, transformer.eval(), folder)
 
 
-def score_base(model: ModelConfig, prompts: Sequence[str]) -> dict[str, float]:
-    """The oracle's means over pictures of a base model: 20 steps of its family's sampler, without noise, guidance 5."""
+def score_base(model: ModelConfig, prompts: Sequence[str], *, guidance_scale: float) -> dict[str, float]:
+    """The oracle's means over pictures of a base model: 20 steps of its family's sampler, without noise."""
     order = torch.randperm(len(prompts), generator=generator(6))[: RECIPE.scored].tolist()
-    names, sampler = [prompts[i] for i in order], SamplerConfig(scheduler=model.scheduler)
+    names = [prompts[i] for i in order]
+    sampler = SamplerConfig(scheduler=model.scheduler, guidance_scale=guidance_scale)
     pictures = paint(model, names, sampler, seed=1, number=0, batch_size=RECIPE.chunk, label="base")
     scores = oracle_scores(pictures, names)
     return {name: round(values.mean().item(), 4) for name, values in scores.items()}
