@@ -71,9 +71,9 @@ class PickyScorer:
         return 1e3 * candidates.images.mean(dim=(2, 3, 4)) * candidates.text[:, 0]
 
 
-def run(pipeline: Path, folder: Path) -> dict[str, Any]:
+def run(pipeline: Path, folder: Path, *, family: str = "sd15") -> dict[str, Any]:
     """Align once; the pairs of all rounds, the metrics, the gradient of each step, and how far the weights moved."""
-    policy = make_tiny_denoiser("sd15", pipeline)
+    policy = make_tiny_denoiser(family, pipeline)
     config = SpoConfig(**SETTINGS)
     add_lora(policy.network.module, config.lora, seed=0)
     shake(policy, scale=0.05)
@@ -190,7 +190,7 @@ def planted(fault: str | None) -> Iterator[None]:
             yield
 
 
-def process(rank: int, port: int, pipeline: Path, clip: Path, out: Path) -> None:
+def process(rank: int, port: int, pipeline: Path, flow: Path, clip: Path, out: Path) -> None:
     """One of two processes: aligns, with each fault, too; then process 1 fails while process 0 waits for it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -204,6 +204,7 @@ def process(rank: int, port: int, pipeline: Path, clip: Path, out: Path) -> None
             if fault is None or fault in OF_GRADIENTS:
                 made[fault]["preference"] = train_preference(pipeline, clip)
     made[None] |= {"latent": train_latent(pipeline), "grpo": collect_steps(pipeline)}
+    made[None] |= {"flow": run(flow, out.with_suffix(".flow"), family="sd3")}
     torch.save(made, out)
     if rank == 1:
         sys.exit(3)
@@ -218,6 +219,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory):
     """What one process comes to, and each of two, without a fault and with each; and the two's exit codes."""
     folder = tmp_path_factory.mktemp("distributed")
     pipeline, clip = make_tiny_pipeline("sd15", folder / "model"), folder / "clip"
+    flow = make_tiny_pipeline("sd3", folder / "flow")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_clip(new_clip(tokenizer := new_tokenizer()), tokenizer, clip)
@@ -226,11 +228,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory):
         port = free.getsockname()[1]
     spawn = multiprocessing.get_context("spawn")
     files = [folder / f"rank-{rank}.pt" for rank in range(2)]
-    processes = [spawn.Process(target=process, args=(rank, port, pipeline, clip, files[rank])) for rank in range(2)]
+    common = (port, pipeline, flow, clip)
+    processes = [spawn.Process(target=process, args=(rank, *common, files[rank])) for rank in range(2)]
     for each in processes:
         each.start()
     alone = {"align": run(pipeline, folder / "alone"), "preference": train_preference(pipeline, clip)}
     alone |= {"latent": train_latent(pipeline), "grpo": collect_steps(pipeline)}
+    alone |= {"flow": run(flow, folder / "alone-flow", family="sd3")}
     for each in processes:
         each.join(SECONDS)
     codes = [each.exitcode for each in processes]
@@ -261,16 +265,18 @@ def assert_same_steps(ours: dict[str, Any], *others: dict[str, Any]) -> None:
         assert torch.equal(other["moved"], others[0]["moved"])
 
 
-def test_two_processes_collect_the_pairs_of_one_in_its_order(aligned):
-    alone, both = aligned
+@pytest.mark.parametrize("stage", ["align", "flow"])
+def test_two_processes_collect_the_pairs_of_one_in_its_order(outcomes, stage: str):
+    alone, both, _ = outcomes
     for other in both:
-        assert_same_pairs(alone["pairs"], other["pairs"])
+        assert_same_pairs(alone[stage]["pairs"], other[None][stage]["pairs"])
 
 
-def test_two_processes_come_to_the_adapter_of_one(aligned):
-    alone, both = aligned
-    assert alone["metrics"]["updates"] >= 3
-    assert_same_steps(alone, *both)
+@pytest.mark.parametrize("stage", ["align", "flow"])
+def test_two_processes_come_to_the_adapter_of_one(outcomes, stage: str):
+    alone, both, _ = outcomes
+    assert alone[stage]["metrics"]["updates"] >= 2
+    assert_same_steps(alone[stage], *(other[None][stage] for other in both))
 
 
 @pytest.mark.parametrize("kind", ["preference", "latent"])
