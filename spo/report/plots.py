@@ -38,6 +38,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
+LEGEND_WIDTH = 54  # letters beside each other below a chart, with 5 for each line's sample
+
+
 @dataclass(frozen=True)
 class Line:
     label: str
@@ -88,8 +91,10 @@ def line_chart(
         axes.set_xlabel(x_label)
         axes.set_title(y_label, loc="left", fontsize=10, pad=8)
         axes.margins(y=0.12)
-        if len({line.label for line in lines if not line.faint}) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.27), ncols=3, borderaxespad=0)
+        labels = {line.label for line in lines if not line.faint}
+        if len(labels) > 1:
+            columns = max(1, min(3, LEGEND_WIDTH // (5 + max(map(len, labels)))))
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.27), ncols=columns, borderaxespad=0)
         return _svg(figure, name)
 
 
