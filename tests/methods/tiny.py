@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from spo.config import D3poConfig, DiffusionDpoConfig, SpoConfig
+from spo.config import D3poConfig, DiffusionDpoConfig, GrpoConfig, SpoConfig
 from spo.core.types import LabelledPairs, Pairs
 from spo.methods.d3po import D3po
 from spo.methods.diffusion_dpo import DiffusionDpo, NoisedPairs
+from spo.methods.grpo import Grpo
 from spo.methods.method import Examples, Method
 from spo.methods.spo import Spo
 from spo.models.latent_diffusion import LatentDiffusion
 
-METHODS = ("spo", "d3po", "diffusion_dpo")
+METHODS = ("spo", "d3po", "diffusion_dpo")  # of pairs
 PROMPTS = ["a cat", "a dog", "a house", "a tree", "a boat"]
 LABELS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.25, 0.75), (1.0, 0.0), (0.0, 1.0)]  # the third is a tie
 
@@ -42,6 +43,9 @@ def make_method(name: str, policy: LatentDiffusion, *, seed: int = 0, **settings
         case "d3po":
             config = D3poConfig(**{**sampled, "beta": 10.0, **settings})
             return D3po(config, policy, BrightnessScorer(), PROMPTS, seed=seed)
+        case "grpo":
+            own = {"prompts_per_rollout": 2, "candidates": 3, "clip_range": 0.5, **settings}
+            return Grpo(GrpoConfig(**own), policy, BrightnessScorer(), PROMPTS, seed=seed)
         case "diffusion_dpo":
             config = DiffusionDpoConfig(**{"batch_size": 2, "beta": 200.0, **settings})
             return DiffusionDpo(config, policy, data(policy), seed=seed)

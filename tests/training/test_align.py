@@ -42,6 +42,7 @@ SETTINGS = {
     "spo": {"prompts_per_rollout": 3, "candidates": 2, "first_step": 2, "batch_size": 4, "clip_range": 0.1},
     "d3po": {"prompts_per_rollout": 3, "batch_size": 8},
     "diffusion_dpo": {"batch_size": 3},
+    "grpo": {"prompts_per_rollout": 3, "batch_size": 20},
 }
 
 
@@ -290,7 +291,13 @@ def test_running_out_of_memory_while_sampling_names_the_prompts(pipeline, tmp_pa
 
 @pytest.mark.parametrize(
     ("family", "name", "micro"),
-    [("sd15", "spo", None), *(("sd15", name, 2) for name in METHODS), ("sd3", "spo", 2), ("flux", "d3po", None)],
+    [
+        ("sd15", "spo", None),
+        *(("sd15", name, 2) for name in METHODS),
+        ("sd15", "grpo", 7),
+        ("sd3", "spo", 2),
+        ("flux", "d3po", None),
+    ],
 )
 def test_a_run_that_a_signal_ends_in_an_update_continues_to_the_same_weights_and_history(
     pipeline, tmp_path, family, name, micro
