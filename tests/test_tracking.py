@@ -59,7 +59,7 @@ def runs(root: Path, config: Config) -> dict[str, Any]:
 
 def test_stages_of_a_pipeline_run_hang_under_one_parent(root: Path, config: Config) -> None:
     for stage, method in (("prepare", None), ("align", "spo")):
-        with tracking.start(config, stage, root, method=method):
+        with tracking.start(config, stage, root, name=method):
             pass
     found = runs(root, config)
     assert sorted(found) == ["align spo", "parent", "prepare"]
@@ -290,7 +290,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_in_the_end(
     with mlflow_server(tmp_path / "server", port):
         with tracking.start(config, "prepare", tmp_path) as tracker:
             tracker.log_metrics({"before": 1.0})
-        align = tracking.start(config, "align", tmp_path, method="spo")
+        align = tracking.start(config, "align", tmp_path, name="spo")
         tracker = align.__enter__()
         tracker.log_metrics({"loss": 1.0}, step=0)
     tracker.log_metrics({"loss": 0.5}, step=1)  # nobody is there
@@ -394,7 +394,7 @@ def test_stages_that_run_at_once_make_one_database_and_one_parent_and_lose_nothi
     program = (
         "import sys; from pathlib import Path; from spo import tracking; from spo.config import load_config\n"
         "config = load_config(Path(sys.argv[1]), 'tiny')\n"
-        "with tracking.start(config, 'align', Path(sys.argv[2]), method=sys.argv[3]) as tracker:\n"
+        "with tracking.start(config, 'align', Path(sys.argv[2]), name=sys.argv[3]) as tracker:\n"
         f"    for step in range({steps}): tracker.log_metrics({{'loss': step}}, step=step)"
     )
     processes = [

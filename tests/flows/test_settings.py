@@ -46,7 +46,7 @@ def test_without_a_file_a_key_is_of_the_profile_that_runs(root: Path) -> None:
         ({"align.spo.beta": -1}, r"overrides: configs/tiny.yaml: align.spo.beta: .* got -1"),
         ({"align.spo.bet": 1}, "align.spo.bet: unknown key"),
         ({"seed.of.all": 1}, "seed.of is no section|seed is no section"),
-        ({"dvc.yaml:stages": {}}, r"overrides name dvc.yaml; use one of \['params.yaml', 'configs/sd15.yaml'"),
+        ({"dvc.yaml:stages": {}}, r"overrides name dvc.yaml; use one of \['params.yaml', 'configs/flux.yaml'"),
         ({"align.spo.beta": 5.0, "evaluate.primary": "nothing"}, "primary and guarded must be scores"),
     ],
 )

@@ -119,7 +119,7 @@ def measure(minutes: float, file: Path) -> list[dict[str, float]]:
         rows = Rows(out, 60 * minutes)
         with contextlib.suppress(Over):
             for turn in itertools.count():
-                with start(config, "align", root, method="spo", seed=turn) as tracker:
+                with start(config, "align", root, name="spo", seed=turn) as tracker:
                     align.run(config, "spo", turn, root=root, tracker=Watched(tracker, turn, rows))
         return rows.rows
 
