@@ -221,13 +221,30 @@ def test_a_latent_preference_model_needs_no_clip_and_the_room_of_half_the_base(
         assert f"preference_models.latent.{key}" in bad
 
 
-def test_flows_have_no_latent_preference_model_yet_but_larger_latents(config: Config, tmp_path: Path) -> None:
-    sd3 = config.model.model_copy(update={"family": "sd3"})
-    flow = config.model_copy(update={"train_preference": ("pixel", "latent"), "model": sd3})
-    assert "preference_models.latent.kind" in [found.what for found in findings(flow, tmp_path) if not found.good]
-    only_pixel = [each.model_copy(update={"train_preference": ("pixel",)}) for each in (config, flow)]
-    before, after = (room(each, ROOT)["train_preference"].kept for each in only_pixel)
-    assert after - before == pytest.approx(2 * num_pairs(config, ROOT) * (config.model.resolution / 8) ** 2 * 4 * 12)
+def test_a_flows_latents_are_larger_and_its_latent_model_is_three_quarters_of_the_transformer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    flow = load_config(ROOT, "tiny-flow").model_copy(update={"train_preference": ("latent",), "methods": ("lpo",)})
+    assert [finding.what for finding in findings(flow, tmp_path) if finding.what.startswith("preference_m")] == [
+        "preference_models.latent.labels.model"
+    ]
+    transformer = sum(file.stat().st_size for file in (ROOT / flow.model.path / "transformer").iterdir())
+    assert room(flow, tmp_path)["train_preference"].passing == pytest.approx(9 * transformer * 3 / 4, rel=1e-3)
+    both = [
+        load_config(ROOT, profile).model_copy(update={"train_preference": ("pixel",)}) for profile in ("sd15", "sd35")
+    ]
+    before, after = (
+        room(
+            each.model_copy(
+                update={"prepare": flow.prepare, "model": each.model.model_copy(update={"resolution": 64})}
+            ),
+            ROOT,
+        )
+        for each in both
+    )
+    more = 2 * num_pairs(flow, ROOT) * (64 / 8) ** 2 * 4 * 12
+    assert after["train_preference"].kept - before["train_preference"].kept == pytest.approx(more)
 
 
 def test_full_fine_tuning_needs_room_for_its_checkpoints(
