@@ -7,7 +7,6 @@ above -.5 and its gaps in CLIPScore and VQAScore are above 0: 168,539 of 511,840
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def _gaps(
     models = fingerprints({source: source for metric in settings.metrics for source in metric.sources})
     metrics_settings = [metric.model_dump(mode="json") for metric in settings.metrics]
     names = sorted({*settings.gaps, *settings.ties})
-    key = json_hash([fingerprint_of_pairs(path), num_pairs, config.model.resolution, metrics_settings, models, names])
+    key = json_hash([fingerprint_of_pairs(path), num_pairs, config.model.size, metrics_settings, models, names])
     file = cache / f"{path.stem}-gaps-{key}.safetensors"
     if distributed.gather_objects(file.exists())[0] and (cached := kept(file)) is not None:
         return cached
@@ -79,8 +78,8 @@ def _gaps(
         both = torch.stack([found[name].float().unflatten(0, (-1, 2)) for name in names], dim=1)  # (n, scores, 2)
         return both[..., 0] - both[..., 1]
 
-    options: dict[str, Any] = {"resolution": config.model.resolution, "device": device}
-    gaps = measure(PreferencePairs(path), num_pairs, {"gap": gap}, label=f"filter {path.stem} pairs", **options)["gap"]
+    stored, label = PreferencePairs(path), f"filter {path.stem} pairs"
+    gaps = measure(stored, num_pairs, {"gap": gap}, size=config.model.size, device=device, label=label)["gap"]
     made = {name: gaps[:, i] for i, name in enumerate(names)}
     if distributed.is_main():
         keep(file, made)

@@ -66,8 +66,8 @@ def load_pairs(
         labeller = PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
         quantities["label"] = partial(_label, labeller=labeller, labels=labels)
     if quantities:
-        options: dict[str, Any] = {"size": config.model.size, "device": base.device}
-        made = measure(stored, num_pairs, quantities, label=f"encode {path.stem} pairs", **options)
+        label_of_bar = f"encode {path.stem} pairs"
+        made = measure(stored, num_pairs, quantities, size=config.model.size, device=base.device, label=label_of_bar)
         found |= made
         if distributed.is_main():
             for name, tensor in made.items():
