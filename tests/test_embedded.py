@@ -62,3 +62,9 @@ def test_weights_are_safetensors_alone():
     for name, pipeline in (("tiny", "StableDiffusionPipeline"), ("tiny-flow", "StableDiffusion3Pipeline")):
         index = json.loads((ROOT / "data" / "base" / name / "model_index.json").read_text())
         assert index["_class_name"] == pipeline
+
+
+def test_shipped_files_name_no_folder_of_a_machine():
+    for path in (ROOT / "data" / "base").rglob("*.json"):
+        settings = json.loads(path.read_text())
+        assert not str(settings.get("_name_or_path") or "").startswith("/"), path

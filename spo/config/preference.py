@@ -1,5 +1,6 @@
 """Prompts and preference pairs, and the preference model that learns from the pairs."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -84,7 +85,7 @@ class CandidatesConfig(Section):
         return self
 
 
-class TrainPreferenceConfig(Section):
+class TrainPreferenceConfig(Section, ABC):
     """What every kind of preference model trains with."""
 
     checkpoint: str | None = None  # an already trained model: skips training
@@ -104,17 +105,17 @@ class TrainPreferenceConfig(Section):
     candidates: CandidatesConfig | None = None  # measures the agreement on candidates; None: does not
     log_every: Positive = 20
 
+    @abstractmethod
     def repositories(self) -> dict[str, tuple[str, str | None]]:
         """Models that it loads: by key of its section, a folder or hub name, and a file that must be in it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forwards_per_pair(self, sampling: SamplingConfig) -> float:
         """UNet forwards of a pair in a step, each half of the guidance counted; backward passes are not counted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unfit(self, scoring: ScoringConfig) -> str | None:
         """A setting of `scoring` that this kind cannot use, and why; None if there is none."""
-        raise NotImplementedError
 
     def miniature(self, *, examples: int) -> dict[str, Any]:
         """Changed settings for `check`: one step, with as many pairs at a time as in training."""

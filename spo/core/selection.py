@@ -48,7 +48,8 @@ def _pairs(latents: Sequence[Tensor], times: Sequence[float], cond: Conditioning
     x_t, x_prev = latents
     t, t_prev = (torch.full((len(cond),), time, device=x_t.device) for time in times)
     x_t = x_t.transpose(0, 1) if len(x_t) == 1 else both(x_t)
-    return Pairs(x_t, both(x_prev), t, t_prev, cond, selection.margin)[selection.keep]
+    found = Pairs(x_t=x_t, x_prev=both(x_prev), t=t, t_prev=t_prev, cond=cond, margin=selection.margin)
+    return found[selection.keep]
 
 
 def group_advantage(scores: Tensor, *, limit: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
 
@@ -75,88 +75,59 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Rows:
+    """n examples of a method: a dataclass of tensors (n, ...) and of the conditioning of n."""
+
+    t: Tensor  # (n,) training timestep
+    cond: Conditioning  # n
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply the function to every tensor (n, ...)."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        mapped: dict[str, Any] = {k: v.map(function) if k == "cond" else function(v) for k, v in values.items()}
+        return type(self)(**mapped)
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Self]") -> Self:
+        """Join examples."""
+        joined: dict[str, Any] = {}
+        for field in fields(cls):
+            column = [getattr(part, field.name) for part in parts]
+            joined[field.name] = Conditioning.cat(column) if field.name == "cond" else torch.cat(column)
+        return cls(**joined)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Rows):
     """Win-lose pairs of one denoising step; index 0 of the second axis is the win, 1 the lose."""
 
     x_t: Tensor  # (n, 1, c, h, w) where win and lose share x_t, else (n, 2, c, h, w)
     x_prev: Tensor  # (n, 2, c, h, w)
-    t: Tensor  # (n,) training timestep
     t_prev: Tensor  # (n,)
-    cond: Conditioning  # n
     margin: Tensor  # (n,)
 
-    def __len__(self) -> int:
-        return len(self.t)
-
-    def __getitem__(self, index: Tensor | slice) -> "Pairs":
-        return self.map(lambda tensor: tensor[index])
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
-        """Apply the function to every tensor (n, ...)."""
-        return Pairs(
-            function(self.x_t),
-            function(self.x_prev),
-            function(self.t),
-            function(self.t_prev),
-            self.cond.map(function),
-            function(self.margin),
-        )
-
-    @staticmethod
-    def cat(parts: "Sequence[Pairs]") -> "Pairs":
+    @classmethod
+    def cat(cls, parts: "Sequence[Self]") -> Self:
         """Join pairs; a shared x_t is expanded only if other parts do not share theirs."""
         width = max(part.x_t.shape[1] for part in parts)
-        return Pairs(
-            torch.cat([part.x_t.expand(-1, width, -1, -1, -1) for part in parts]),
-            torch.cat([part.x_prev for part in parts]),
-            torch.cat([part.t for part in parts]),
-            torch.cat([part.t_prev for part in parts]),
-            Conditioning.cat([part.cond for part in parts]),
-            torch.cat([part.margin for part in parts]),
-        )
+        return super().cat([replace(part, x_t=part.x_t.expand(-1, width, -1, -1, -1)) for part in parts])
 
 
-@dataclass(frozen=True)
-class Steps:
+@dataclass(frozen=True, kw_only=True)
+class Steps(Rows):
     """Single denoising steps, each with the advantage of the path that it belongs to."""
 
     x_t: Tensor  # (n, c, h, w)
     x_prev: Tensor  # (n, c, h, w)
-    t: Tensor  # (n,)
     t_prev: Tensor  # (n,)
-    cond: Conditioning  # n
     log_p: Tensor  # (n,) of x_prev under the policy that sampled it, mean over (c, h, w)
     advantage: Tensor  # (n,)
-
-    def __len__(self) -> int:
-        return len(self.t)
-
-    def __getitem__(self, index: Tensor | slice) -> "Steps":
-        return self.map(lambda tensor: tensor[index])
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Steps":
-        """Apply the function to every tensor (n, ...)."""
-        return Steps(
-            function(self.x_t),
-            function(self.x_prev),
-            function(self.t),
-            function(self.t_prev),
-            self.cond.map(function),
-            function(self.log_p),
-            function(self.advantage),
-        )
-
-    @staticmethod
-    def cat(parts: "Sequence[Steps]") -> "Steps":
-        return Steps(
-            torch.cat([part.x_t for part in parts]),
-            torch.cat([part.x_prev for part in parts]),
-            torch.cat([part.t for part in parts]),
-            torch.cat([part.t_prev for part in parts]),
-            Conditioning.cat([part.cond for part in parts]),
-            torch.cat([part.log_p for part in parts]),
-            torch.cat([part.advantage for part in parts]),
-        )
 
 
 @dataclass(frozen=True)

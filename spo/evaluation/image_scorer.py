@@ -17,8 +17,7 @@ from spo.models.generate import eight_bits, from_bytes, generate, to_bytes
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build
 from spo.models.lora import published_lora
-from spo.models.policy import load_policy
-from spo.models.published_network import published_network
+from spo.models.policy import load_policy, published_network
 from spo.models.schedulers import build_scheduler
 from spo.runtime import distributed
 from spo.runtime.device import best_device

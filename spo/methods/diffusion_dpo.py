@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from spo.config import DiffusionDpoConfig
 from spo.core.losses import dpo_loss, log_ratio
 from spo.core.noise import KeyedNoise, epoch_seed
-from spo.core.types import Conditioning, Denoiser, LabelledPairs, Loss
+from spo.core.types import Conditioning, Denoiser, LabelledPairs, Loss, Rows
 from spo.methods.method import Inputs, Round, Tally
 
 NOISE, TIMESTEP, DROPOUT = range(3)  # purposes of a pair's random numbers
@@ -35,20 +35,12 @@ class NoisingDenoiser(Denoiser, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class NoisedPairs:
+@dataclass(frozen=True, kw_only=True)
+class NoisedPairs(Rows):
     """Win-lose pairs of clean latents, and the noise for both; index 0 of the second axis is the win."""
 
     x_0: Tensor  # (n, 2, c, h, w)
     noise: Tensor  # (n, c, h, w)
-    t: Tensor  # (n,) int, training timestep
-    cond: Conditioning  # n
-
-    def __len__(self) -> int:
-        return len(self.t)
-
-    def __getitem__(self, index: Tensor | slice) -> "NoisedPairs":
-        return NoisedPairs(self.x_0[index], self.noise[index], self.t[index], self.cond[index])
 
 
 class DiffusionDpo:
@@ -103,7 +95,7 @@ class DiffusionDpo:
         starts = range(0, len(captions), ENCODED_AT_A_TIME)
         cond = Conditioning.cat([self.policy.encode(captions[i : i + ENCODED_AT_A_TIME]) for i in starts])
         normal = noise.normal(NOISE, tuple(x_0.shape[2:]))
-        return NoisedPairs(x_0.float().to(device), normal.to(device), t.to(device), cond)
+        return NoisedPairs(x_0=x_0.float().to(device), noise=normal.to(device), t=t.to(device), cond=cond)
 
     def loss(self, pairs: NoisedPairs) -> Loss:
         """-log sigmoid(-beta / 2 ((error_w - error_w_ref) - (error_l - error_l_ref))) (the paper's section 4, with

@@ -87,7 +87,17 @@ def steps_of(segment: Segment, advantage: Tensor) -> list[Steps]:
         x_prev, flat_transition = flat(segment.latents[i + 1]), transition.map(flat)
         t, t_prev = (torch.full((b * k,), time, device=x_prev.device) for time in segment.times[i : i + 2])
         log_p = log_prob(flat_transition, x_prev)
-        found.append(Steps(flat(segment.latents[i]), x_prev, t, t_prev, cond, log_p, flat(advantage)))
+        found.append(
+            Steps(
+                x_t=flat(segment.latents[i]),
+                x_prev=x_prev,
+                t=t,
+                t_prev=t_prev,
+                cond=cond,
+                log_p=log_p,
+                advantage=flat(advantage),
+            )
+        )
     return found
 
 

@@ -4,6 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from spo.config import SamplingConfig, sides
 from spo.core.prediction import guide
 from spo.core.types import Conditioning
+from spo.errors import ModelError
 from spo.models.sampler import Sampler
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline | FluxPipeline
@@ -161,9 +163,19 @@ class Network(ABC):
         self._frozen = copy.deepcopy(self.module)
         self.module.float().requires_grad_(True)
 
-    def replace(self, module: nn.Module) -> None:
-        """Make `module` the policy and the previous network, frozen, the reference."""
+    def replace(self, module: nn.Module, *, source: str | Path = "the network") -> None:
+        """Make `module` the policy, frozen, and the base the reference; an adapter is dropped.
+
+        ModelError, which names the `source`, if its layers are not the base's.
+        """
         self.restore()
+        if self.has_adapter:
+            self.module.unload_lora()
+        shapes = [{name: weight.shape for name, weight in net.state_dict().items()} for net in (module, self.module)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(f"{source} is the {self.component} of another base model; name its own as `model`")
+        layout: dict[str, Any] = {"memory_format": torch.channels_last}  # the base's: see load_pipeline
+        module.to(self.device).to(**layout)
         self._frozen = self.module
         self._use(module.eval().requires_grad_(False))
 

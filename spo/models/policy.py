@@ -1,6 +1,8 @@
 """Save, load and export the policy: a LoRA, or the whole network after full fine-tuning."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +11,7 @@ from safetensors import SafetensorError
 from spo.errors import ModelError, one_line
 from spo.models.lora import load_lora, save_kohya, save_lora
 from spo.models.network import Network
+from spo.runtime import hub
 from spo.runtime.files import atomic_path
 
 WHOLE = ("unet", "transformer")  # folders of a whole network within a checkpoint
@@ -35,16 +38,32 @@ def load_policy(network: Network, source: str | Path) -> None:
     if not folder.is_dir():
         load_lora(network, source)
         return
-    if network.has_adapter:
-        network.module.unload_lora()
     try:
         whole = type(network.module).from_pretrained(folder, dtype=network.dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: {one_line(error)}; run the align stage again") from None
-    shapes = [{name: weight.shape for name, weight in net.state_dict().items()} for net in (whole, network.module)]
-    if shapes[0] != shapes[1]:
-        raise ModelError(f"{folder} is the {network.component} of another base model; name its own as `model`")
-    network.replace(whole.to(network.device))
+    network.replace(whole, source=folder)
+
+
+@contextmanager
+def published_network(
+    network: Network, source: str | Path, *, subfolder: str | None = None, revision: str | None = None
+) -> Iterator[None]:
+    """Inside this context the policy is a published network, such as LPO's merged UNets; afterwards it is the base.
+
+    source: a folder or a hub repository, with the weights in its `subfolder`. ModelError if they are missing or of
+    another base model.
+    """
+    remedy = "it should be a network that diffusers' save_pretrained wrote, with .safetensors weights"
+    with hub.loading(f"network {source}", source, "its place", remedy):
+        module = type(network.module).from_pretrained(
+            str(source), subfolder=subfolder, revision=revision, dtype=network.dtype, use_safetensors=True
+        )
+    network.replace(module, source=source)
+    try:
+        yield
+    finally:
+        network.restore()
 
 
 def save_merged(network: Network, folder: str | Path) -> None:

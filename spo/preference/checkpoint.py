@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from spo.errors import ModelError, one_line
@@ -60,14 +60,33 @@ def save_preference_model(
     model: StepAwareCLIP, tokenizer: CLIPTokenizer, preprocessing: Preprocessing, folder: str | Path
 ) -> None:
     """Write a folder for load_preference_model, atomically."""
+    clip = json.loads(model.clip.config.to_json_string(use_diff=False))
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tokenizer.save_pretrained(temporary)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors")
-        clip = json.loads(model.clip.config.to_json_string(use_diff=False))
-        mark = {"format": FORMAT, "version": VERSION}
-        write_json(temporary / "config.json", {**mark, "preprocessing": asdict(preprocessing), "clip": clip})
+        write_model(model, {"preprocessing": asdict(preprocessing), "clip": clip}, temporary)
+
+
+def write_model(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> None:
+    """Write a preference model's weights, and its settings with our format's mark, into an existing folder."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    write_json(folder / "config.json", {"format": FORMAT, "version": VERSION, **settings})
+
+
+def fill_model(model: nn.Module, folder: Path) -> None:
+    """Give a model the weights of such a folder, in float32; ModelError if they are damaged or do not fit."""
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise damaged(folder, one_line(error)) from None
+    if found := weight_problems({name: tensor.shape for name, tensor in model.state_dict().items()}, weights):
+        raise damaged(folder, f"its model.safetensors {found}")
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+
+
+def damaged(folder: Path, problem: str) -> ModelError:
+    return ModelError(f"{folder} is a damaged preference model: {problem}; {MAKE_ONE}")
 
 
 def load_preference_model(folder: str | Path) -> PreferenceModel:

@@ -11,17 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from spo.core.types import Conditioning
 from spo.errors import ModelError, one_line
-from spo.preference.checkpoint import FORMAT, MAKE_ONE, VERSION, read_settings, weight_problems
+from spo.preference.checkpoint import damaged, fill_model, read_settings, write_model
 from spo.preference.latent import LatentPreferenceModel, half_unet
 from spo.preference.latent_space import LatentSpace
 from spo.preference.repository import read_tokenizer
-from spo.runtime.files import atomic_path, write_json
+from spo.runtime.files import atomic_path
 
 KIND = "latent"
 ENCODERS: dict[str, tuple[Any, ...]] = {"sd15": (CLIPTextModel,), "sdxl": (CLIPTextModel, CLIPTextModelWithProjection)}
@@ -68,6 +66,9 @@ class LatentPreference:
 
         return self.model.encode(ids(list(prompts)), ids([""]))
 
+    def save(self, folder: str | Path) -> None:
+        save_latent_preference(self, folder)
+
     def check_autoencoder(self, vae: Any) -> str | None:
         """ModelError where `vae`, the policy's, makes other latents than the model reads; a note if that is unknown."""
         if self.space is None:
@@ -80,8 +81,6 @@ def save_latent_preference(preference: LatentPreference, folder: str | Path) -> 
     """Write a folder that load_latent_preference reads; it is whole or not there."""
     model = preference.model
     values = {
-        "format": FORMAT,
-        "version": VERSION,
         "kind": KIND,
         "family": preference.family,
         "projection_size": model.visual_projection.out_features,
@@ -89,16 +88,14 @@ def save_latent_preference(preference: LatentPreference, folder: str | Path) -> 
         "guidance_scale": model.guidance_scale,
         "num_guided": model.num_guided,
         "latent_space": preference.space and asdict(preference.space),
-        "unet": _public(json.loads(model.unet.to_json_string())),
-        "text_encoders": [_public(json.loads(each.config.to_json_string())) for each in model.text_encoders],
+        "unet": public(json.loads(model.unet.to_json_string())),
+        "text_encoders": [public(json.loads(each.config.to_json_string())) for each in model.text_encoders],
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         for name, tokenizer in zip(TOKENIZERS, preference.tokenizers, strict=False):
             tokenizer.save_pretrained(temporary / name)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors")
-        write_json(temporary / "config.json", values)
+        write_model(model, values, temporary)
 
 
 def load_latent_preference(folder: str | Path) -> LatentPreference:
@@ -109,13 +106,10 @@ def load_latent_preference(folder: str | Path) -> LatentPreference:
         raise ModelError(f"{folder} holds a preference model of family {values.get('family')}, not of {[*ENCODERS]}")
     try:
         model = _empty_model(values)
-        space = _space(values["latent_space"])
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder} is a damaged preference model: {one_line(error)}; {MAKE_ONE}") from None
-    if found := weight_problems({name: tensor.shape for name, tensor in model.state_dict().items()}, weights):
-        raise ModelError(f"{folder} is a damaged preference model: its model.safetensors {found}; {MAKE_ONE}")
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+        space = LatentSpace.from_json(values["latent_space"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, one_line(error)) from None
+    fill_model(model, folder)
     tokenizers = tuple(
         read_text_tokenizer(folder / name, encoder)
         for name, encoder in zip(TOKENIZERS, model.text_encoders, strict=False)
@@ -142,10 +136,6 @@ def _empty_model(values: dict[str, Any]) -> LatentPreferenceModel:
     )
 
 
-def _space(values: dict[str, Any] | None) -> LatentSpace | None:
-    return None if values is None else LatentSpace(**{**values, "probe": tuple(values["probe"])})
-
-
-def _public(values: dict[str, Any]) -> dict[str, Any]:
+def public(values: dict[str, Any]) -> dict[str, Any]:
     """Without the libraries' own notes, such as the folder that a part was loaded from."""
     return {name: value for name, value in values.items() if not name.startswith("_")}

@@ -26,6 +26,11 @@ class LatentSpace:
     probe: tuple[float, ...]  # 4 numbers a channel
 
     @classmethod
+    def from_json(cls, values: dict[str, Any] | None) -> Self | None:
+        """What `asdict` gave, read from JSON."""
+        return None if values is None else cls(**{**values, "probe": tuple(values["probe"])})
+
+    @classmethod
     @torch.no_grad()
     def of(cls, vae: Any) -> Self:
         """The latent space of a diffusers AutoencoderKL."""

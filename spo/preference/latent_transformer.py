@@ -13,19 +13,17 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from spo.core.prediction import guide
 from spo.core.types import Conditioning
 from spo.errors import ModelError, one_line
-from spo.preference.checkpoint import FORMAT, MAKE_ONE, VERSION, weight_problems
+from spo.preference.checkpoint import damaged, fill_model, write_model
 from spo.preference.latent import LOGIT_SCALE, new_projection
+from spo.preference.latent_checkpoint import KIND, public
 from spo.preference.latent_space import LatentSpace
-from spo.runtime.files import atomic_path, write_json
+from spo.runtime.files import atomic_path
 
-KIND = "latent"
 LAYERS = 0.75  # of the joint blocks: 18 of SD3's 24
 
 
@@ -103,7 +101,7 @@ class TransformerPreference:
 
     model: TransformerPreferenceModel
     family: str
-    space: LatentSpace
+    space: LatentSpace | None
 
     @classmethod
     def from_network(
@@ -136,28 +134,24 @@ class TransformerPreference:
 
     def check_autoencoder(self, vae: Any) -> None:
         """ModelError where `vae`, the policy's, makes other latents than the model reads."""
-        self.space.check(vae)
+        if self.space is not None:
+            self.space.check(vae)
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` reads; it is whole or not there."""
         model = self.model
-        settings = json.loads(model.transformer.to_json_string())
         values = {
-            "format": FORMAT,
-            "version": VERSION,
             "kind": KIND,
             "family": self.family,
             "layers": len(model.transformer.transformer_blocks),
             "projection_size": model.visual_projection.out_features,
             "guidance_scale": model.guidance_scale,
-            "latent_space": asdict(self.space),
-            "transformer": {name: value for name, value in settings.items() if not name.startswith("_")},
+            "latent_space": self.space and asdict(self.space),
+            "transformer": public(json.loads(model.transformer.to_json_string())),
         }
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-            save_file(weights, temporary / "model.safetensors")
-            write_json(temporary / "config.json", values)
+            write_model(model, values, temporary)
 
     @classmethod
     def load(cls, folder: Path, values: dict[str, Any], network: Any) -> Self:
@@ -166,14 +160,10 @@ class TransformerPreference:
             transformer = _empty(type(network.module), values["transformer"], values["layers"])
             sizes = {"projection_size": values["projection_size"], "guidance_scale": values["guidance_scale"]}
             model = TransformerPreferenceModel(network, transformer, **sizes)
-            space = values["latent_space"]
-            weights = load_file(folder / "model.safetensors")
-            latents = LatentSpace(**{**space, "probe": tuple(space["probe"])})
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ModelError(f"{folder} is a damaged preference model: {one_line(error)}; {MAKE_ONE}") from None
-        if found := weight_problems({name: tensor.shape for name, tensor in model.state_dict().items()}, weights):
-            raise ModelError(f"{folder} is a damaged preference model: its model.safetensors {found}; {MAKE_ONE}")
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+            latents = LatentSpace.from_json(values["latent_space"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(folder, one_line(error)) from None
+        fill_model(model, folder)
         return cls(model.eval(), values["family"], latents)
 
 

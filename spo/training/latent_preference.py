@@ -21,7 +21,7 @@ from spo.errors import ModelError
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.network import Network
 from spo.preference.checkpoint import read_settings
-from spo.preference.latent_checkpoint import LatentPreference, load_latent_preference, save_latent_preference
+from spo.preference.latent_checkpoint import LatentPreference, load_latent_preference
 from spo.preference.latent_published import read_published_latent
 from spo.preference.latent_score import LatentScorer
 from spo.preference.latent_transformer import TransformerPreference
@@ -96,10 +96,7 @@ class LatentPreferenceTraining(PreferenceTraining):
         return cls(base, preference, settings, config.safety)
 
     def save(self, folder: Path) -> None:
-        if isinstance(self.preference, LatentPreference):
-            save_latent_preference(self.preference, folder)
-        else:
-            self.preference.save(folder)
+        self.preference.save(folder)
 
     def scorer(self) -> LatentScorer:
         return LatentScorer(self.preference, device=self.base.device, autoencoder=self.base.autoencoder)

@@ -4,23 +4,19 @@ import contextlib
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
-from torch import Generator, Tensor
+from torch import Generator
 
-from experiments import candidate_agreement, dpo_curve, methods, share_sweep
+from experiments import dpo_curve, methods, share_sweep
 from experiments.pictures import Pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
-from spo.config import SpoConfig, load_config
-from spo.core.types import Candidates
+from spo.config import load_config
 from spo.data.preferences import read_pairs
-from spo.metrics.metric import build_metrics, score
 from spo.stages import align, prepare, train_preference
 from spo.tracking import NullTracker
 from spo.workspace import Prepared
@@ -231,39 +227,3 @@ def test_methods_are_compared_by_their_best_trials_and_no_trial_is_made_twice(pr
     assert methods.main(command) == 0
     assert rows(project / "compared" / "methods.csv") == table
     assert methods.main(["--quick", "--methods", "ddpo"]) == 1
-
-
-def test_a_model_that_is_the_metric_orders_all_candidates_and_its_opposite_none(project: Path, monkeypatch) -> None:
-    monkeypatch.chdir(project)
-    config = load_config()
-    prompts = (project / "runs/own/prepare/prompts/validation.txt").read_text().splitlines()[:3]
-    settings = config.align["spo"]
-    assert isinstance(settings, SpoConfig)
-    settings = settings.model_copy(update={"candidates": 3, "threshold": 0.0})
-    metrics = build_metrics(config.evaluate.metrics, torch.device("cpu"), needed=("aesthetic",))
-
-    class Metric:
-        def __init__(self, sign: float):
-            self.sign = sign
-
-        def encode(self, prompts: Sequence[str]) -> Tensor:
-            return torch.zeros(len(prompts), 1)
-
-        def __call__(self, candidates: Candidates) -> Tensor:
-            images, k = candidates.images.flatten(0, 1), settings.candidates
-            return self.sign * score(metrics, images, prompts * k)["aesthetic"].unflatten(0, (k, -1))
-
-    for sign, agreement in ((1.0, 1.0), (-1.0, 0.0)):
-        found = candidate_agreement.measure(config, Metric(sign), prompts, settings)
-        assert [row["t"] for row in found][-2:] == [0, "all"]
-        assert found[-1]["pairs"] > len(prompts)
-        assert found[-1]["aesthetic"] == agreement
-
-
-def test_the_order_of_the_trained_model_is_printed_and_written(project: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(project)
-    assert candidate_agreement.main(["--prompts", "2", "--out", "order.csv"]) == 0
-    assert "| all |" in capsys.readouterr().out
-    assert {row["model"] for row in rows(project / "order.csv")} == {"runs/own/preference_models/pixel"}
-    assert candidate_agreement.main(["--method", "d3po"]) == 1
-    assert "no SPO called d3po" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """SPO's own: shared forwards, the clamp, segments, the order of prompts, and a preference model blind to t."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_a_shared_x_t_gives_what_two_forwards_give_with_half_the_work(policy):
     pairs = Pairs.cat(collect(make_spo(policy)))
     shake(policy)
     assert pairs.x_t.shape[1] == 1
-    twice = Pairs(pairs.x_t.expand(-1, 2, -1, -1, -1), pairs.x_prev, pairs.t, pairs.t_prev, pairs.cond, pairs.margin)
+    twice = replace(pairs, x_t=pairs.x_t.expand(-1, 2, -1, -1, -1))
     policy.network.forwards = 0
     shared = step_log_prob(policy, pairs)
     forwards, policy.network.forwards = policy.network.forwards, 0

@@ -1,5 +1,7 @@
 """Every method on one tiny random policy: how the tests of methods and of the training loop make them."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -60,10 +62,10 @@ def batch_settings(name: str, size: int) -> dict[str, int]:
 def swapped(pairs: Examples) -> Examples:
     """The same pairs with win and lose exchanged."""
     if isinstance(pairs, NoisedPairs):
-        return NoisedPairs(pairs.x_0.flip(1), pairs.noise, pairs.t, pairs.cond)
+        return replace(pairs, x_0=pairs.x_0.flip(1))
     assert isinstance(pairs, Pairs)
     x_t = pairs.x_t.flip(1) if pairs.x_t.shape[1] == 2 else pairs.x_t
-    return Pairs(x_t, pairs.x_prev.flip(1), pairs.t, pairs.t_prev, pairs.cond, pairs.margin)
+    return replace(pairs, x_t=x_t, x_prev=pairs.x_prev.flip(1))
 
 
 def what_is_learned(pairs: Examples) -> Tensor:

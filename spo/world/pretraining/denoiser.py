@@ -64,6 +64,14 @@ def draw_latents(vae: AutoencoderKL, n: int, generator: Generator, *, batch_size
     return torch.cat(latents), chosen
 
 
+def draw_rows(scene_index: Tensor, n: int, generator: Generator, *, empty: int) -> tuple[Tensor, Tensor]:
+    """n random latents, and the index of each one's prompt: its scene's, or now and then `empty`."""
+    row = torch.randint(len(scene_index), (n,), generator=generator)
+    prompt = scene_index[row].clone()
+    prompt[torch.rand(n, generator=generator) < PROMPT_DROPOUT] = empty
+    return row, prompt
+
+
 class Average:
     """Exponential moving average of the weights of several modules."""
 
@@ -106,9 +114,7 @@ def train_denoiser(
     unet.to(memory_format=torch.channels_last)  # a quarter less time on a CPU
     average = Average(unet, text_encoder, decay=0.998)
     for step, update in enumerate(updates(parameters, steps, learning_rate, warm_up=100, floor=0.03)):
-        row = torch.randint(len(latents), (batch_size,), generator=generator)
-        prompt = scene_index[row].clone()
-        prompt[torch.rand(batch_size, generator=generator) < PROMPT_DROPOUT] = empty
+        row, prompt = draw_rows(scene_index, batch_size, generator, empty=empty)
         t = torch.randint(len(alpha_bar), (batch_size,), generator=generator)
         noise = torch.randn(latents[row].shape, generator=generator)
         signal = alpha_bar[t].view(-1, 1, 1, 1)

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from spo.world.pretraining.clip import token_ids
-from spo.world.pretraining.denoiser import PROMPT_DROPOUT, Average
+from spo.world.pretraining.denoiser import Average, draw_rows
 from spo.world.pretraining.updates import updates
 from spo.world.scenes import all_scenes
 
@@ -76,7 +76,7 @@ class Frozen:
         first = CLIPTextModel.from_pretrained(base / "text_encoder")
         second = CLIPModel.from_pretrained(preference)
         vae = AutoencoderKL.from_pretrained(base / "vae").eval().requires_grad_(False)
-        vae.register_to_config(shift_factor=0.0)  # SD3's pipeline asks for one
+        vae.register_to_config(shift_factor=0.0, _name_or_path="")  # SD3 asks for a shift; no folder of this machine
         return cls(
             vae,
             CLIPTokenizer.from_pretrained(base / "tokenizer"),
@@ -119,9 +119,7 @@ def train_flow(
     average = Average(transformer, decay=0.998)
     parameters = list(transformer.parameters())
     for step, update in enumerate(updates(parameters, steps, learning_rate, warm_up=100, floor=0.03)):
-        row = torch.randint(len(latents), (batch_size,), generator=generator)
-        prompt = scene_index[row].clone()
-        prompt[torch.rand(batch_size, generator=generator) < PROMPT_DROPOUT] = len(pooled) - 1
+        row, prompt = draw_rows(scene_index, batch_size, generator, empty=len(pooled) - 1)
         u = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
         sigma = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).sigmoid()
         noise = torch.randn(latents[row].shape, generator=generator)

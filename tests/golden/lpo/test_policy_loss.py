@@ -34,12 +34,12 @@ def pairs(figures: Figures) -> Pairs:
     embeds, t = figures["loss.prompt_embeds"], figures["loss.timesteps"]
     negative = figures["loss.negative_prompt_embeds"].expand_as(embeds)
     return Pairs(
-        figures["loss.latents"].unsqueeze(1),
-        torch.stack([figures["loss.win"], figures["loss.lose"]], dim=1),
-        t,
-        previous(t, steps=20),
-        Conditioning({"prompt_embeds": embeds, "negative_prompt_embeds": negative}),
-        torch.ones(len(t)),
+        x_t=figures["loss.latents"].unsqueeze(1),
+        x_prev=torch.stack([figures["loss.win"], figures["loss.lose"]], dim=1),
+        t=t,
+        t_prev=previous(t, steps=20),
+        cond=Conditioning({"prompt_embeds": embeds, "negative_prompt_embeds": negative}),
+        margin=torch.ones(len(t)),
     )
 
 
