@@ -26,6 +26,7 @@ class ModelConfig(Section):
     resolution: Positive | tuple[Positive, Positive]  # pixels: the side of a square, or height and width
     t5: bool = True  # of sd3: false leaves out the largest text encoder, 4.7 billion weights
     t5_tokens: Positive | None = None  # of a prompt, for sd3 and flux; None: the pipeline's, 256 and 512 (schnell: 256)
+    keep_prompts: bool = False  # encode each prompt once and keep the result in the CPU's memory
     offload_text_encoders: bool = False  # they wait in the CPU's memory while they encode no prompt
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of the UNet's transformer blocks; only useful on a GPU

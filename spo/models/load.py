@@ -64,6 +64,7 @@ def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | 
         pipeline,
         resolution=config.resolution,
         t5_tokens=config.t5_tokens,
+        keep_prompts=config.keep_prompts,
         offload_text_encoders=config.offload_text_encoders,
     )
     if config.gradient_checkpointing:

@@ -32,6 +32,7 @@ class Network(ABC):
         pipeline: already on its device
         resolution: of images, in pixels: the side of a square, or height and width
         t5_tokens: of a prompt; None: as many as the pipeline gives T5
+        keep_prompts: encode each prompt once and keep its embeddings in the CPU's memory
         offload_text_encoders: to the CPU's memory while they encode no prompt
     """
 
@@ -46,6 +47,7 @@ class Network(ABC):
         *,
         resolution: int | tuple[int, int],
         t5_tokens: int | None = None,
+        keep_prompts: bool = False,
         offload_text_encoders: bool = False,
     ):
         for part in pipeline.components.values():
@@ -64,6 +66,7 @@ class Network(ABC):
         parts = pipeline.components
         self.offloaded = [parts[name] for name in TEXT_ENCODERS if parts.get(name)] if offload_text_encoders else []
         self._move_text_encoders("cpu")
+        self._kept: dict[str, dict[str, Tensor]] | None = {} if keep_prompts else None  # by prompt
         self._negative: dict[str, Tensor] | None = None
         self._merged = False
         self._frozen: nn.Module | None = None
@@ -82,15 +85,29 @@ class Network(ABC):
         """The embeddings of each prompt and, under `negative_...`, those of guidance's negative prompt, if any."""
         if not prompts:
             raise ValueError("encode needs at least one prompt, got none")
-        with self.text_encoders_ready():
-            embeds = self._embed(list(prompts))
-            if self._negative is None:
+        embeds = self._embed_once(list(prompts))
+        if self._negative is None:
+            with self.text_encoders_ready():
                 self._negative = self._embed_negative()
         negative = {
             f"negative_{name}": tensor.expand(len(prompts), *tensor.shape[1:])
             for name, tensor in self._negative.items()
         }
         return Conditioning({**embeds, **negative})
+
+    def _embed_once(self, prompts: list[str]) -> dict[str, Tensor]:
+        """`_embed`; of prompts that are kept, only those that are new are encoded."""
+        new = prompts if self._kept is None else [p for p in dict.fromkeys(prompts) if p not in self._kept]
+        embeds: dict[str, Tensor] = {}
+        if new:
+            with self.text_encoders_ready():
+                embeds = self._embed(new)
+        if self._kept is None:
+            return embeds
+        for i, prompt in enumerate(new):
+            self._kept[prompt] = {name: tensor[i].cpu() for name, tensor in embeds.items()}
+        rows = [self._kept[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     @contextmanager
     def text_encoders_ready(self) -> Iterator[None]:

@@ -18,10 +18,10 @@ from spo.models.lora import add_lora
 from spo.tracking import NullTracker
 from spo.training.align import align
 from tests.methods.tiny import PROMPTS, BrightnessScorer
-from tests.models.tiny import make_tiny_denoiser, shake
+from tests.models.tiny import FAMILIES, make_tiny_denoiser, shake
 
 K = 3
-families = pytest.mark.parametrize("family", ["sd15", "sd3"], scope="module")
+families = pytest.mark.parametrize("family", FAMILIES, scope="module")
 
 
 def make(policy: LatentDiffusion, **settings) -> Grpo:

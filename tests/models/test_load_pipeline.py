@@ -1,5 +1,7 @@
 """Pipelines come from safe files of the right family, and what is wrong is said in one line."""
 
+from pathlib import Path
+
 import huggingface_hub.constants
 import pytest
 import torch
@@ -182,3 +184,19 @@ def test_a_tiny_autoencoder_decodes_in_the_vaes_place_and_must_fit_the_latents(f
         load_tiny_vae(str(tmp_path / "8"), denoiser)
     with pytest.raises(ModelError, match=r"scoring\.tiny_vae='nowhere' is no folder"):
         load_tiny_vae("nowhere", denoiser)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kept_prompt_is_encoded_once_and_comes_back_the_same(family: str, tmp_path: Path, monkeypatch) -> None:
+    folder = make_tiny_pipeline(family, tmp_path / "model")
+    plain, keeping = (make_tiny_denoiser(family, folder, keep_prompts=keep).network for keep in (False, True))
+    asked: list[list[str]] = []
+    embed = keeping._embed
+    monkeypatch.setattr(keeping, "_embed", lambda prompts: asked.append(prompts) or embed(prompts))
+    keeping.encode(["a cat", "a dog"])
+    asked.clear()
+    found, expected = (network.encode(["a dog", "a hen", "a dog"]).tensors for network in (keeping, plain))
+    assert asked == [["a hen"]]
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
