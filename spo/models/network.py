@@ -85,29 +85,22 @@ class Network(ABC):
         """The embeddings of each prompt and, under `negative_...`, those of guidance's negative prompt, if any."""
         if not prompts:
             raise ValueError("encode needs at least one prompt, got none")
-        embeds = self._embed_once(list(prompts))
-        if self._negative is None:
+        new = list(prompts) if self._kept is None else [p for p in dict.fromkeys(prompts) if p not in self._kept]
+        embeds: dict[str, Tensor] = {}
+        if new or self._negative is None:
             with self.text_encoders_ready():
-                self._negative = self._embed_negative()
+                embeds = self._embed(new) if new else {}
+                if self._negative is None:
+                    self._negative = self._embed_negative()
+        if self._kept is not None:
+            self._kept |= {p: {name: rows[i].cpu() for name, rows in embeds.items()} for i, p in enumerate(new)}
+            kept = [self._kept[prompt] for prompt in prompts]
+            embeds = {name: torch.stack([each[name] for each in kept]).to(self.device) for name in kept[0]}
         negative = {
             f"negative_{name}": tensor.expand(len(prompts), *tensor.shape[1:])
             for name, tensor in self._negative.items()
         }
         return Conditioning({**embeds, **negative})
-
-    def _embed_once(self, prompts: list[str]) -> dict[str, Tensor]:
-        """`_embed`; of prompts that are kept, only those that are new are encoded."""
-        new = prompts if self._kept is None else [p for p in dict.fromkeys(prompts) if p not in self._kept]
-        embeds: dict[str, Tensor] = {}
-        if new:
-            with self.text_encoders_ready():
-                embeds = self._embed(new)
-        if self._kept is None:
-            return embeds
-        for i, prompt in enumerate(new):
-            self._kept[prompt] = {name: tensor[i].cpu() for name, tensor in embeds.items()}
-        rows = [self._kept[prompt] for prompt in prompts]
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     @contextmanager
     def text_encoders_ready(self) -> Iterator[None]:
