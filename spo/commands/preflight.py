@@ -13,11 +13,11 @@ from pathlib import Path
 from spo.commands.disk_estimate import room, size_of
 from spo.config import Config, MetricConfig
 from spo.config.metrics import split_hub_file
-from spo.errors import ConfigError
+from spo.errors import ConfigError, DataError
 from spo.pipeline import DISTRIBUTED
 from spo.runtime.hub import is_name
 
-PROMPTS, PAIRS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"), (".jsonl", ".parquet")
+PAIRS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def findings(config: Config, root: Path) -> list[Finding]:
 
 def _data(config: Config, root: Path) -> Iterator[Finding]:
     source = config.prepare.prompts.source
-    good, detail = _file(root / source, PROMPTS)
+    good, detail = _prompts(root / source)
     yield Finding("prepare.prompts.source", good, f"{source} {detail}", ("prepare",))
     if config.prepare.preferences is None:
         return
@@ -60,6 +60,17 @@ def _data(config: Config, root: Path) -> Iterator[Finding]:
     else:
         good, detail = _file(root / source, PAIRS)
     yield Finding("prepare.preferences.source", good, f"{source} {detail}", ("prepare",))
+
+
+def _prompts(path: Path) -> tuple[bool, str]:
+    from spo.data.prompt_files import SUFFIXES, prompt_files  # slow to import, and every command would
+
+    if not path.is_dir():
+        return _file(path, SUFFIXES)
+    try:
+        return True, f"is a folder of {len(prompt_files(path))} files"
+    except DataError as error:
+        return False, str(error)
 
 
 def _file(path: Path, suffixes: tuple[str, ...]) -> tuple[bool, str]:

@@ -1,5 +1,6 @@
 """Rows of a user's files: each is used, or rejected with its number and a reason."""
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,13 @@ from pathlib import Path
 from spo.errors import DataError
 
 EXCERPT = 80  # characters
+MARKS = (  # of byte order; UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+codecs.register_error("lone_surrogate", lambda error: ("\ud800", getattr(error, "end", 0)))
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,16 @@ def nothing_usable(what: str, source: str | Path, reasons: dict[str, int], first
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIOWrapper:
-    """Open UTF-8 text, with or without a byte order mark; wrong bytes become surrogates. DataError if it fails."""
+    """Open UTF-8 text, or UTF-16 or UTF-32 with a byte order mark; wrong bytes become surrogates.
+
+    DataError if it fails.
+    """
     try:
-        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+        with path.open("rb") as file:
+            start = file.read(4)
+        encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8-sig")
+        errors = "surrogateescape" if encoding == "utf-8-sig" else "lone_surrogate"
+        return path.open(encoding=encoding, errors=errors, newline=newline)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; name an existing file") from None
 
