@@ -6,7 +6,7 @@ Every stage calls `require` at its start, so that a mistake in a later stage's s
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,6 @@ from spo.config.metrics import split_hub_file
 from spo.errors import ConfigError, DataError
 from spo.pipeline import DISTRIBUTED
 from spo.runtime.hub import is_name
-
-PAIRS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -54,23 +52,28 @@ def _data(config: Config, root: Path) -> Iterator[Finding]:
     source = config.prepare.preferences.source
     if source.startswith("hub:"):
         good, detail = _hub(source.removeprefix("hub:").partition("@")[0])
-    elif (root / source).is_dir():
-        files = [path for path in (root / source).iterdir() if path.suffix.lower() in PAIRS]
-        good, detail = bool(files), f"is a folder of {len(files)} files in {' or '.join(PAIRS)}"
     else:
-        good, detail = _file(root / source, PAIRS)
+        good, detail = _pairs(root / source, config.prepare.preferences.split)
     yield Finding("prepare.preferences.source", good, f"{source} {detail}", ("prepare",))
 
 
 def _prompts(path: Path) -> tuple[bool, str]:
     from spo.data.prompt_files import SUFFIXES, prompt_files  # slow to import, and every command would
 
-    if not path.is_dir():
-        return _file(path, SUFFIXES)
+    return _folder(lambda: prompt_files(path)) if path.is_dir() else _file(path, SUFFIXES)
+
+
+def _pairs(path: Path, split: str) -> tuple[bool, str]:
+    from spo.data.preference_files import SUFFIXES, preference_files
+
+    return _folder(lambda: preference_files(path, split)[0]) if path.is_dir() else _file(path, SUFFIXES)
+
+
+def _folder(files: Callable[[], list[Path]]) -> tuple[bool, str]:
     try:
-        return True, f"is a folder of {len(prompt_files(path))} files"
+        return True, f"is a folder of {len(files())} files"
     except DataError as error:
-        return False, str(error)
+        return False, f"cannot be used: {error}"
 
 
 def _file(path: Path, suffixes: tuple[str, ...]) -> tuple[bool, str]:

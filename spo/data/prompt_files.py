@@ -4,7 +4,6 @@ Every source yields raw rows in one shape. No row is cut short: one that does no
 """
 
 import csv
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -14,7 +13,7 @@ from typing import NamedTuple, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spo.data.rows import RowError, json_lines, open_text
+from spo.data.rows import RowError, json_lines, json_list, open_text
 from spo.errors import DataError, one_line
 
 FIELDS = ("prompt", "caption", "text")  # tried if no field is named, whatever their capitals
@@ -60,7 +59,7 @@ def _rows(path: Path, field: str | None) -> Iterator[Row]:
         case ".txt":
             return _lines(path)
         case ".json":
-            return _values(_json_list(path), field, path)
+            return _values(json_list(path), field, path)
         case ".jsonl":
             return _values(json_lines(path), field, path)
         case ".csv" | ".tsv":
@@ -73,20 +72,6 @@ def _rows(path: Path, field: str | None) -> Iterator[Row]:
 def _lines(path: Path) -> Iterator[Row]:
     with open_text(path) as file:
         yield from enumerate((line.rstrip("\n") for line in file), start=1)
-
-
-def _json_list(path: Path) -> Iterator[Row]:
-    with open_text(path) as file:
-        text = file.read()
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is broken JSON: {error}") from None
-    if not isinstance(values, list):
-        raise DataError(f"{path} holds {_kind(values)}; it should hold a list of strings or of objects")
-    return enumerate(values, start=1)
 
 
 def _values(rows: Iterable[Row], field: str | None, path: Path) -> Iterator[Row]:
@@ -204,7 +189,3 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _kind(value: object) -> str:
-    return {dict: "an object", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")

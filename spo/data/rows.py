@@ -80,3 +80,22 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
                 yield number, json.loads(line) if line.strip() else RowError("empty")
             except (ValueError, RecursionError):
                 yield number, RowError("broken JSON", line.strip())
+
+
+def json_list(path: Path) -> Iterator[tuple[int, object]]:
+    """Number and value of each entry of a JSON list. DataError, naming the place, if the file holds none."""
+    with open_text(path) as file:
+        text = file.read()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is broken JSON: {error}") from None
+    if not isinstance(values, list):
+        raise DataError(f"{path} holds {_kind(values)}; it should hold a list of strings or of objects")
+    return enumerate(values, start=1)
+
+
+def _kind(value: object) -> str:
+    return {dict: "an object", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
