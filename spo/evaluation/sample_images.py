@@ -1,6 +1,7 @@
 """Images of one prompt: by one model, or by the base and others side by side."""
 
 import re
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -147,4 +148,6 @@ def _require_folder(out: Path) -> None:
 
 
 def _slug(text: str, limit: int = 48) -> str:
+    encoding = sys.getfilesystemencoding()
+    text = text.encode(encoding, "ignore").decode(encoding)  # what this locale can name
     return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:limit].rstrip("-") or "picture"
