@@ -1,8 +1,8 @@
 """The profile and overrides of settings: they are written to the files that DVC and the stages read.
 
 `dvc repro` takes no settings, and `dvc exp run --set-param` needs a commit and no other changes. So an override edits
-the profile's file or params.yaml and keeps their comments. All overrides are checked before the first is written. At the
-end of the run the files are as before, so that the next run starts from the settings of the project.
+the profile's file or params.yaml and keeps their comments. All overrides are checked before the first is written. At
+the end of the run the files are as before, so that the next run starts from the settings of the project.
 """
 
 import io
