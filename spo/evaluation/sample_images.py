@@ -21,6 +21,8 @@ from spo.runtime.device import best_device
 from spo.runtime.environment import git_commit
 from spo.runtime.pictures import labelled_sheet, save_png, to_picture
 
+MOST = 10_000  # pictures of one command
+
 
 def choose_sampler(
     config: Config, name: str | None, *, steps: int | None, guidance: float | None, eta: float | None
@@ -64,6 +66,8 @@ class Painter:
             raise ConfigError("the prompt is empty; say what the picture should show")
         if num < 1:
             raise ConfigError(f"--num {num} makes no picture; use 1 or more")
+        if num > MOST:
+            raise ConfigError(f"--num {num} is too many; use at most {MOST}, and --seed for the next ones")
         if not 0 <= seed <= 2**63 - num:
             raise ConfigError(f"--seed {seed} is out of range; use a whole number from 0 to 2^63 - 1")
         self.config = config

@@ -115,7 +115,9 @@ def test_prompts_longer_than_the_text_encoders_context_are_counted_with_examples
         file.write(f"{'y' * (TOKENS - 2)}\n{long}\n")
     metrics = run(make_config(), root=project, tracker=NullTracker())
     assert metrics["prompts"]["cut"] == {"tokenizer": {"context": TOKENS, "prompts": 1, "examples": [long]}}
-    assert f"1 of 102 prompts are longer than the {TOKENS} tokens of the tokenizer and are cut" in capsys.readouterr().err
+    assert (
+        f"1 of 102 prompts are longer than the {TOKENS} tokens of the tokenizer and are cut" in capsys.readouterr().err
+    )
 
 
 def test_rejected_rows_are_listed_with_source_row_and_reason(project: Path) -> None:
