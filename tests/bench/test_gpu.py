@@ -117,9 +117,9 @@ def test_a_row_holds_what_it_is_for(whole_run: tuple[Any, Path]) -> None:
         assert rows[name]["largest_loss_difference"] < 1e-4
         assert rows[name]["times_faster"] > 0
         assert {"seconds", "seconds_a_pair", "peak_bytes", "share_of_floor"} <= set(rows[name]["ours"])
-    for name in ("where-sd15", "where-sdxl"):
+    for name in ("where-sd15", "where-sdxl", "where-sd35", "where-flux"):
         groups = rows[name]["groups"]
-        assert list(groups) == ["UNet, sampling", "VAE", "preference model", "updates", "rest"]
+        assert list(groups) == ["network, sampling", "VAE", "preference model", "updates", "rest"]
         assert sum(groups.values()) == pytest.approx(rows[name]["seconds"])
     assert [rows[f"preference-{n}"]["pairs"] for n in (1, 4, 16)] == [1, 4, 16]
     for name in ("kinds-sd15", "kinds-sdxl"):
