@@ -63,6 +63,11 @@ class Workspace:
         return sorted((self.aligned(method, seed) / "checkpoints").glob("step-*"))
 
     @property
+    def scorers(self) -> Path:
+        """The modules of preference models of kind custom."""
+        return self.root / "data" / "scorers"
+
+    @property
     def evaluate(self) -> Path:
         return self.output("evaluate")
 

@@ -4,14 +4,23 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import PNDMScheduler
 
 import spo
+from spo.config import ModelConfig
+from spo.errors import ConfigError
+from spo.models.load import load_pipeline
 from spo.preference.checkpoint import load_clip, save_preference_model
 from spo.stages import prepare
 from spo.tracking import NullTracker
+from tests.models.tiny import RESOLUTION, make_tiny_pipeline
 from tests.test_pipeline import make_project
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_name_is_there_and_documented() -> None:
@@ -44,3 +53,47 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == config.sampling.steps - 1
     assert all(line.startswith("t=") and " pairs, mean score " in line for line in lines)
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reward rises: pictures become redder."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    example = text.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(example.replace("epochs=2", "epochs=2, optimizer={'learning_rate': 3e-3}, lora={'rank': 8}"), names)
+    assert names["measured"]["updates"] == 10
+    assert capsys.readouterr().out.startswith("10 updates in ")
+    trained = names["reward"](painted(names["pipeline"]), None, 0)
+    names["pipeline"].unet.unload_lora()
+    base = painted(names["pipeline"])
+    assert trained > names["reward"](base, None, 0)
+    names["pipeline"].load_lora_weights("red-lora/lora")
+    torch.testing.assert_close(names["reward"](painted(names["pipeline"]), None, 0), trained)
+
+
+def painted(pipeline: Any) -> torch.Tensor:
+    options = {"height": 64, "width": 64, "num_inference_steps": 4, "output_type": "pt"}
+    return pipeline("a small red cross", generator=torch.Generator().manual_seed(0), **options).images
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_every_family_is_wrapped(family: str, tmp_path: Path) -> None:
+    config = ModelConfig(family=family, path=str(make_tiny_pipeline(family, tmp_path / "model")), resolution=RESOLUTION)
+    pipeline = load_pipeline(config, "cpu")
+    scheduler = pipeline.scheduler = PNDMScheduler(steps_offset=1) if family == "sdxl" else pipeline.scheduler
+    model = spo.wrap(pipeline, resolution=RESOLUTION, sampling=spo.SamplingConfig(steps=4))
+    assert pipeline.scheduler is scheduler
+    assert len(model.timesteps) == 4 and model.network.pipeline.vae is pipeline.vae
+
+
+def test_what_cannot_be_aligned_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the pipeline is a object; it should be one of StableDiffusionPipeline, "):
+        spo.wrap(object(), resolution=64)
+    with pytest.raises(ConfigError, match="exists; name a folder that does not"):
+        spo.align(None, None, ["a"], tmp_path, resolution=64)
+    with pytest.raises(ConfigError, match="prompts is empty"):
+        spo.align(None, None, [], tmp_path / "new", resolution=64)

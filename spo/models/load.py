@@ -55,7 +55,12 @@ VARIANTS = 256  # compiled versions of one block: widths, batch sizes, adapter o
 
 def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:
     """The configured model as a Denoiser, frozen."""
-    pipeline, family = load_pipeline(config, device), NETWORKS[config.family]
+    return assemble(load_pipeline(config, device), config, sampling)
+
+
+def assemble(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) -> LatentDiffusion:
+    """A pipeline with a plain scheduler as a Denoiser, frozen; ModelError if the settings do not fit it."""
+    family = NETWORKS[config.family]
     _check_grid(pipeline, config, sampling)
     multiple = pipeline.vae_scale_factor * family.patch_size
     if any(side % multiple for side in config.size):
@@ -101,16 +106,20 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
             use_safetensors=True,
             **parts,
         )
-    scheduler = pipeline.scheduler.config
-    if config.is_flow:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler, stochastic_sampling=False)
-    else:
-        pipeline.scheduler = DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
+    pipeline.scheduler = plain_scheduler(pipeline, config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for name in {"unet", "vae"} & set(pipeline.components):
         getattr(pipeline, name).to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs
     return pipeline
+
+
+def plain_scheduler(pipeline: Pipeline, config: ModelConfig) -> Any:
+    """DDIM or flow Euler on the schedule of the pipeline's own scheduler."""
+    scheduler = pipeline.scheduler.config
+    if config.is_flow:
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler, stochastic_sampling=False)
+    return DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
 
 
 def compile_blocks(network: Any) -> None:

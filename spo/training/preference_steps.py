@@ -58,6 +58,11 @@ class PreferenceTraining(ABC):
             f"pair: look at {self.no_gradient_remedy}",
         )
 
+    @property
+    def skipped(self) -> int:
+        """Updates that were not finite."""
+        return self.updater.guard.skipped
+
     @classmethod
     @abstractmethod
     def start(cls, base: LatentDiffusion, config: Config, name: str) -> Self:
