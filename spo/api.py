@@ -13,9 +13,10 @@ from spo.core.types import LabelledPairs, Scorer
 from spo.errors import ConfigError
 from spo.methods.method import Inputs, build_method
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.load import PIPELINES, assemble, plain_scheduler
+from spo.models.load import PIPELINES, assemble
 from spo.models.lora import add_lora
 from spo.models.policy import save_policy
+from spo.models.schedulers import plain_scheduler
 from spo.preference.reward import Reward, RewardScorer
 from spo.runtime.files import atomic_path, write_json
 from spo.tracking import NullTracker
@@ -41,7 +42,7 @@ def wrap(
     values = {"family": family, "path": pipeline.name_or_path or "the pipeline", "resolution": resolution}
     config = ModelConfig.model_validate(values)
     shared = copy.copy(pipeline)
-    shared.scheduler = plain_scheduler(pipeline, config)
+    shared.scheduler = plain_scheduler(pipeline.scheduler, config)
     return assemble(shared, config, sampling or SamplingConfig())
 
 

@@ -19,7 +19,7 @@ from torch import Generator
 from spo.__main__ import main
 from spo.config import FLOW
 from spo.models.generate import image_seed
-from spo.models.lora import WEIGHTS
+from spo.models.lora_file import WEIGHTS
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
 from tests.models.tiny import FAMILIES, FLOWS, RESOLUTION, T5_TOKENS, load_plainly, make_tiny_pipeline

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo.config import Config, PixelPreferenceConfig, PreferenceConfig
+from spo.errors import DataError
+from spo.runtime.files import read_json
 from spo.workspace import Workspace
 
 CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, if it is on the hub
@@ -68,11 +70,11 @@ def num_pairs(config: Config, root: Path) -> float | None:
     if preferences.source.startswith("hub:"):
         counted = math.inf
     else:
-        source = root / preferences.source
-        files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
+        from spo.data.preference_files import preference_files
+
         try:
-            counted = sum(map(_num_rows, files))
-        except (OSError, ArrowException):
+            counted = sum(map(_num_rows, preference_files(root / preferences.source, preferences.split)[0]))
+        except (OSError, ValueError, DataError, ArrowException):
             return None
     used = min(counted, preferences.max_pairs or math.inf)
     return None if used == math.inf else used * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
@@ -123,4 +125,9 @@ def _num_rows(file: Path) -> int:
     if file.suffix.lower() == ".jsonl":
         with file.open("rb") as lines:
             return sum(1 for _ in lines)
-    return 0
+    if file.suffix.lower() == ".json":
+        return len(read_json(file))
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(file)) as opened, ipc.open_stream(opened) as batches:
+        return sum(len(batch) for batch in batches)

@@ -6,18 +6,16 @@ Every stage calls `require` at its start, so that a mistake in a later stage's s
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from spo.commands.disk_estimate import room, size_of
 from spo.config import Config, MetricConfig
 from spo.config.metrics import split_hub_file
-from spo.errors import ConfigError
+from spo.errors import ConfigError, DataError
 from spo.pipeline import DISTRIBUTED
 from spo.runtime.hub import is_name
-
-PROMPTS, PAIRS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"), (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -47,19 +45,35 @@ def findings(config: Config, root: Path) -> list[Finding]:
 
 def _data(config: Config, root: Path) -> Iterator[Finding]:
     source = config.prepare.prompts.source
-    good, detail = _file(root / source, PROMPTS)
+    good, detail = _prompts(root / source)
     yield Finding("prepare.prompts.source", good, f"{source} {detail}", ("prepare",))
     if config.prepare.preferences is None:
         return
     source = config.prepare.preferences.source
     if source.startswith("hub:"):
         good, detail = _hub(source.removeprefix("hub:").partition("@")[0])
-    elif (root / source).is_dir():
-        files = [path for path in (root / source).iterdir() if path.suffix.lower() in PAIRS]
-        good, detail = bool(files), f"is a folder of {len(files)} files in {' or '.join(PAIRS)}"
     else:
-        good, detail = _file(root / source, PAIRS)
+        good, detail = _pairs(root / source, config.prepare.preferences.split)
     yield Finding("prepare.preferences.source", good, f"{source} {detail}", ("prepare",))
+
+
+def _prompts(path: Path) -> tuple[bool, str]:
+    from spo.data.prompt_files import SUFFIXES, prompt_files  # slow to import, and every command would
+
+    return _folder(lambda: prompt_files(path)) if path.is_dir() else _file(path, SUFFIXES)
+
+
+def _pairs(path: Path, split: str) -> tuple[bool, str]:
+    from spo.data.preference_files import SUFFIXES, preference_files
+
+    return _folder(lambda: preference_files(path, split)[0]) if path.is_dir() else _file(path, SUFFIXES)
+
+
+def _folder(files: Callable[[], list[Path]]) -> tuple[bool, str]:
+    try:
+        return True, f"is a folder of {len(files())} files"
+    except DataError as error:
+        return False, f"cannot be used: {error}"
 
 
 def _file(path: Path, suffixes: tuple[str, ...]) -> tuple[bool, str]:

@@ -19,7 +19,7 @@ from spo.evaluation.model_variants import BASE, ModelVariant, Task
 from spo.evaluation.promotion import Decision, Scored, decide, fingerprint, scored
 from spo.evaluation.resolve_model import lora_within
 from spo.models.generate import image_seed
-from spo.models.lora import WEIGHTS
+from spo.models.lora_file import WEIGHTS
 from spo.runtime.files import read_json
 from spo.tracking import registry
 from spo.workspace import Workspace

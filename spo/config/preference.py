@@ -12,7 +12,7 @@ from spo.config.model import SamplingConfig
 
 
 class PromptsConfig(Section):
-    source: str  # a .txt, .json, .jsonl, .csv, .tsv or .parquet file
+    source: str  # a .txt, .json, .jsonl, .csv, .tsv or .parquet file, or a folder of them
     field: str | None = None  # of the prompt, if rows have fields
     max_prompts: Positive | None = None
 

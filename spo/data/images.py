@@ -1,16 +1,24 @@
 """Pictures from untrusted bytes."""
 
 import io
+import re
 import threading
 import warnings
 from contextlib import nullcontext
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from spo.data.rows import RowError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # only these: some of Pillow's readers start programs
+PLAIN = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = (*PLAIN, "AVIF") if features.check("avif") else PLAIN  # only these: some of Pillow's readers start programs
+SIGNATURES = {  # of formats that people have and that Pillow does not read
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "HEIC": rb"....ftyp(hei|hev|mif1)",
+    "AVIF": rb"....ftypavi",
+    "SVG": rb"\s*(<\?xml[^>]*>\s*)?<svg",
+}
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 LARGE_PIXELS = 16_000_000  # from this size on, one picture is decoded at a time, in all threads together
@@ -48,9 +56,17 @@ def decode_image(data: object) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise RowError("image too large", str(error)) from None
     except Image.UnidentifiedImageError:
-        raise RowError("image broken", f"no {', '.join(FORMATS)}: starts with {data[:12]!r}") from None
+        raise _unknown(data) from None
     except Exception as error:  # on broken bytes Pillow's readers raise nearly anything
         raise RowError("image broken", f"{type(error).__name__}: {error}") from None
+
+
+def _unknown(data: bytes) -> RowError:
+    """The reason for a format that is not read; it is named if it is known."""
+    for name, signature in SIGNATURES.items():
+        if re.match(signature, data[:200], re.DOTALL):
+            return RowError(f"{name} is not read", f"convert it to one of {', '.join(FORMATS)}")
+    return RowError("image broken", f"no {', '.join(FORMATS)}: starts with {data[:12]!r}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

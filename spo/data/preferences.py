@@ -5,10 +5,12 @@
 `spo.data.images.decode_image` decodes them.
 """
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -99,9 +101,14 @@ def _check_image(value: object) -> bytes:
 
 
 def _check_label(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    """A number in [0, 1], as any type of column holds one: float, decimal, boolean or text."""
+    try:
+        label = float(value) if isinstance(value, int | float | Decimal | str) else math.nan
+    except (ValueError, OverflowError):
+        label = math.nan
+    if not 0 <= label <= 1:
         raise RowError("label not in [0, 1]", value)
-    return float(value)
+    return label
 
 
 class PairWriter:

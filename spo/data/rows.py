@@ -1,5 +1,6 @@
 """Rows of a user's files: each is used, or rejected with its number and a reason."""
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,13 @@ from pathlib import Path
 from spo.errors import DataError
 
 EXCERPT = 80  # characters
+MARKS = (  # of byte order; UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+codecs.register_error("lone_surrogate", lambda error: ("\ud800", getattr(error, "end", 0)))
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,16 @@ def nothing_usable(what: str, source: str | Path, reasons: dict[str, int], first
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIOWrapper:
-    """Open UTF-8 text, with or without a byte order mark; wrong bytes become surrogates. DataError if it fails."""
+    """Open UTF-8 text, or UTF-16 or UTF-32 with a byte order mark; wrong bytes become surrogates.
+
+    DataError if it fails.
+    """
     try:
-        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+        with path.open("rb") as file:
+            start = file.read(4)
+        encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8-sig")
+        errors = "surrogateescape" if encoding == "utf-8-sig" else "lone_surrogate"
+        return path.open(encoding=encoding, errors=errors, newline=newline)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; name an existing file") from None
 
@@ -65,3 +80,22 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
                 yield number, json.loads(line) if line.strip() else RowError("empty")
             except (ValueError, RecursionError):
                 yield number, RowError("broken JSON", line.strip())
+
+
+def json_list(path: Path) -> Iterator[tuple[int, object]]:
+    """Number and value of each entry of a JSON list. DataError, naming the place, if the file holds none."""
+    with open_text(path) as file:
+        text = file.read()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is broken JSON: {error}") from None
+    if not isinstance(values, list):
+        raise DataError(f"{path} holds {_kind(values)}; it should hold a list of strings or of objects")
+    return enumerate(values, start=1)
+
+
+def _kind(value: object) -> str:
+    return {dict: "an object", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from spo import tracking
 from spo.config import Config
 from spo.errors import ModelError
-from spo.models.lora import WEIGHTS
+from spo.models.lora_file import PEFT_WEIGHTS, WEIGHTS
 from spo.models.policy import WHOLE
 from spo.runtime import hub
 from spo.workspace import Workspace
@@ -81,7 +81,9 @@ def _evaluated(folder: Path) -> list[str]:
 
 
 def _holds_lora(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file() or any((folder / name).is_dir() for name in WHOLE)
+    return any((folder / name).is_file() for name in (WEIGHTS, PEFT_WEIGHTS)) or any(
+        (folder / name).is_dir() for name in WHOLE
+    )
 
 
 def _short(name: str) -> str:

@@ -42,10 +42,16 @@ def build_metrics(
 
 
 def score(metrics: Sequence[Metric], images: Tensor, prompts: Sequence[str]) -> Scores:
-    """All scores (n,) of images (n, 3, H, W) with prompts (n)."""
+    """All scores (n,) of images (n, 3, H, W) with prompts (n); ModelError for one that is not finite."""
     scores: Scores = {}
     for metric in metrics:
         starts = range(0, len(images), IMAGES_AT_A_TIME)
         parts = [metric(images[i : i + IMAGES_AT_A_TIME], list(prompts[i : i + IMAGES_AT_A_TIME])) for i in starts]
         scores |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for name, values in scores.items():
+        if len(bad := (~values.isfinite()).nonzero()):
+            prompt, value = prompts[int(bad[0])], values[bad[0]].item()
+            raise ModelError(
+                f"the score {name} of {prompt!r} is {value}; leave its metric out, or give it other weights"
+            )
     return scores

@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 
 from spo.config import FLOW, SamplerConfig
 from spo.core.noise import seed_of
+from spo.errors import ModelError
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.schedulers import build_scheduler
 from spo.runtime.progress import progress
@@ -30,6 +31,7 @@ def generate(
     """Images (n, 3, H, W) in [0, 1], on the CPU, of the diffusers pipeline with the LoRA that is on, if any.
 
     prompts, seeds: n each; an image depends only on its prompt and seed, not on its batch. A label shows progress.
+    ModelError for pixels that are not finite.
     """
     pipeline = model.network.pipeline
     _, height, width = model.latent_shape
@@ -52,6 +54,12 @@ def generate(
                     output_type="pt",
                     **options,
                 ).images
+                if not images.isfinite().all():
+                    raise ModelError(
+                        f"the model paints pixels that are not finite ({sampler.description}; first prompt "
+                        f"{prompts[start]!r}); its weights are broken, or {model.network.dtype} is too narrow: use "
+                        "another LoRA or model, or model.dtype=bfloat16 or float32"
+                    )
                 batches.append(images.float().cpu().clamp(0, 1))
     finally:
         pipeline.scheduler = scheduler

@@ -4,6 +4,7 @@ Weights are read from .safetensors only, and no code of a repository is run.
 """
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,9 +16,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
-    DDIMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -32,6 +31,7 @@ from spo.models.autoencoder import Autoencoder
 from spo.models.flux import FluxNetwork
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.network import Network, Pipeline
+from spo.models.schedulers import plain_scheduler
 from spo.models.sd3 import StableDiffusion3Network
 from spo.models.sd15 import StableDiffusionNetwork
 from spo.models.sdxl import StableDiffusionXLNetwork
@@ -96,6 +96,7 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
             parts["vae"] = AutoencoderKL.from_pretrained(config.vae, dtype=dtype, use_safetensors=True)
     with _explained("model.path", config.path):
         index = _checked_index(config)
+        _require_variant(config)
         if config.family == "sd3" and not (config.t5 and index.get("text_encoder_3", [None])[0]):
             parts |= {"text_encoder_3": None, "tokenizer_3": None}
         pipeline = PIPELINES[config.family].from_pretrained(
@@ -106,20 +107,12 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
             use_safetensors=True,
             **parts,
         )
-    pipeline.scheduler = plain_scheduler(pipeline, config)
+        pipeline.scheduler = plain_scheduler(pipeline.scheduler, config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for name in {"unet", "vae"} & set(pipeline.components):
         getattr(pipeline, name).to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs
     return pipeline
-
-
-def plain_scheduler(pipeline: Pipeline, config: ModelConfig) -> Any:
-    """DDIM or flow Euler on the schedule of the pipeline's own scheduler."""
-    scheduler = pipeline.scheduler.config
-    if config.is_flow:
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler, stochastic_sampling=False)
-    return DDIMScheduler.from_config(scheduler, clip_sample=False, thresholding=False)
 
 
 def compile_blocks(network: Any) -> None:
@@ -176,6 +169,17 @@ def _checked_index(config: ModelConfig) -> dict[str, Any]:
             f"model.path={config.path!r} holds a {found}, but family {config.family} is a {expected}; {remedy}"
         )
     return index
+
+
+def _require_variant(config: ModelConfig) -> None:
+    """ModelError if a folder's network has only weights of a variant, and `model.variant` names none."""
+    files = (Path(config.path) / NETWORKS[config.family].component).glob("*.safetensors")
+    stems = {re.sub(r"-\d+-of-\d+", "", file.stem) for file in files}
+    variants = sorted(stem.partition(".")[2] for stem in stems)
+    if config.variant is None and variants and "" not in variants:
+        raise ModelError(
+            f"model.path={config.path!r} has only weights of {' and '.join(variants)}; set model.variant={variants[0]}"
+        )
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_kohya,
-    convert_unet_state_dict_to_peft,
 )
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from spo.config import LoraConfig
 from spo.errors import ModelError, one_line
+from spo.models.lora_file import WEIGHTS, read_lora
 from spo.models.network import TEXT_ENCODERS, Network
 from spo.runtime import hub
 from spo.runtime.files import atomic_path
 
-WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 EXPECTED = f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
 
 
@@ -48,9 +47,11 @@ def add_lora(module: Any, config: LoraConfig, *, seed: int) -> None:
 
 def save_lora(network: Network, folder: str | Path) -> None:
     """Write a folder for diffusers' `pipeline.load_lora_weights(folder)`."""
-    layers = get_peft_model_state_dict(network.module)
+    layers = _layers(network)
     if network.component == "unet":
-        layers = convert_state_dict_to_diffusers(layers)
+        converted = convert_state_dict_to_diffusers(layers)
+        # it renames those of attention alone, and diffusers reads no file with both kinds of names
+        layers = converted if not any(".lora_A." in name for name in converted) else layers
     with atomic_path(folder) as temporary:
         network.pipeline.save_lora_weights(temporary, **{f"{network.component}_lora_layers": layers})
 
@@ -60,7 +61,7 @@ def save_kohya(network: Network, file: str | Path) -> None:
 
     A UNet's has kohya's names and alpha; a transformer's has diffusers' names, which ComfyUI reads (comfy/lora.py).
     """
-    layers = get_peft_model_state_dict(network.module)
+    layers = _layers(network)
     state = {f"{network.component}.{name}": weight for name, weight in layers.items()}
     if network.component == "unet":
         state = convert_state_dict_to_kohya(state)
@@ -68,25 +69,38 @@ def save_kohya(network: Network, file: str | Path) -> None:
         save_file({name: weight.float().cpu().contiguous() for name, weight in state.items()}, temporary)
 
 
-def load_lora(network: Network, source: str | Path) -> None:
-    """Replace the policy's LoRA by one from a folder, a file or a hub repository, with diffusers' or kohya's names.
+def _layers(network: Network) -> dict[str, Tensor]:
+    """The adapter's weights, padded with zeros to one rank: programs disagree about the scale of mixed ranks."""
+    layers = get_peft_model_state_dict(network.module)
+    rank = max(len(weight) for name, weight in layers.items() if ".lora_A." in name)
+    padded = {}
+    for name, weight in layers.items():
+        axis = 0 if ".lora_A." in name else 1
+        shape = list(weight.shape)
+        shape[axis] = rank - shape[axis]
+        padded[name] = torch.cat([weight, weight.new_zeros(shape)], axis) if shape[axis] else weight
+    return padded
 
-    It is then trainable and in float32. Only .safetensors is read. ModelError if it is missing, also changes a text
-    encoder (which the reference could not undo) or was made for another base model.
+
+def load_lora(network: Network, source: str | Path) -> None:
+    """Replace the policy's LoRA by one from a folder, a file or a hub repository, in any layout of `read_lora`.
+
+    It is then trainable and in float32, and its update is B A unscaled, as `add_lora` makes it. ModelError if it is
+    missing, also changes a text encoder (which the reference could not undo) or was made for another base model.
     """
     module, prefix = network.module, network.component
     with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
-        state, alphas, metadata = _read(network, source)
+        state = read_lora(network, source)
         others = sorted({name.split(".")[0] for name in state if not name.startswith(f"{prefix}.")})
         if others or not state:
             raise ModelError(f"LoRA {source} changes {others or 'nothing'}; it should change the {prefix} alone")
         if network.has_adapter:
             module.unload_lora()
-        module.load_lora_adapter(state, prefix=prefix, network_alphas=alphas, metadata=metadata, adapter_name="default")
+        module.load_lora_adapter(state, prefix=prefix, adapter_name="default")
+        _require_all(module, state, prefix, source)
         cast_training_params(module, torch.float32)
         weights = {name.removeprefix(f"{prefix}."): weight for name, weight in state.items()}
-        # loading rounded to the base's dtype
-        set_peft_model_state_dict(module, convert_unet_state_dict_to_peft(weights))
+        set_peft_model_state_dict(module, weights)  # loading rounded to the base's dtype
 
 
 @contextmanager
@@ -103,11 +117,12 @@ def published_lora(
     pipeline.unload_lora_weights()
     try:
         with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
-            state, alphas, metadata = _read(network, source, weight_name, revision)
+            state = read_lora(network, source, weight_name, revision)
             if not state:
                 raise ModelError(f"LoRA {source} holds no weights; give one for the same base model")
-            options = {"network_alphas": alphas, "metadata": metadata, "_pipeline": pipeline}
-            network.module.load_lora_adapter(state, prefix=network.component, **options)
+            if any(key.startswith(f"{network.component}.") for key in state):
+                network.module.load_lora_adapter(state, prefix=network.component, _pipeline=pipeline)
+                _require_all(network.module, state, network.component, source)
             for name in TEXT_ENCODERS[:2]:
                 if any(key.startswith(f"{name}.") for key in state):
                     encoder = getattr(pipeline, name, None)
@@ -115,31 +130,20 @@ def published_lora(
                         raise ModelError(
                             f"LoRA {source} changes a {name}, which this model lacks; give one made for it"
                         )
-                    pipeline.load_lora_into_text_encoder(
-                        state, alphas, encoder, prefix=name, metadata=metadata, _pipeline=pipeline
-                    )
+                    pipeline.load_lora_into_text_encoder(state, None, encoder, prefix=name, _pipeline=pipeline)
+                    _require_all(encoder, state, name, source)
         yield
     finally:
         pipeline.unload_lora_weights()
 
 
-def _read(
-    network: Network, source: str | Path, weight_name: str | None = None, revision: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
-    """Weights with diffusers' names, alphas and metadata of a LoRA; only .safetensors is read."""
-    path = Path(source)
-    chosen = path.name if path.is_file() else weight_name
-    if chosen is not None and not chosen.endswith(".safetensors"):
-        raise ModelError(f"LoRA {source}: {chosen} is no .safetensors file; other formats can run code and are refused")
-    if weight_name is None and (path / WEIGHTS).is_file():
-        weight_name = WEIGHTS
-    state, *alphas, metadata = network.pipeline.lora_state_dict(
-        str(source),
-        weight_name=weight_name,
-        revision=revision,
-        use_safetensors=True,
-        unet_config=network.module.config,
-        return_alphas=True,  # only FLUX asks
-        return_lora_metadata=True,
-    )
-    return state, alphas[0] if alphas else None, metadata
+def _require_all(module: Any, state: dict[str, Tensor], prefix: str, source: str | Path) -> None:
+    """ModelError unless the module took every weight of the LoRA: peft leaves out those of layers that it lacks."""
+    given = sum(name.startswith(f"{prefix}.") for name in state)
+    adapters = getattr(module, "peft_config", {})
+    taken = sum(len(get_peft_model_state_dict(module, adapter_name=name)) for name in adapters)
+    if taken != given:
+        raise ModelError(
+            f"LoRA {source}: {given - taken} of its {given} weights fit no layer of the {prefix}; give one for the "
+            "same base model"
+        )

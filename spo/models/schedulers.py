@@ -1,18 +1,18 @@
-"""The diffusers schedulers for a sampler; flow models have one, which can add noise."""
+"""The diffusers schedulers of a model and of a sampler; flow models have one, which can add noise."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, schedulers
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, schedulers
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from spo.config import FLOW, SamplerConfig
+from spo.config import FLOW, ModelConfig, SamplerConfig
 from spo.core.schedule import Level, marginal_preserving_split
-from spo.errors import ConfigError, one_line
+from spo.errors import ConfigError, ModelError, one_line
 
 UNUSABLE = {
     "DPMSolverSDEScheduler",  # its noise does not come from an image's own seed
@@ -43,6 +43,31 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         eps = sample.float() + (1 - sigma) * model_output.float()
         fresh = randn_tensor(sample.shape, generator=self.generators, device=sample.device, dtype=torch.float32)
         return ((euler.float() + (kept - then) * eps + std * fresh).to(euler.dtype),)
+
+
+def plain_scheduler(scheduler: Any, config: ModelConfig) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """DDIM or Euler with the noise of a model's own scheduler, without clipping.
+
+    ModelError if that belongs to another kind of model, which DDIM would take for one with default betas.
+    """
+    name, settings = type(scheduler).__name__, scheduler.config
+    prediction = settings.get("prediction_type", "epsilon")
+    is_flow = "FlowMatch" in name or settings.get("use_flow_sigmas") or prediction == "flow_prediction"
+    where = f"model.path={config.path!r}: its scheduler, {name} with prediction_type {prediction},"
+    if is_flow != config.is_flow or not (is_flow or "beta_schedule" in settings):
+        fitting = "sd3 or flux" if is_flow else "sd15 or sdxl" if "beta_schedule" in settings else "none of ours"
+        raise ModelError(f"{where} is not for family {config.family}; the family that fits is {fitting}")
+    if is_flow:
+        return FlowMatchEulerDiscreteScheduler.from_config(settings, stochastic_sampling=False)
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(f"{where} is unknown; prediction_type must be epsilon, v_prediction or sample")
+    plain = DDIMScheduler.from_config(settings, clip_sample=False, thresholding=False)
+    if prediction == "epsilon" and plain.alphas_cumprod.min() <= 0:
+        raise ModelError(
+            f"{where} has a last timestep without any signal, from which epsilon tells no image; set "
+            '"rescale_betas_zero_snr": false in its scheduler/scheduler_config.json, or use a v_prediction model'
+        )
+    return plain
 
 
 def build_scheduler(sampler: SamplerConfig, base: Mapping[str, Any] | None = None) -> Any:

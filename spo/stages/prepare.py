@@ -70,7 +70,9 @@ def _prepare_preferences(config: Config, root: Path, folder: Path, log: TextIO, 
     (folder / "preferences").mkdir()
     if source is None:
         return {"read": 0, "kept": 0}
-    train, held_out = frozenset(split.train), frozenset((*split.validation, *split.test))
+    train, held_out = (
+        frozenset(prompt.lower() for prompt in side) for side in (split.train, (*split.validation, *split.test))
+    )
     reasons: Counter[str] = Counter()
     captions: set[str] = set()
     read = kept = ties = 0
@@ -85,7 +87,8 @@ def _prepare_preferences(config: Config, root: Path, folder: Path, log: TextIO, 
                 _write_line(log, item)
                 continue
             by_hash = prompt_hash(item.caption, config.seed) < config.prepare.validation_fraction
-            held = item.caption in held_out or (item.caption not in train and by_hash)
+            caption = item.caption.lower()
+            held = caption in held_out or (caption not in train and by_hash)
             (to_validation if held else to_train).write(item)
             captions.add(item.caption)
             read += 1

@@ -43,7 +43,7 @@ def test_the_shipped_default_lacks_nothing(
     [
         ("prepare.prompts.source", "no.txt", "no.txt does not exist", "prepare"),
         ("prepare.prompts.source", "data/README.md", "of an unknown kind", "prepare"),
-        ("prepare.preferences.source", "data/prompts", "is a folder of 0 files", "prepare"),
+        ("prepare.preferences.source", "data/prompts", "cannot be used: .* holds no .jsonl", "prepare"),
         ("prepare.preferences.source", "hub:nobody/pairs", "HF_HUB_OFFLINE forbids", "prepare"),
         ("model.path", "data/nowhere/model", "is no folder here", "align"),
         ("model.path", "data/prompts", "has no model_index.json", "align"),

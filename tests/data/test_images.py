@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from spo.data.images import MAX_PIXELS, decode_image
 from spo.data.rows import RowError
@@ -72,6 +72,12 @@ def test_a_transparent_palette_colour_is_white() -> None:
     assert decode_image(encode(image, "PNG", transparency=1)).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read() -> None:
+    image = decode_image(encode(Image.new("RGB", (16, 16), RED), "AVIF", quality=95))
+    assert np.abs(np.asarray(image).astype(int) - RED).max() <= 8
+
+
 def test_an_animation_is_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
     for kind in ("GIF", "WEBP"):
@@ -108,6 +114,10 @@ def test_a_png_with_a_flipped_byte_is_refused() -> None:
         (None, "image missing"),
         ("photo.png", "image missing"),
         (b"<html>", "image broken"),
+        (b"\xff\x0a\x00\x01", "JPEG XL is not read"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL is not read"),
+        (b"\0\0\0\x18ftypheic\0\0", "HEIC is not read"),
+        (b"<?xml version='1.0'?>\n<svg/>", "SVG is not read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "image broken"),
         (png_header(0, 5), "image broken"),
         (png_header(8001, 8000), "image too large"),

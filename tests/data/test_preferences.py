@@ -4,6 +4,7 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -125,22 +126,120 @@ def test_labels_may_be_ties_and_within_the_tolerance(tmp_path: Path) -> None:
         ('{"caption": "a", "image_0": 3, "image_1": "0-1", "label_0": 1, "label_1": 0}', "image missing"),
         ('{"caption": "a", "image_0": "../out", "image_1": "0-1", "label_0": 1, "label_1": 0}', "image outside"),
         ('{"caption": "a", "image_0": "/etc/hosts", "image_1": "0-1", "label_0": 1, "label_1": 0}', "image outside"),
-        ('{"caption": "a", "image_0": "link", "image_1": "0-1", "label_0": 1, "label_1": 0}', "image outside"),
-        ('{"caption": "a", "image_0": "0-0", "image_1": "0-1", "label_0": true, "label_1": 0}', "label not in"),
-        ('{"caption": "a", "image_0": "0-0", "image_1": "0-1", "label_0": "1", "label_1": 0}', "label not in"),
+        ('{"caption": "a", "image_0": "x/../../out", "image_1": "0-1", "label_0": 1, "label_1": 0}', "image outside"),
+        ('{"caption": "a", "image_0": "0-0", "image_1": "0-1", "label_0": [1], "label_1": 0}', "label not in"),
+        ('{"caption": "a", "image_0": "0-0", "image_1": "0-1", "label_0": "yes", "label_1": 0}', "label not in"),
+        ('{"prompt": "a", "image_path": ["0-0", "0-1"], "human_preference": [1]}', "ranks do not fit"),
+        ('{"prompt": "a", "generations": ["0-0", "0-1"], "rank": ["a", "b"]}', "ranks do not fit"),
+        ('{"prompt": "a", "path1": "0-0", "path2": "no"}', "image missing"),
     ],
 )
 def test_a_bad_json_line_is_rejected(tmp_path: Path, line: str, reason: str) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (tmp_path / "out").write_bytes(picture())
-    (folder / "link").symlink_to(tmp_path / "out")
     source = write_jsonl(folder, [pair()])
     source.write_text(source.read_text() + line + "\n")
     kept, (rejected,) = read(source)
     assert len(kept) == 1
     assert rejected.row == 2
     assert rejected.reason.startswith(reason)
+
+
+def test_an_image_may_be_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    """DVC's `cache.type symlink` makes such links."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    source = write_jsonl(folder, [pair()])
+    for side in (0, 1):
+        (folder / f"0-{side}").rename(tmp_path / f"cached-{side}")
+        (folder / f"0-{side}").symlink_to(tmp_path / f"cached-{side}")
+    assert read(source) == ([PreferencePair("picture 0", picture(0), picture(1, "JPEG"), 1.0, 0.0)], [])
+
+
+@pytest.mark.parametrize("labels", [(True, False), ("1", "0"), (Decimal(1), Decimal(0)), (1, 0), ("1.0", " 0 ")])
+def test_labels_are_read_whatever_the_type_of_their_column(tmp_path: Path, labels: tuple[Any, Any]) -> None:
+    write_parquet(tmp_path / "a.parquet", [pair(label_0=labels[0], label_1=labels[1])])
+    (found,), _ = read(tmp_path / "a.parquet")
+    assert (found.label_0, found.label_1) == (1.0, 0.0)
+
+
+def test_paths_in_place_of_bytes_are_read_beside_a_parquet_file(tmp_path: Path) -> None:
+    for side in (0, 1):
+        (tmp_path / f"{side}.png").write_bytes(picture(side))
+    names = {"jpg_0": "0.png", "jpg_1": {"bytes": None, "path": "1.png"}}
+    write_parquet(tmp_path / "a.parquet", [pair(**names), pair(jpg_0="../0.png", jpg_1=names["jpg_1"])])
+    (found,), (rejected,) = read(tmp_path / "a.parquet")
+    assert (found.image_0, found.image_1) == (picture(0), picture(1))
+    assert rejected.reason == "image outside its folder"
+
+
+@pytest.mark.parametrize("names", [("win", "lose"), ("image_win", "image_lose"), ("chosen", "rejected")])
+def test_columns_of_winner_and_loser_are_read(tmp_path: Path, names: tuple[str, str]) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"prompt": "a", names[0]: picture(0), names[1]: picture(1), "extra": 2}])
+    assert read(tmp_path / "a.parquet") == ([PreferencePair("a", picture(0), picture(1), 1.0, 0.0)], [])
+
+
+@pytest.mark.parametrize(
+    ("record", "labels"),
+    [
+        ({"image_path": ["0.png", "1.png"], "human_preference": [0, 1]}, {(0, 1): 0.0}),  # HPDv2's train.json
+        ({"image_path": ["0.png", "1.png", "2.png"], "rank": [2, 1, 3]}, {(0, 1): 0.0, (0, 2): 1.0, (1, 2): 1.0}),
+        ({"generations": ["0.png", "1.png"], "rank": [1, 1], "overall_rating": [5, 5]}, {(0, 1): 0.5}),  # ImageReward
+        ({"path1": "0.png", "path2": "1.png", "confidence": 0.9}, {(0, 1): 1.0}),  # HPDv3
+    ],
+)
+@pytest.mark.parametrize("place", ["", "train"])
+def test_json_of_published_data_sets_is_read(
+    tmp_path: Path, record: dict[str, Any], labels: dict[tuple[int, int], float], place: str
+) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    for number in range(3):
+        (tmp_path / place / f"{number}.png").write_bytes(picture(number))
+    (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a", **record}]))
+    (tmp_path / "test.json").write_text(json.dumps([]))
+    expected = [PreferencePair("a", picture(i), picture(j), p, 1 - p) for (i, j), p in labels.items()]
+    assert read(tmp_path / "train.json") == (expected, [])
+    found, (other,) = read(tmp_path)
+    assert found == expected
+    assert (Path(other.source).name, other.row, other.reason) == ("test.json", None, "not of the split")
+
+
+class TestSplits:
+    @pytest.fixture(params=["root", "data"])
+    def snapshot(self, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+        """A local copy of a hub data set, or its data folder."""
+        (tmp_path / "data").mkdir()
+        (tmp_path / "README.md").write_text("a card")
+        for name in ("train", "test", "validation_unique"):
+            write_parquet(tmp_path / f"data/{name}-00000-of-00001.parquet", [pair(caption=name)])
+        return tmp_path if request.param == "root" else tmp_path / "data"
+
+    @pytest.mark.parametrize("split", ["train", "validation_unique"])
+    def test_only_the_asked_split_of_a_local_copy_is_read(self, snapshot: Path, split: str) -> None:
+        items = list(read_preferences(str(snapshot), split=split))
+        assert [item.caption for item in items if isinstance(item, PreferencePair)] == [split]
+        assert [item.reason for item in items if isinstance(item, Rejected)] == ["not of the split"] * 2
+
+    def test_an_unknown_split_is_an_error_that_names_files(self, snapshot: Path) -> None:
+        with pytest.raises(DataError, match=r"no file of split 'all', but .*test-0.*; set prepare\.preferences\.split"):
+            list(read_preferences(str(snapshot), split="all"))
+
+    def test_what_save_to_disk_writes_is_read(self, tmp_path: Path) -> None:
+        for name in ("train", "test"):
+            (tmp_path / name).mkdir()
+            table = pa.Table.from_pylist([pair(i, caption=name) for i in range(40)])
+            with pa.ipc.new_stream(tmp_path / name / "data-00000-of-00001.arrow", table.schema) as file:
+                file.write_table(table)
+            for about in ("state.json", "dataset_info.json"):
+                (tmp_path / name / about).write_text("{}")
+        (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+        expected = [PreferencePair("train", picture(i), picture(i + 1, "JPEG"), 1.0, 0.0) for i in range(40)]
+        assert read(tmp_path / "train") == (expected, [])
+        assert read(tmp_path)[0] == expected
+        (tmp_path / "train/data-00000-of-00001.arrow").write_bytes(b"no arrow")
+        with pytest.raises(DataError, match="file broken: 'after row 0"):
+            read(tmp_path / "train")
 
 
 def test_files_of_a_folder_are_read_in_order_and_bad_ones_named(tmp_path: Path) -> None:

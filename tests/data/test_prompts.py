@@ -79,6 +79,65 @@ def test_2000_characters_are_allowed() -> None:
     assert len(check_prompt("x" * 2000)) == 2000
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prompt;category\n"a cat, sitting";animals\na small house, red roof, sunny;buildings\n',
+        "prompt\tcategory\na cat, sitting\tanimals\na small house, red roof, sunny\tx\n",
+        "id|caption\n1|a cat, sitting\n2|a small house, red roof, sunny\n",
+        'id, prompt\n1, "a cat, sitting"\n2, "a small house, red roof, sunny"\n',
+        'ID,Prompt \n1,"a cat, sitting"\n2,"a small house, red roof, sunny"\n',
+    ],
+    ids=["semicolons", "tabs", "bars", "spaces after commas", "capitals"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32"])
+def test_the_header_of_a_csv_tells_its_delimiter_and_its_mark_the_encoding(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
+    mark = "\ufeff" if encoding.endswith("le") else ""
+    (tmp_path / "a.csv").write_text(mark + text, encoding=encoding)
+    assert read_prompts(tmp_path / "a.csv") == (["a cat, sitting", "a small house, red roof, sunny"], [])
+
+
+def test_a_prompt_that_its_delimiter_would_cut_is_rejected_whole(tmp_path: Path) -> None:
+    for name, comma in (("a.csv", ","), ("a.tsv", "\t")):
+        (tmp_path / name).write_text(
+            "prompt,style\na cat, with hat,photo\na dog,art\na house,x,,\n".replace(",", comma)
+        )
+        kept, (rejected,) = read_prompts(tmp_path / name)
+        assert kept == ["a dog", "a house"]
+        assert (rejected.row, rejected.reason) == (1, "too many fields")
+        assert rejected.excerpt.startswith("3 of 2; put the prompt in quotation marks: ['a cat'")
+
+
+def test_text_in_utf16_is_read_and_a_broken_end_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("a cat\nein grüner Würfel\n日本語".encode("utf-16") + b"x")
+    kept, (rejected,) = read_prompts(tmp_path / "a.txt")
+    assert kept == ["a cat", "ein grüner Würfel"]
+    assert (rejected.row, rejected.reason) == (3, "broken Unicode")
+
+
+def test_prompts_that_differ_only_in_capitals_are_one_and_on_one_side(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A Cat\na cat\nA  CAT\n")
+    kept, rejected = read_prompts(tmp_path / "a.txt")
+    assert kept == ["A Cat"]
+    assert [item.reason for item in rejected] == ["duplicate", "duplicate"]
+    assert prompt_hash("A Cat", 3) == prompt_hash("a cat", 3)
+
+
+def test_the_files_of_a_folder_are_read_in_order_and_others_refused(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("two\n\n")
+    (tmp_path / "a.jsonl").write_text('"one"\n')
+    for name in (".gitignore", "README.md", "b.txt.dvc"):
+        (tmp_path / name).write_text("no prompt")
+    kept, (rejected,) = read_prompts(tmp_path)
+    assert kept == ["one", "two"]
+    assert (rejected.source, rejected.row) == (str(tmp_path / "b.txt"), 2)
+    (tmp_path / "c.xlsx").write_text("")
+    with pytest.raises(DataError, match=r"holds c\.xlsx; it may hold only \.txt.*move it out"):
+        read_prompts(tmp_path)
+
+
 def test_prompts_that_differ_in_spacing_or_unicode_form_are_duplicates(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("caf\u00e9 noir\n  cafe\u0301 \t noir \n", encoding="utf-8")
     kept, rejected = read_prompts(tmp_path / "a.txt")
@@ -138,6 +197,10 @@ def test_a_named_field_wins(tmp_path: Path) -> None:
         ("a.json", b"[]", "holds no prompts; it is empty"),
         ("a.txt", b"", "holds no prompts; it is empty"),
         ("a.csv", b"", "holds no prompts; it is empty"),
+        ("a.csv", b"a cat\na dog\n", "its first line 'a cat' names no prompt column; write `prompt` above it"),
+        ("a.csv", b'"a cat, sitting on a mat"\n"a dog, running"\n', "'a cat, sitting on a mat' names no prompt column"),
+        ("a.csv", b"a cat, on a mat\na dog, running\n", "which field is the prompt.*needs a header line above it"),
+        ("a.tsv", b"prompt;category\na cat;x\n", "names no prompt column"),
         ("a.txt", b"\n\n", r"holds no usable prompts: empty \(2\); first .*a\.txt row 1"),
         ("a.csv", b'prompt\n"open\n', r"a\.csv, line 2: .*close every quotation mark"),
         ("a.parquet", b"PAR1 not really", "cannot be read as parquet"),

@@ -10,7 +10,8 @@ from spo.config import Config, LoraConfig, ModelConfig, load_config
 from spo.errors import ConfigError, ModelError
 from spo.evaluation.resolve_model import lora_within, resolve_model
 from spo.evaluation.sample_images import Painter, choose_sampler
-from spo.models.lora import WEIGHTS, add_lora, save_lora
+from spo.models.lora import add_lora, save_lora
+from spo.models.lora_file import WEIGHTS
 from spo.runtime.pictures import labelled_sheet
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo.data.prompts import SUFFIXES, check_prompt, read_prompts
+from spo.data.prompt_files import SUFFIXES
+from spo.data.prompts import check_prompt, read_prompts
 from spo.errors import DataError
 from tests.hostile.trying import JSON, assert_one_line, damaged, tries
 
@@ -68,6 +69,36 @@ def test_a_damaged_parquet_file(tmp_path_factory: pytest.TempPathFactory, parque
     path = tmp_path_factory.getbasetemp() / "damaged.parquet"
     path.write_bytes(data.draw(damaged(st.just(parquet))))
     assert_reads_or_explains(path)
+
+
+@tries(150)
+@given(
+    lines=st.lists(st.text(alphabet='ab,;|\t "é猫', min_size=1, max_size=12), min_size=1, max_size=6),
+    delimiter=st.sampled_from(",;\t|"),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
+    quoted=st.booleans(),
+)
+def test_no_prompt_of_a_csv_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], delimiter: str, encoding: str, quoted: bool
+) -> None:
+    """Each line is a prompt as a whole, a rejected row, or part of the message; unquoted delimiters cut nothing."""
+    path = tmp_path_factory.getbasetemp() / "cut.csv"
+    cells = ['"' + line.replace('"', '""') + '"' if quoted else line for line in lines]
+    text = "\n".join(f"{cell}{delimiter}x" for cell in cells)
+    path.write_text(f"prompt{delimiter}tag\n{text}\n", encoding=encoding)
+    if not quoted and any('"' in line for line in lines):
+        assert_reads_or_explains(path)
+        return
+    whole = {" ".join(line.split()) for line in lines}
+    try:
+        prompts, rejected = read_prompts(path)
+    except DataError as error:
+        assert_one_line(error, 20_000)
+        return
+    assert set(prompts) <= whole
+    assert len(prompts) + len(rejected) == len(lines)
+    if quoted:
+        assert {item.reason for item in rejected} <= {"empty", "duplicate"}
 
 
 def test_a_line_of_many_megabytes_is_one_rejected_row_with_a_short_excerpt(tmp_path: Path) -> None:

@@ -145,3 +145,11 @@ def test_the_profiles_for_real_pictures_have_the_papers_metrics(profile):
     config = load_config(Path(__file__).parents[2], profile).evaluate
     scores = [name for metric in config.metrics for name in metric.scores]
     assert scores == ["pickscore", "clipscore", "hpsv2", "image_reward", "laion_aesthetic"]
+
+
+def test_a_score_that_is_not_finite_is_named() -> None:
+    def broken(images, prompts):
+        return {"beauty": torch.tensor([1.0, float("nan")])}
+
+    with pytest.raises(ModelError, match="the score beauty of 'a dog' is nan; leave out its metric"):
+        score([broken], torch.zeros(2, 3, 4, 4), ["a cat", "a dog"])

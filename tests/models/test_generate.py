@@ -10,7 +10,7 @@ from spo.config import FLOW, SamplerConfig
 from spo.core.gaussian import sample
 from spo.core.schedule import RectifiedFlow
 from spo.core.step import gaussian_step
-from spo.errors import ConfigError
+from spo.errors import ConfigError, ModelError
 from spo.models.generate import generate
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.schedulers import USABLE, build_scheduler
@@ -53,6 +53,13 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(
     alone = generate(model, PROMPTS[1:], SEEDS[1:], sampler=sampler, batch_size=1)
     torch.testing.assert_close(alone, together[1:], atol=1e-4, rtol=1e-3)
     assert together.isfinite().all()
+
+
+def test_pixels_that_are_not_finite_are_named(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = model.network.module.conv_out.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, float("nan")))
+    with pytest.raises(ModelError, match=r"not finite \(4 steps, guidance 5; first prompt 'fog'\); its weights"):
+        generate(model, PROMPTS[1:], SEEDS[1:], sampler=SamplerConfig(steps=4), batch_size=2)
 
 
 def test_a_sampler_leaves_the_pipelines_own_scheduler(model: LatentDiffusion) -> None:

@@ -8,6 +8,8 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -16,6 +18,7 @@ from diffusers import (
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ModelError
 from spo.models.load import NETWORKS, PIPELINES, build, load_pipeline, load_tiny_vae
+from spo.models.schedulers import plain_scheduler
 from tests.models.tiny import (
     DIFFUSION,
     FAMILIES,
@@ -107,6 +110,36 @@ def test_any_flow_scheduler_becomes_eulers(family, tmp_path):
     scheduler = load_pipeline(config(family, folder), "cpu").scheduler
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler
     assert scheduler.config.shift == 2.0
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "said"),
+    [
+        ("sd15", EDMEulerScheduler(), "EDMEulerScheduler .* is not for family sd15; the family that fits is none of"),
+        ("sdxl", FlowMatchEulerDiscreteScheduler(), "FlowMatchEuler.* is not for family sdxl; .* fits is sd3 or flux"),
+        ("sd15", DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "sd3 or flux"),
+        ("sd3", EulerDiscreteScheduler(), "EulerDiscreteScheduler .* is not for family sd3; .* fits is sd15 or sdxl"),
+        ("sd15", DDIMScheduler(prediction_type="x"), "prediction_type must be epsilon, v_prediction or sample"),
+        ("sd15", DDIMScheduler(rescale_betas_zero_snr=True), "last timestep without any signal.*v_prediction model"),
+    ],
+)
+def test_a_scheduler_that_means_another_kind_of_model_is_refused(family, scheduler, said):
+    with pytest.raises(ModelError, match=said) as caught:
+        plain_scheduler(scheduler, config(family, "x"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_last_timestep_without_signal_is_fine_for_v_prediction():
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert plain_scheduler(scheduler, config("sd15", "x")).alphas_cumprod.min() == 0
+
+
+def test_a_folder_of_one_variant_names_it(family, tmp_path):
+    folder = make_tiny_pipeline(family, tmp_path)
+    for file in list(folder.rglob("*.safetensors")):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert "has only weights of fp16; set model.variant=fp16" in message(family, folder)
+    load_pipeline(config(family, folder, variant="fp16"), "cpu")
 
 
 def test_a_grid_that_ends_in_a_step_without_noise_is_refused_with_the_remedy(tmp_path):

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from spo.config import LoraConfig
 from spo.errors import ModelError
-from spo.models.lora import WEIGHTS, add_lora, load_lora, published_lora, save_kohya, save_lora
+from spo.models.lora import add_lora, load_lora, published_lora, save_kohya, save_lora
+from spo.models.lora_file import WEIGHTS
 from tests.models.sampled import RANK, close, ours, theirs
 from tests.models.tiny import DIFFUSION, FLOWS, make_tiny_denoiser, shake
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from spo.config import Config, load_config
 from spo.errors import ModelError
-from spo.models.lora import WEIGHTS
+from spo.models.lora_file import WEIGHTS
 from spo.preference.score import PreferenceScorer
 from spo.stages import align, evaluate, prepare, train_preference
 from spo.tracking import NullTracker

@@ -17,7 +17,8 @@ from spo.evaluation.image_scorer import ImageScorer, contrast
 from spo.evaluation.model_variants import BASE, ModelVariant, tasks
 from spo.evaluation.tables import compared
 from spo.models.generate import eight_bits, from_bytes
-from spo.models.lora import WEIGHTS, add_lora, save_lora
+from spo.models.lora import add_lora, save_lora
+from spo.models.lora_file import WEIGHTS
 from spo.runtime.files import write_json
 from spo.runtime.pictures import to_picture
 from spo.stages import evaluate

@@ -124,6 +124,18 @@ def test_no_prompt_is_on_two_sides(project: Path) -> None:
     assert len(to_train | to_validation) == 120
 
 
+def test_a_caption_in_capitals_is_on_the_side_of_its_prompt(project: Path) -> None:
+    run(make_config(), root=project, tracker=NullTracker())
+    folder = project / "runs/small/prepare"
+    held = set(lines(folder, "validation") + lines(folder, "test"))
+    with PairWriter(project / "pairs.parquet") as writer:
+        for i in range(100):
+            writer.write(PreferencePair(f"Prompt {i}", picture(i), picture(i + 1), 1.0, 0.0))
+    run(make_config(), root=project, tracker=NullTracker())
+    pairs = read_pairs(folder / "preferences/validation.parquet")
+    assert {pair.caption.lower() for pair in pairs} == held
+
+
 def test_captions_that_are_no_prompts_are_split_by_hash(project: Path) -> None:
     (project / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
     metrics = run(make_config(validation_fraction=0.3), root=project, tracker=NullTracker())["preferences"]

@@ -21,7 +21,8 @@ from spo.errors import ConfigError, TrainingError
 from spo.methods.method import Examples, Method
 from spo.models.generate import generate
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.lora import WEIGHTS, add_lora
+from spo.models.lora import add_lora
+from spo.models.lora_file import WEIGHTS
 from spo.runtime.checkpoint import Saver, StateStore
 from spo.runtime.stopping import Stopped, stoppable
 from spo.tracking import NullTracker

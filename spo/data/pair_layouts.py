@@ -1,0 +1,78 @@
+"""The layouts of preference data: which columns hold the caption, the images, and what people prefer.
+
+Pick-a-Pic: two images and two labels. Winner and loser: two images, as in HPDv3 (path1 is the winner). Ranking: a list
+of images with a rank for each (ImageReward, HPDv2's test set; 1 is the best), or a preference for each (HPDv2).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from spo.data.rows import RowError
+
+CAPTION = ("caption", "prompt")
+LABELLED = {  # of a field, and what files call it
+    "caption": CAPTION,
+    "image_0": ("image_0", "jpg_0"),
+    "image_1": ("image_1", "jpg_1"),
+    "label_0": ("label_0",),
+    "label_1": ("label_1",),
+}
+DECIDED = [
+    {"caption": CAPTION, "win": (win,), "lose": (lose,)}
+    for win, lose in (
+        ("win", "lose"),
+        ("image_win", "image_lose"),
+        ("winner", "loser"),
+        ("chosen", "rejected"),
+        ("path1", "path2"),
+    )
+]
+IMAGES = ("image_path", "generations", "images")
+RANKED = [
+    {"caption": CAPTION, "images": IMAGES, "preferences": ("human_preference",)},
+    {"caption": CAPTION, "images": IMAGES, "ranks": ("rank", "ranking")},
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    columns: Mapping[str, str]  # of a field, its name in the file
+
+    def pairs(self, record: Mapping[str, object], image: Callable[[object], object]) -> Iterator[dict[str, object]]:
+        """The fields of LABELLED of each pair in a record; `image` reads one. RowError if the record is broken."""
+        fields = {key: record[name] for key, name in self.columns.items()}
+        if "images" in fields:
+            yield from _ranked(fields, image)
+        elif "win" in fields:
+            yield _pair(fields["caption"], image(fields["win"]), image(fields["lose"]), 1.0)
+        else:
+            yield fields | {key: image(fields[key]) for key in ("image_0", "image_1")}
+
+
+def find_layout(names: Sequence[str], reason: str) -> Layout:
+    """The layout whose columns are all among `names`; RowError with `reason` if there is none."""
+    for columns in (LABELLED, *DECIDED, *RANKED):
+        found = {key: next((name for name in known if name in names), "") for key, known in columns.items()}
+        if all(found.values()):
+            return Layout(found)
+    missing = [" or ".join(known) for known in LABELLED.values() if not set(known) & set(names)]
+    raise RowError(reason, f"no {', '.join(missing)}; there are {', '.join(map(str, names))}")
+
+
+def _ranked(fields: Mapping[str, object], image: Callable[[object], object]) -> Iterator[dict[str, object]]:
+    """All pairs of the images; equal ranks are a tie."""
+    sources, values = fields["images"], fields.get("preferences", fields.get("ranks"))
+    if not isinstance(sources, list) or not isinstance(values, list) or not 2 <= len(sources) == len(values):
+        raise RowError("ranks do not fit", f"{sources} and {values}: a list of images and one of as many numbers")
+    if not all(isinstance(value, int | float) for value in values):
+        raise RowError("ranks do not fit", f"{values} are no numbers")
+    best_first = "ranks" in fields
+    images = [image(source) for source in sources]
+    for i, j in combinations(range(len(images)), 2):
+        label = 0.5 if values[i] == values[j] else float((values[i] < values[j]) == best_first)
+        yield _pair(fields["caption"], images[i], images[j], label)
+
+
+def _pair(caption: object, image_0: object, image_1: object, label_0: float) -> dict[str, object]:
+    return {"caption": caption, "image_0": image_0, "image_1": image_1, "label_0": label_0, "label_1": 1 - label_0}
