@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep ins
 
 from spo.commands.models import compare, export, export_preference_model, generate, import_preference_model
 from spo.commands.pipeline import check, mlflow_ui, promote, repro
+from spo.commands.publish import publish
 from spo.commands.stage import stage_command
 from spo.pipeline import STAGES
 from spo.runtime.exit_codes import exit_code
@@ -28,6 +29,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     promote,
     mlflow_ui,
     export,
+    publish,
     import_preference_model,
     export_preference_model,
 )
