@@ -54,7 +54,7 @@ def test_a_file_and_a_folder_replace_each_other(tmp_path: Path, becomes: str) ->
 def test_weights_get_the_umask_s_mode(tmp_path: Path, name: str) -> None:
     """So that a container's user can read what another user wrote."""
     with atomic_path(tmp_path / name) as temporary:
-        file = temporary if temporary.suffix else temporary / "b.safetensors"
+        file = temporary if temporary.suffix == ".safetensors" else temporary / "b.safetensors"
         file.parent.mkdir(exist_ok=True)
         save_file({"w": torch.ones(1)}, file)
         assert file.stat().st_mode & 0o777 == 0o600
