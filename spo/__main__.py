@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from spo.commands.models import compare, export, export_preference_model, generate, import_preference_model
+from spo.commands.people import label, study
 from spo.commands.pipeline import check, mlflow_ui, promote, repro
 from spo.commands.stage import stage_command
 from spo.pipeline import STAGES
@@ -22,6 +23,8 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     check,
     generate,
     compare,
+    label,
+    study,
     promote,
     mlflow_ui,
     export,
