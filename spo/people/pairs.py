@@ -42,6 +42,8 @@ class Pool:
     def close(self) -> None:
         """End the thread after the pairs at hand."""
         self._closing = True
+        if self._thread.is_alive():
+            print("waiting for the pictures at hand", file=sys.stderr, flush=True)
         self._thread.join()
 
     def join(self) -> None:

@@ -1,55 +1,74 @@
 """The studies in which people compared the columns of this profile: what `python -m spo study` counted."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from spo.config import Config
 from spo.errors import DataError
-from spo.report.inputs import Row, read_json
+from spo.report.inputs import read_json
 from spo.runtime.hashing import file_checksum
 from spo.workspace import Workspace
 
-FIGURES = ("column", "against", "win_rate", "low", "high", "ties", "n", "prompts")
-NEEDED = ("profile", "evaluation", "annotators", "comparisons", "between", "repeated")
+
+class Comparison(BaseModel):
+    """How often people chose `column` over `against`; no interval with one prompt."""
+
+    column: str
+    against: str
+    win_rate: float
+    low: float | None
+    high: float | None
+    ties: int
+    n: int  # choices
+    prompts: int
 
 
-@dataclass(frozen=True)
-class Study:
+class Between(BaseModel):
+    """How often two annotators chose alike."""
+
+    share: float
+    n: int
+    alpha: float | None
+
+
+class Repeated(BaseModel):
+    """Pairs that came again with the sides swapped, and how many of them were chosen alike."""
+
+    same: int
+    n: int
+
+
+class Study(BaseModel):
+    """The file results.json of a study, its name, and whether the pictures have been made anew since."""
+
+    profile: str
+    evaluation: str  # checksum of the scores of the pictures
+    annotators: dict[str, int]
+    comparisons: list[Comparison]
+    between: Between | None
+    repeated: Repeated
     name: str
-    num_annotators: int
-    comparisons: list[Row]  # FIGURES of each two columns; low and high are None with one prompt
-    between: Row | None  # agreement of annotators: share, low, high, n, alpha
-    repeated: Row  # pairs that came again: same, n
-    outdated: bool  # the pictures have been made anew since
+    outdated: bool
 
 
 def read_studies(config: Config, root: Path) -> list[Study]:
     """The profile's studies by name; empty where there are none. DataError if a file is broken."""
     workspace = Workspace(config, root)
-    scores = workspace.evaluate / "scores.csv"
+    checksum = file_checksum(workspace.evaluate / "scores.csv")
     studies = []
     for path in sorted(workspace.studies.glob("*/results.json")):
-        remedy = f"study {path.parent.name} --results"
-        found = read_json(path, remedy)
+        name = path.parent.name
+        found = read_json(path, f"study {name} --results")
         if found.get("profile") != config.profile:
             continue
-        _check(found, path, remedy)
-        studies.append(
-            Study(
-                path.parent.name,
-                len(found["annotators"]),
-                found["comparisons"],
-                found["between"],
-                found["repeated"],
-                outdated=found["evaluation"] != file_checksum(scores),
-            )
-        )
+        try:
+            study = Study.model_validate({**found, "name": name, "outdated": found.get("evaluation") != checksum})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(
+                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; run `python -m spo study {name} "
+                "--results` again"
+            ) from None
+        studies.append(study)
     return studies
-
-
-def _check(found: dict[str, Any], path: Path, remedy: str) -> None:
-    missing = [name for name in NEEDED if name not in found]
-    missing += [name for row in found.get("comparisons", ()) for name in FIGURES if name not in row]
-    if missing:
-        raise DataError(f"{path} has no {missing[0]}; run `python -m spo {remedy}` again")

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from spo.__main__ import main
+from spo.config import load_config
+from spo.runtime.locking import locked
+from spo.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,3 +75,12 @@ def test_a_folder_of_other_pairs_is_not_touched(project: Path, capsys: pytest.Ca
     assert main(["label", "tiny", "--port", "0"]) == 1
     assert "data/preferences/tiny exists, but `python -m spo label` did not make it" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["pairs.parquet"]
+
+
+@pytest.mark.parametrize("command", ["label", "study"])
+def test_a_second_server_of_the_same_folder_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    with locked(Workspace(load_config()).shared_lock(command, "mine"), f"{command} mine"):
+        assert main([command, "mine", "--port", "0", "--profile", "tiny-flow"]) == 1
+    assert f"error: {command} mine is running already: process" in capsys.readouterr().err

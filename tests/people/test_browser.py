@@ -1,11 +1,16 @@
 """The page in a real browser: keys, clicks and swipes become rows, on a desk and on a phone."""
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spo.people.answers import Answers
+from spo.people.desk import Desk
+from spo.people.pairs import Pair, Pool
 from tests.people.browser import Browser, Page
-from tests.people.conftest import NASTY, served
+from tests.people.conftest import ABOUT, NASTY, draw_pairs, served
 
 TURN = "document.body.dataset.turn"
 
@@ -122,3 +127,37 @@ def test_a_name_that_cannot_be_used_is_told(browser: Browser, new_desk) -> None:
         page.type("#name", "../anna")
         page.click("#who button")
         assert "cannot be used" in page.until("document.getElementById('message').textContent")
+
+
+def test_the_page_waits_for_pictures_that_are_being_made(browser: Browser, tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def slowly() -> Iterator[Pair]:
+        first, second = draw_pairs(tmp_path / "drawn", 2)
+        yield first
+        go_on.wait()
+        yield second
+
+    pool = Pool(slowly(), total=2)
+    pool.start()
+    try:
+        with served(Desk(pool, Answers(tmp_path / "mine", ABOUT, pictures=True), everyone=False)) as url:
+            page = browser.page()
+            enter(page, url, "Anna")
+            page.press("ArrowLeft")
+            waiting = "The next pictures are being made."
+            page.until(f"document.getElementById('message').textContent === {json.dumps(waiting)}")
+            go_on.set()
+            page.until(TURN)
+            assert page.text("#prompt") == "prompt 1"
+    finally:
+        go_on.set()
+        pool.close()
+
+
+def test_a_server_that_has_ended_is_told(browser: Browser, new_desk) -> None:
+    page = browser.page()
+    with served(new_desk()) as url:
+        enter(page, url, "Anna")
+    page.press("ArrowLeft")
+    assert "does not answer" in page.until("document.getElementById('message').textContent")

@@ -176,5 +176,5 @@ def test_a_broken_result_is_told_with_the_command_that_makes_it(config: Config, 
     found = json.loads(path.read_text())
     del found[lost]
     path.write_text(json.dumps(found))
-    with pytest.raises(DataError, match=f"has no {lost}; run `python -m spo study a --results` again"):
+    with pytest.raises(DataError, match=f"{lost}: Field required; run `python -m spo study a --results` again"):
         read_studies(config, root)
