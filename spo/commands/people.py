@@ -70,7 +70,8 @@ def label(
         try:
             _serve(pool, answers, everyone=False, **shown, host=host, port=port)
         finally:
-            _say_labels(config, answers)
+            if answers.annotators:
+                _say_labels(config, answers)
 
 
 def study(
@@ -110,7 +111,8 @@ def study(
         try:
             _serve(Pool(found, total=len(found)), answers, everyone=True, **shown, host=host, port=port)
         finally:
-            _write_results(config, answers)
+            if answers.annotators:
+                _write_results(config, answers)
 
 
 def _new_pictures(config: Config, model: str | None, sampler: str | None, *, num: int, seed: int) -> "Pool":
@@ -149,7 +151,7 @@ def _say_labels(config: Config, answers: "Answers") -> None:
     people = answers.annotators
     rows = sum(answer.label is not None for name in people for answer in answers.of(name))
     folder = answers.folder.as_posix()
-    print(f"{rows} choices of {len(people)} people in {folder}")
+    print(f"{rows} choices by {', '.join(people)} in {folder}")
     if rows:
         print(
             f"to train on them, set prepare.preferences.source: {folder} in configs/{config.profile}.yaml and run "

@@ -8,6 +8,9 @@ import pytest
 
 from spo.__main__ import main
 from spo.config import load_config
+from spo.data.preferences import PreferencePair, read_preferences
+from spo.people import server
+from spo.people.desk import Desk
 from spo.runtime.locking import locked
 from spo.workspace import Workspace
 
@@ -84,3 +87,28 @@ def test_a_second_server_of_the_same_folder_is_refused(
     with locked(Workspace(load_config()).shared_lock(command, "mine"), f"{command} mine"):
         assert main([command, "mine", "--port", "0", "--profile", "tiny-flow"]) == 1
     assert f"error: {command} mine is running already: process" in capsys.readouterr().err
+
+
+def test_existing_pairs_are_labelled_anew_and_the_command_says_how_to_train_on_them(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ROOT / "data" / "preferences" / "tiny"
+
+    def serve(desk: Desk, place: server.Place, **_: str) -> None:
+        desk.pool.join()
+        while turn := desk.state("anna")["turn"]:
+            desk.choose("anna", turn, "tie")
+
+    monkeypatch.setattr(server, "serve", serve)
+    assert main(["label", "mine", "--pairs", str(source), "--num", "3", "--port", "0"]) == 0
+    given = [pair for pair, _ in zip(read_preferences(str(source)), range(3), strict=False)]
+    made = list(read_preferences("data/preferences/mine"))
+    assert all(isinstance(pair, PreferencePair) and pair.is_tie for pair in made)
+    assert [(pair.caption, pair.image_0, pair.image_1) for pair in made] == [
+        (pair.caption, pair.image_0, pair.image_1) for pair in given
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "3 choices by anna in data/preferences/mine",
+        "to train on them, set prepare.preferences.source: data/preferences/mine in configs/tiny.yaml and run "
+        "`dvc repro`",
+    ]

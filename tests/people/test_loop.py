@@ -71,7 +71,7 @@ def test_choices_in_the_browser_retrain_the_model_and_its_report_shows_a_study(b
         page = browser.page()
         enter(page, url, "Anna")
         choose_all(page)
-    assert last[-3].startswith(f"{NUM + 1} choices of 1 people in data/preferences/mine")  # one pair came again
+    assert last[-3].startswith(f"{NUM + 1} choices by anna in data/preferences/mine")  # one pair came again
 
     path = project / "configs" / "tiny.yaml"
     config = yaml.safe_load(path.read_text())
