@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep instead of spinning: docs/api.md
 
 from spo.commands.models import compare, export, export_preference_model, generate, import_preference_model
+from spo.commands.people import label, study
 from spo.commands.pipeline import check, mlflow_ui, promote, repro
 from spo.commands.publish import publish
 from spo.commands.stage import stage_command
@@ -26,6 +27,8 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     check,
     generate,
     compare,
+    label,
+    study,
     promote,
     mlflow_ui,
     export,
