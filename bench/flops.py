@@ -16,12 +16,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.markdown import table
-from bench.systems import SHAPES, TOKENS, Shape, make_clip, make_unet, make_vae
+from bench.systems import SHAPES, TOKENS, Shape, make_clip, make_network, make_vae
 from spo.config import LoraConfig, SpoConfig
+from spo.models.load import NETWORKS
 from spo.models.lora import add_lora
 
 GPU_RATE = 400e12  # FLOP/s of bfloat16: what large products reach on an H100, not its data sheet's 989e12
 UTILISATION = 1.6  # times the floor: what is aimed at
+FLOWS = ("sd3", "flux")
+T5_TOKENS = {"sd3": 256, "flux": 512}  # the pipelines' own
 PAPER = {  # prompts, epochs and the published settings
     "sd15": (4000, 10, {"prompts_per_rollout": 40}),
     "sdxl": (4000, 10, {"prompts_per_rollout": 16}),
@@ -32,8 +35,8 @@ PAPER = {  # prompts, epochs and the published settings
 class Flops:
     """Operations of one sample."""
 
-    unet: int  # the adapter merged or off
-    unet_train: int  # forward with the adapter, and backward to it
+    network: int  # the adapter merged or off
+    network_train: int  # forward with the adapter, and backward to it
     vae_decode: int
     clip_image: int
 
@@ -44,17 +47,17 @@ def count(size: str, rank: int) -> Flops:
     shape = SHAPES[size]
     side = shape.resolution // 8
     with torch.device("meta"):
-        unet, vae, clip = make_unet(shape).requires_grad_(False), make_vae(shape), make_clip(shape)
-        latents = torch.empty(1, 4, side, side)
-        inputs = _unet_inputs(shape, unet)
+        network, vae, clip = make_network(shape).requires_grad_(False), make_vae(shape), make_clip(shape)
+        latents = torch.empty(1, shape.latent_channels, side, side)
+        inputs = _inputs(shape, network, latents)
         pixels = torch.empty(1, 3, shape.clip_vision["image_size"], shape.clip_vision["image_size"])
     with torch.no_grad():
-        plain = _counted(lambda: unet(latents, inputs["timestep"], **inputs["more"]))
+        plain = _counted(lambda: network(**inputs))
         decode = _counted(lambda: vae.decode(latents))
-        modulations = clip.modulations(inputs["timestep"])
+        modulations = clip.modulations(torch.ones(1, dtype=torch.long, device="meta"))
         image = _counted(lambda: clip.modulated_features(pixels, modulations))
-    add_lora(unet, LoraConfig(rank=rank), seed=0)
-    train = _counted(lambda: unet(latents, inputs["timestep"], **inputs["more"]).sample.sum().backward())
+    add_lora(network, LoraConfig(rank=rank), seed=0)
+    train = _counted(lambda: network(**inputs).sample.sum().backward())
     return Flops(plain, train, decode, image)
 
 
@@ -64,17 +67,23 @@ def batch_flops(shape: Shape, settings: SpoConfig, pairs: int, *, steps: int) ->
     flops = count(size, settings.lora.rank)
     b, k, branch = settings.prompts_per_rollout, settings.candidates, settings.branch_steps
     branched = steps - settings.first_step
-    segments = branched // branch
+    segments = (branched - last_steps(shape)) // branch
     forwards = b * (settings.first_step + 1) + b * k * (branched - 1)
     shared = pairs // branch  # a segment's first pair shares x_t
     rows = shared + 2 * (pairs - shared)
+    passes = 1 if NETWORKS[shape.family].is_distilled else 2  # of guidance
     return {
-        "rollout: UNet": 2 * forwards * flops.unet,
+        "rollout: network": passes * forwards * flops.network,
         "rollout: VAE decode": segments * b * k * flops.vae_decode,
         "rollout: preference model": segments * b * k * flops.clip_image,
-        "updates: policy": 2 * rows * flops.unet_train,
-        "updates: reference": 2 * rows * flops.unet,
+        "updates: policy": passes * rows * flops.network_train,
+        "updates: reference": passes * rows * flops.network,
     }
+
+
+def last_steps(shape: Shape) -> int:
+    """How many steps at the end have no density, so that no pair is made there: the last one of a flow."""
+    return int(shape.family in FLOWS)
 
 
 def calculator() -> str:
@@ -89,7 +98,7 @@ def calculator() -> str:
         batch = sum(batch_flops(shape, settings, b * (shape.steps - settings.first_step), steps=shape.steps).values())
         total = batch * prompts / b * epochs
         hours = total / GPU_RATE * UTILISATION / 3600
-        each = [flops.unet, flops.unet_train, flops.vae_decode, flops.clip_image]
+        each = [flops.network, flops.network_train, flops.vae_decode, flops.clip_image]
         rows.append(
             [size, *(f"{value / 1e12:.2f}" for value in each), f"{total / 1e18:.1f}"]
             + [f"{hours / n:.0f} h" for n in (1, 4, 8)]
@@ -102,7 +111,7 @@ def weights() -> str:
     rows = [["", "UNet", "VAE", "preference model", "weights in memory", "a deep-copied reference would add"]]
     for size in PAPER:
         with torch.device("meta"):
-            parts = make_unet(SHAPES[size]), make_vae(SHAPES[size]), make_clip(SHAPES[size])
+            parts = make_network(SHAPES[size]), make_vae(SHAPES[size]), make_clip(SHAPES[size])
         unet, vae, clip = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
         bytes_ = 2 * (unet + vae) + 4 * clip
         millions = [f"{each / 1e6:.0f} M" for each in (unet, vae, clip)]
@@ -110,14 +119,35 @@ def weights() -> str:
     return table(rows)
 
 
-def _unet_inputs(shape: Shape, unet: nn.Module) -> dict[str, Any]:
-    more: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, TOKENS, unet.config.cross_attention_dim)}
-    if unet.config.addition_embed_type == "text_time":
-        more["added_cond_kwargs"] = {
+def _inputs(shape: Shape, network: nn.Module, latents: torch.Tensor) -> dict[str, Any]:
+    """What the network takes for one sample."""
+    config, t5_tokens = network.config, shape.t5_tokens or T5_TOKENS.get(shape.family, 0)
+    if shape.family == "flux":
+        patches = latents.shape[-1] ** 2 // 4
+        return {
+            "hidden_states": torch.empty(1, patches, config.in_channels),
+            "timestep": torch.ones(1),
+            "guidance": torch.ones(1),
+            "encoder_hidden_states": torch.empty(1, t5_tokens, config.joint_attention_dim),
+            "pooled_projections": torch.empty(1, config.pooled_projection_dim),
+            "img_ids": torch.empty(patches, 3),
+            "txt_ids": torch.empty(t5_tokens, 3),
+        }
+    if shape.family == "sd3":
+        return {
+            "hidden_states": latents,
+            "timestep": torch.ones(1),
+            "encoder_hidden_states": torch.empty(1, TOKENS + t5_tokens, config.joint_attention_dim),
+            "pooled_projections": torch.empty(1, config.pooled_projection_dim),
+        }
+    inputs: dict[str, Any] = {"sample": latents, "timestep": torch.ones(1, dtype=torch.long)}
+    inputs["encoder_hidden_states"] = torch.empty(1, TOKENS, config.cross_attention_dim)
+    if shape.family == "sdxl":
+        inputs["added_cond_kwargs"] = {
             "text_embeds": torch.empty(1, shape.text[1]["projection_dim"]),
             "time_ids": torch.empty(1, 6),
         }
-    return {"timestep": torch.ones(1, dtype=torch.long), "more": more}
+    return inputs
 
 
 def _counted(call: Any) -> int:

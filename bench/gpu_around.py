@@ -49,14 +49,25 @@ def channels_first(policy: LatentDiffusion) -> Iterator[None]:
 
 
 @contextmanager
-def float32_precision() -> Iterator[None]:
-    """TF32 in matrix products; cuDNN's convolutions have it anyway."""
+def without_tf32() -> Iterator[None]:
+    """No TF32 in matrix products; cuDNN's convolutions have it anyway."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def cudnn_attention() -> Iterator[None]:
+    """cuDNN may compute attention, which `spo.runtime.libraries` forbids."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextmanager

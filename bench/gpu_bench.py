@@ -15,7 +15,10 @@ from spo.errors import ConfigError
 if TYPE_CHECKING:
     from bench.systems import System
 
-SIZES = {"full": {"sd15": "sd15", "sdxl": "sdxl"}, "small": {"sd15": "mini", "sdxl": "mini-sdxl"}}
+SIZES = {  # names in bench.systems.SHAPES, by family
+    "full": {"sd15": "sd15", "sdxl": "sdxl", "sd35": "sd35", "flux": "flux"},
+    "small": {"sd15": "mini", "sdxl": "mini-sdxl", "sd35": "mini-sd35", "flux": "mini-flux"},
+}
 
 
 class Bench:

@@ -17,6 +17,7 @@ def rates(bench: Bench, figures: dict[str, Any]) -> None:
     figures["product_dtype"] = str(dtype).removeprefix("torch.")
     figures["product_flops_a_second"] = matmul_rate(bench.device, dtype)
     figures["copy_bytes_a_second"] = copy_rate(bench.device, 2**32 if cuda else 2**25)
+    figures["seconds_a_small_operation"] = launch_seconds(bench.device)
 
 
 def copy_rate(device: torch.device, num_bytes: int, *, repeats: int = 10) -> float:
@@ -29,6 +30,18 @@ def copy_rate(device: torch.device, num_bytes: int, *, repeats: int = 10) -> flo
         target.copy_(source)
         best = min(best, clock(device) - start)
     return 2 * num_bytes / max(best, 1e-9)
+
+
+def launch_seconds(device: torch.device, *, num: int = 2000, repeats: int = 5) -> float:
+    """Seconds that one operation on a few numbers takes: on a GPU its launch, which the CPU's speed decides."""
+    values = torch.zeros(8, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        start = clock(device)
+        for _ in range(num):
+            values.add_(1.0)
+        best = min(best, clock(device) - start)
+    return best / num
 
 
 def preference_step(bench: Bench, figures: dict[str, Any], *, num_pairs: int) -> None:
@@ -77,6 +90,6 @@ def step_cost(shape_name: str, num_pairs: int) -> tuple[float, float]:
     with torch.device("meta"):
         clip = make_clip(SHAPES[shape_name])
     text = 2 * TOKENS * sum(weight.numel() for weight in clip.clip.text_model.encoder.parameters())
-    image = 2 * (2 * flops.unet + flops.vae_decode + 3 * flops.clip_image)  # two images a pair, guided
+    image = 2 * (2 * flops.network + flops.vae_decode + 3 * flops.clip_image)  # two images a pair, guided
     weights = 4 * sum(weight.numel() for weight in clip.parameters())
     return num_pairs * (image + 3 * text), ADAMW_PASSES * weights

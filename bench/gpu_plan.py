@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bench.flops import GPU_RATE, UTILISATION, batch_flops, count
+from bench.flops import GPU_RATE, UTILISATION, batch_flops, count, last_steps
 from bench.gpu_parts import step_cost
 from bench.gpu_rows import Row
 from bench.markdown import table
@@ -42,7 +42,7 @@ def batch_cost(size: str) -> tuple[float, float]:
     shape = SHAPES[size]
     settings, steps = SpoConfig(**shape.settings), shape.steps
     flops = count(size, settings.lora.rank)
-    pairs = settings.prompts_per_rollout * (steps - settings.first_step)
+    pairs = settings.prompts_per_rollout * (steps - settings.first_step - last_steps(shape))
     ours = batch_flops(shape, settings, pairs, steps=steps)
     sampling = sum(value for name, value in ours.items() if name.startswith("rollout"))
-    return sum(ours.values()), sampling + 4 * pairs * (flops.unet + flops.unet_train)
+    return sum(ours.values()), sampling + 4 * pairs * (flops.network + flops.network_train)

@@ -49,11 +49,12 @@ def _head(results: Figures) -> str:
 
 def _rates(rows: Mapping[str, Figures]) -> str:
     found = rows.get("rates", {})
-    if "copy_bytes_a_second" not in found:
+    if "seconds_a_small_operation" not in found:
         return ""
     return (
         f"A large product ({found['product_dtype']}): {found['product_flops_a_second'] / 1e12:.3g} TFLOP/s. "
-        f"A large copy, read and written: {found['copy_bytes_a_second'] / 1e12:.3g} TB/s."
+        f"A large copy, read and written: {found['copy_bytes_a_second'] / 1e12:.3g} TB/s. "
+        f"One operation on eight numbers: {1e6 * found['seconds_a_small_operation']:.3g} us."
     )
 
 
@@ -88,8 +89,12 @@ def _where(rows: Mapping[str, Figures]) -> str:
         cells = [(rows[name]["groups"][part], rows[name]["seconds"]) for name in names]
         lines.append([part, *(cell for value, whole in cells for cell in (number(value), f"{value / whole:.1%}"))])
     lines.append(["all", *(cell for name in names for cell in (number(rows[name]["seconds"]), "100%"))])
-    floors = [(rows[name].get("floor_seconds"), rows[name].get("share_of_floor", 0.0)) for name in names]
-    lines.append(["the floor", *(cell for floor, share in floors for cell in (number(floor), f"{share:.1%}"))])
+    lines.append(["a kept pair", *(cell for name in names for cell in (number(rows[name]["seconds_a_pair"]), ""))])
+    floors = [(rows[name].get("floor_seconds"), rows[name].get("share_of_floor")) for name in names]
+    lines.append(["the floor", *(cell for floor, share in floors for cell in (number(floor), percent(share)))])
+    peaks = [rows[name]["peak_bytes"] for name in names]
+    if all(peaks):
+        lines.append(["peak memory, GB", *(cell for peak in peaks for cell in (giga(peak), ""))])
     return f"Where the time of our batch goes ({'; '.join(_batch(rows[name]) for name in names)}):\n\n{table(lines)}"
 
 
@@ -121,6 +126,20 @@ def _kinds(rows: Mapping[str, Figures]) -> str:
             lines.append(["peak memory, GB", giga(pixel["peak_bytes"]), giga(latent["peak_bytes"]), ratio])
         parts.append(f"{name}, the kinds of preference model: {_batch(rows[name])}.\n\n{table(lines)}")
     return "\n\n".join(parts)
+
+
+def _busy(rows: Mapping[str, Figures]) -> str:
+    found = rows.get("busy", {}).get("parts", {})
+    if not found:
+        return ""
+    lines = [["part", "ms", "ms of kernels", "share", "kernels", "us a kernel", "most of the time"]]
+    for name, part in found.items():
+        own, most = part["kernel_seconds"], part["top"][0]
+        share = f"{own / part['seconds']:.0%}"
+        cells = [number(1e3 * part["seconds"]), number(1e3 * own), share, str(part["kernels"])]
+        cells.append(number(1e6 * own / part["kernels"]))
+        lines.append([name, *cells, f"{most[0].replace('|', '/')[:60]}: {most[1] / own:.0%}"])
+    return f"How long the GPU computes, on SD v1.5's shape (parts as in `bench/gpu_switches.py`):\n\n{table(lines)}"
 
 
 def _switches(rows: Mapping[str, Figures]) -> str:
@@ -162,6 +181,7 @@ SECTIONS: tuple[Callable[[Mapping[str, Figures]], str], ...] = (
     _where,
     _kinds,
     _preference,
+    _busy,
     _switches,
     _check,
 )
@@ -179,6 +199,10 @@ def _note(found: Figures) -> str:
 
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def giga(num_bytes: float | None) -> str:

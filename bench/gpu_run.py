@@ -26,6 +26,10 @@ class TimeOver(BaseException):
     """The minutes are over; like a signal's, it is no Exception that a library would swallow."""
 
 
+class LostDevice(Exception):
+    """No later row of this process can run; the message is how the row ended."""
+
+
 class Deadline:
     """The end of the minutes, on the monotonic clock."""
 
@@ -92,15 +96,23 @@ def run_rows(rows: Sequence[Row], bench: Any, results: Results) -> int:
         figures: dict[str, Any] = {}
         try:
             status = attempt(row, bench, figures)
+        except LostDevice as lost:
+            results.add(row.name, str(lost), time.monotonic() - start, figures)
+            _skip(rows[i + 1 :], "the device is lost", results)
+            return 1
         except KeyboardInterrupt as stop:
             results.add(row.name, "stopped", time.monotonic() - start, figures)
-            for later in rows[i + 1 :]:
-                results.add(later.name, "skipped: stopped", 0.0, {})
+            _skip(rows[i + 1 :], "stopped", results)
             return stop.exit_code if isinstance(stop, Stopped) else 130
         bench.figures[row.name] = figures
         results.add(row.name, status, time.monotonic() - start, figures)
         print(f"{row.name}: {status}, {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
     return int(any(row["status"].startswith("failed") for row in results.rows))
+
+
+def _skip(rows: Sequence[Row], why: str, results: Results) -> None:
+    for row in rows:
+        results.add(row.name, f"skipped: {why}", 0.0, {})
 
 
 def attempt(row: Row, bench: Any, figures: dict[str, Any]) -> str:
@@ -120,7 +132,10 @@ def attempt(row: Row, bench: Any, figures: dict[str, Any]) -> str:
     else:
         bench.tidy()
         return MEASURED
-    bench.drop()
+    try:
+        bench.drop()
+    except RuntimeError as error:  # CUDA's errors that no call of this process survives
+        raise LostDevice(f"{status}; the device is lost to this process") from error
     return status
 
 

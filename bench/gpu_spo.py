@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from bench.flops import batch_flops
+from bench.flops import batch_flops, last_steps
 from bench.gpu_bench import Bench, Meter, in_use
 from bench.gpu_run import forget
 from bench.measure import Stopwatch
@@ -17,14 +17,14 @@ from bench.spo_step import compare
 from bench.systems import SHAPES, System
 from spo.config import SamplingConfig
 from spo.errors import is_out_of_memory
-from spo.models.sampler import Sampler
 
 WAYS = {"ours": OurPath, "plain": PlainPath}
+RUN_METRICS = ("unet_forwards", "vae_decodes", "num_examples", "seconds")
 MOST_RUNS = 3  # of each way, while there is time
 CHECKED_PROMPTS, CHECKED_PAIRS = 2, 64  # as in spo.stages.check, which imports too much for a bare machine
 UPDATES = tuple(name for name in SECTIONS if name.startswith("updates"))
 GROUPS = {
-    "UNet, sampling": ("rollout: UNet",),
+    "network, sampling": ("rollout: network",),
     "VAE": ("rollout: VAE decode",),
     "preference model": ("rollout: preference model",),
     "updates": UPDATES,
@@ -39,8 +39,11 @@ def duel(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
     """
     system = batch_of(bench, figures, family)
     figures["shared_bytes"] = in_use(bench.device)  # the system's own, which both ways need
+    figures["rehearsal_seconds"] = {}
     for way in WAYS:
-        _run(way, few(system), bench, rehearsal=True)
+        with Meter(bench.device) as meter:
+            _run(way, few(system), bench, rehearsal=True)
+        figures["rehearsal_seconds"][way] = meter.seconds
     whole = system.settings.batch_size
     try:
         return _take_turns(system, bench, figures)
@@ -64,7 +67,8 @@ def where(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
             pairs, _ = path.run()
     seconds = {name: watch.seconds[name] for name in SECTIONS}
     seconds[REST] = meter.seconds - sum(seconds.values())
-    figures |= {"seconds": meter.seconds, "pairs": len(pairs["t"]), "sections": seconds}
+    figures |= {"seconds": meter.seconds, "pairs": len(pairs["t"]), "sections": seconds, "peak_bytes": meter.peak_bytes}
+    figures["seconds_a_pair"] = meter.seconds / len(pairs["t"])
     figures["groups"] = {name: sum(seconds[each] for each in group) for name, group in GROUPS.items()}
     figures |= _floor(system, bench, len(pairs["t"]), meter.seconds)
 
@@ -111,14 +115,12 @@ def batch_of(bench: Bench, figures: dict[str, Any], family: str) -> System:
 
 
 def few(system: System) -> System:
-    """As little as calls every kernel once: two prompts, and steps up to the end of the first segment."""
-    settings, prompts = system.settings, system.prompts[:2]
-    least = settings.first_step + settings.branch_steps
-    settings = settings.model_copy(update={"prompts_per_rollout": len(prompts)})
+    """As little as calls every kernel once: steps up to the end of the first segment."""
+    settings = system.settings
+    least = settings.first_step + settings.branch_steps + last_steps(SHAPES[system.size])
     policy, now = system.policy, system.policy.sampler
     sampling = SamplingConfig(steps=least, eta=now.eta, guidance_scale=now.guidance_scale)
-    sampler = Sampler.ddim(policy.network.pipeline.scheduler.config, sampling, policy.device)
-    return replace(system, policy=replace(policy, sampler=sampler), settings=settings, prompts=prompts)
+    return replace(system, policy=replace(policy, sampler=policy.network.sampler(sampling)))
 
 
 @contextmanager
@@ -141,7 +143,7 @@ def _run(way: str, system: System, bench: Bench, *, rehearsal: bool = False) -> 
             return {}
         run: dict[str, Any] = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes, "updates": len(losses)}
         if way == "ours":
-            run["metrics"] = {name: path.metrics[name] for name in ("unet_forwards", "vae_decodes", "seconds")}
+            run["metrics"] = {name: path.metrics[name] for name in RUN_METRICS}
     kept = {name: pairs[name].cpu() for name in ("x_t", "x_prev", "t", "t_prev")}
     return Measured(run, outcome={"pairs": kept, "losses": losses})
 
@@ -189,12 +191,7 @@ def _against(runs: dict[str, list[Any]], system: System, bench: Bench, shared: i
 
 def _floor(system: System, bench: Bench, num_pairs: int, seconds: float) -> dict[str, float]:
     """Seconds that our batch's operations take at the rate of a large product, and their share of `seconds`."""
-    shape = SHAPES[_name_of(system, bench)]
+    shape = SHAPES[system.size]
     flops = sum(batch_flops(shape, system.settings, num_pairs, steps=len(system.policy.timesteps)).values())
     floor = flops / bench.rates()["product_flops_a_second"]
     return {"floor_seconds": floor, "share_of_floor": floor / seconds}
-
-
-def _name_of(system: System, bench: Bench) -> str:
-    """The system's shape: SDXL's policy pools its text."""
-    return bench.shape("sdxl" if system.policy.network.module.config.addition_embed_type else "sd15")

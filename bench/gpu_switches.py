@@ -137,10 +137,13 @@ def dtype(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
 
 
 def tf32(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
-    """The float32 preference model with TF32 in its products, and in bfloat16 (scoring.dtype, which changes labels)."""
-    half = lambda: torch.autocast(bench.device.type, torch.bfloat16)  # noqa: E731
-    with_and_without(bench, figures, parts, ("score",), {"TF32": around.float32_precision, "bfloat16": half})
-    with_and_without(bench, figures, parts, ("update",), {"TF32": around.float32_precision})
+    """Float32 products use TF32; the switch takes that away."""
+    with_and_without(bench, figures, parts, ("score", "update"), {"no TF32": around.without_tf32})
+
+
+def attention(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
+    """Attention without cuDNN; the switch allows it."""
+    with_and_without(bench, figures, parts, ("sample", "update"), {"cuDNN": around.cudnn_attention})
 
 
 def channels_last(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
@@ -222,6 +225,7 @@ def _compare(figures: dict[str, Any], old: str, new: str) -> None:
 SWITCHES: dict[str, Callable[[Parts, Bench, dict[str, Any]], None]] = {
     "dtype": dtype,
     "tf32": tf32,
+    "attention": attention,
     "channels-last": channels_last,
     "fused-adamw": fused_adamw,
     "checkpointing": checkpointing,

@@ -25,7 +25,7 @@ from bench.systems import FULL_SIZE, SHAPES, make_system
 from spo.runtime.libraries import set_up_libraries
 
 SECTIONS = (
-    "rollout: UNet",
+    "rollout: network",
     "rollout: VAE decode",
     "rollout: preference model",
     "text towers",
@@ -90,7 +90,7 @@ def attached(watch: Stopwatch, path: OurPath) -> Iterator[None]:
 
     path.method.loss, policy.network.reference = timed_loss, timed_reference  # type: ignore[method-assign]
     watch.time(
-        policy.network.module, "forward", lambda: f"updates: {inside[-1]} forward" if inside else "rollout: UNet"
+        policy.network.module, "forward", lambda: f"updates: {inside[-1]} forward" if inside else "rollout: network"
     )
     watch.time(policy.autoencoder, "decode", "rollout: VAE decode")
     watch.time(policy.network, "encode", "text towers")

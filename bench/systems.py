@@ -5,8 +5,11 @@ tiny    the embedded default, as shipped
 small   Stable Diffusion v1.5 in small: four levels, 6.2 million parameters, 16 x 16 latents
 sd15    Stable Diffusion v1.5 at 512 px with PickScore's CLIP; needs a GPU
 sdxl    Stable Diffusion XL at 1024 px with the same CLIP; needs a GPU
+sd35    Stable Diffusion 3.5 medium at 512 px with the same CLIP and without T5; needs a GPU. mini-sd35 in small
+flux    FLUX.1-dev at 512 px with the same CLIP, and one layer of T5; needs a GPU. mini-flux in small
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +17,11 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -25,16 +33,15 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
 )
 
 from spo.config import LoraConfig, OptimizerConfig, SamplingConfig, SpoConfig, load_config
 from spo.models.autoencoder import Autoencoder
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.load import build
+from spo.models.load import NETWORKS, build
 from spo.models.lora import add_lora
-from spo.models.sampler import Sampler
-from spo.models.sd15 import StableDiffusionNetwork
-from spo.models.sdxl import StableDiffusionXLNetwork
 from spo.preference.checkpoint import PreferenceModel, load_clip
 from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Preprocessing
@@ -47,10 +54,15 @@ LEVELS = 4
 class Shape:
     """The sizes of a system of random weights; the defaults are Stable Diffusion v1.5's."""
 
-    unet: dict[str, Any] = field(default_factory=dict)
+    family: str = "sd15"
+    network: dict[str, Any] = field(default_factory=dict)  # the denoising network's configuration
     vae: tuple[int, ...] = (128, 256, 512, 512)
     vae_layers: int = 2
     scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latent_channels: int = 4
+    t5_tokens: int | None = None
+    guidance_scale: float = 5.0
     text: tuple[dict[str, Any], ...] = ({"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},)
     clip_text: dict[str, Any] = field(
         default_factory=lambda: {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -83,9 +95,34 @@ def _small_clip(width: int, layers: int, image_size: int) -> dict[str, Any]:
     }
 
 
+PROJECTED_TOWER = {**SMALL_TOWER, "projection_dim": 32}
+SD35 = {  # of stabilityai/stable-diffusion-3.5-medium
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+FLUX = {"guidance_embeds": True}  # of black-forest-labs/FLUX.1-dev
+_flow_vae: dict[str, Any] = {"latent_channels": 16}
+_small_flow: dict[str, Any] = {
+    **_flow_vae,
+    "vae": (8, 8, 8, 8),
+    "vae_layers": 1,
+    **_small_clip(32, 2, 32),
+    "text": (SMALL_TOWER,),
+    "shift_factor": 0.1,
+    "t5_tokens": 16,
+    "resolution": 64,
+    "steps": 4,
+}
 SHAPES = {
     "mini": Shape(
-        unet={
+        network={
             "block_out_channels": (16, 32, 32, 32),
             "layers_per_block": 1,
             "cross_attention_dim": 64,
@@ -99,7 +136,8 @@ SHAPES = {
         settings={"prompts_per_rollout": 2, "batch_size": 3, "first_step": 1},
     ),
     "mini-sdxl": Shape(
-        unet={
+        family="sdxl",
+        network={
             "block_out_channels": (16, 32, 32),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -126,7 +164,7 @@ SHAPES = {
         },
     ),
     "small": Shape(
-        unet={"block_out_channels": (32, 64, 96, 112), "cross_attention_dim": 64, "norm_num_groups": 8},
+        network={"block_out_channels": (32, 64, 96, 112), "cross_attention_dim": 64, "norm_num_groups": 8},
         vae=(8, 16, 32, 32),
         vae_layers=1,
         **_small_clip(96, 4, 112),
@@ -135,7 +173,8 @@ SHAPES = {
     ),
     "sd15": Shape(),
     "sdxl": Shape(
-        unet={
+        family="sdxl",
+        network={
             "block_out_channels": (320, 640, 1280),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -163,14 +202,79 @@ SHAPES = {
             "optimizer": OptimizerConfig(learning_rate=1e-5),
         },
     ),
+    "mini-sd35": Shape(
+        family="sd3",
+        network={
+            **SD35,
+            "num_layers": 2,
+            "dual_attention_layers": (0,),
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "caption_projection_dim": 16,
+            "joint_attention_dim": 64,
+            "pooled_projection_dim": 64,
+        },
+        **{**_small_flow, "text": (PROJECTED_TOWER, PROJECTED_TOWER)},
+        settings={"prompts_per_rollout": 2, "batch_size": 3, "micro_batch_size": 2, "first_step": 1},
+    ),
+    "mini-flux": Shape(
+        family="flux",
+        network={
+            **FLUX,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "axes_dims_rope": (4, 6, 6),
+            "joint_attention_dim": 64,
+            "pooled_projection_dim": 32,
+        },
+        **_small_flow,
+        settings={"prompts_per_rollout": 2, "batch_size": 2, "micro_batch_size": 2, "first_step": 1},
+    ),
+    "sd35": Shape(
+        family="sd3",
+        network=SD35,
+        **_flow_vae,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        text=(
+            {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768},
+            {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280},
+        ),
+        guidance_scale=4.5,
+        settings={  # of the profile, with fewer prompts
+            "prompts_per_rollout": 4,
+            "first_step": 8,
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "lora": LoraConfig(rank=32),
+        },
+    ),
+    "flux": Shape(
+        family="flux",
+        network=FLUX,
+        **_flow_vae,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        guidance_scale=3.5,
+        settings={  # of the profile, with fewer prompts
+            "prompts_per_rollout": 2,
+            "first_step": 6,
+            "batch_size": 2,
+            "micro_batch_size": 2,
+            "lora": LoraConfig(rank=64),
+        },
+    ),
 }
-FULL_SIZE = ("sd15", "sdxl")
+FULL_SIZE = ("sd15", "sdxl", "sd35", "flux")
 
 
 @dataclass(frozen=True)
 class System:
     """A policy with a LoRA that has left its base, a preference model that knows t, and the settings of a batch."""
 
+    size: str
     policy: LatentDiffusion
     preference: PreferenceModel
     settings: SpoConfig
@@ -202,7 +306,7 @@ def make_system(
             preference = make_preference(SHAPES[size], device)
         leave_start(preference.model, "modulation")
     prompts_ = [f"a picture of number {i}" for i in range(settings.prompts_per_rollout)]
-    return System(policy, preference, settings, prompts_, **({"latent_guidance_scale": 1.0} if config else {}))
+    return System(size, policy, preference, settings, prompts_, **({"latent_guidance_scale": 1.0} if config else {}))
 
 
 def attach_lora(system: System) -> None:
@@ -225,8 +329,69 @@ def leave_start(module: torch.nn.Module, name: str) -> None:
 def make_policy(shape: Shape, device: torch.device | str, *, steps: int | None = None) -> LatentDiffusion:
     """A pipeline of random weights behind the adapter of its family."""
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    tokenizer = make_tokenizer()
-    scheduler = DDIMScheduler(
+    with torch.device(device):
+        pipeline = PIPELINES[shape.family](shape)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device, dtype)
+    for name in {"unet", "vae"} & set(pipeline.components):
+        getattr(pipeline, name).to(memory_format=torch.channels_last)  # as spo.models.load does
+    network = NETWORKS[shape.family](pipeline, resolution=shape.resolution, t5_tokens=shape.t5_tokens)
+    if shape.family != "sd15":
+        network.module.enable_gradient_checkpointing()
+    sampler = network.sampler(SamplingConfig(steps=steps or shape.steps, guidance_scale=shape.guidance_scale))
+    return LatentDiffusion(network, sampler, Autoencoder(pipeline.vae, resolution=shape.resolution))
+
+
+def _sd15(shape: Shape) -> StableDiffusionPipeline:
+    parts = {"unet": make_network(shape), "vae": make_vae(shape), "scheduler": _ddim()}
+    parts |= {"text_encoder": _text_encoder(shape, 0, CLIPTextModel), "tokenizer": make_tokenizer()}
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts)
+
+
+def _sdxl(shape: Shape) -> StableDiffusionXLPipeline:
+    parts = {"unet": make_network(shape), "vae": make_vae(shape), "scheduler": _ddim()}
+    parts |= {"text_encoder": _text_encoder(shape, 0, CLIPTextModel), "tokenizer": make_tokenizer()}
+    second = _text_encoder(shape, 1, CLIPTextModelWithProjection)
+    return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=make_tokenizer())
+
+
+def _sd3(shape: Shape) -> StableDiffusion3Pipeline:
+    """Without T5, so zeros of the same shape stand in its place."""
+    first, second = (_text_encoder(shape, i, CLIPTextModelWithProjection) for i in range(2))
+    return StableDiffusion3Pipeline(
+        transformer=make_network(shape),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=make_vae(shape),
+        text_encoder=first,
+        tokenizer=make_tokenizer(),
+        text_encoder_2=second,
+        tokenizer_2=make_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _flux(shape: Shape) -> FluxPipeline:
+    width = shape.network.get("joint_attention_dim", 4096)
+    heads = {"num_heads": width // 64, "d_kv": 64}
+    t5 = T5EncoderModel(T5Config(vocab_size=32128, d_model=width, d_ff=5 * width // 2, num_layers=1, **heads))
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=make_vae(shape),
+        text_encoder=_text_encoder(shape, 0, CLIPTextModel),
+        tokenizer=make_tokenizer(),
+        text_encoder_2=t5,
+        tokenizer_2=make_tokenizer(),
+        transformer=make_network(shape),
+    )
+
+
+PIPELINES: dict[str, Callable[[Shape], Any]] = {"sd15": _sd15, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux}
+
+
+def _ddim() -> DDIMScheduler:
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -234,30 +399,21 @@ def make_policy(shape: Shape, device: torch.device | str, *, steps: int | None =
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    with torch.device(device):
-        parts: dict[str, Any] = {"unet": make_unet(shape), "vae": make_vae(shape), "scheduler": scheduler}
-        texts = [CLIPTextConfig(**_tower(text, tokenizer)) for text in shape.text]
-        parts |= {"text_encoder": CLIPTextModel(texts[0]), "tokenizer": tokenizer}
-        if len(texts) == 1:
-            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            pipeline = StableDiffusionPipeline(**parts)
-        else:
-            second = CLIPTextModelWithProjection(texts[1])
-            pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=make_tokenizer())
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device, dtype)
-    for convolutional in (pipeline.unet, pipeline.vae):
-        convolutional.to(memory_format=torch.channels_last)  # as spo.models.load does
-    family = StableDiffusionNetwork if len(texts) == 1 else StableDiffusionXLNetwork
-    if family is StableDiffusionXLNetwork:
-        pipeline.unet.enable_gradient_checkpointing()
-    network = family(pipeline, resolution=shape.resolution)
-    sampler = Sampler.ddim(scheduler.config, SamplingConfig(steps=steps or shape.steps), network.device)
-    return LatentDiffusion(network, sampler, Autoencoder(pipeline.vae, resolution=shape.resolution))
 
 
-def make_unet(shape: Shape) -> UNet2DConditionModel:
-    return UNet2DConditionModel(**{"sample_size": shape.resolution // 8, "cross_attention_dim": 768, **shape.unet})
+def _text_encoder(shape: Shape, number: int, kind: Any) -> Any:
+    return kind(CLIPTextConfig(**_tower(shape.text[number], make_tokenizer())))
+
+
+def make_network(shape: Shape) -> Any:
+    """The denoising network of a shape."""
+    if shape.family == "sd3":
+        return SD3Transformer2DModel(
+            **{"in_channels": 16, "out_channels": 16, "attention_head_dim": 64, **shape.network}
+        )
+    if shape.family == "flux":
+        return FluxTransformer2DModel(**shape.network)
+    return UNet2DConditionModel(**{"sample_size": shape.resolution // 8, "cross_attention_dim": 768, **shape.network})
 
 
 def make_vae(shape: Shape) -> AutoencoderKL:
@@ -267,9 +423,10 @@ def make_vae(shape: Shape) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * LEVELS,
         layers_per_block=shape.vae_layers,
         norm_num_groups=min(32, shape.vae[0]),
-        latent_channels=4,
+        latent_channels=shape.latent_channels,
         sample_size=shape.resolution,
         scaling_factor=shape.scaling_factor,
+        shift_factor=shape.shift_factor,
     )
 
 

@@ -11,6 +11,8 @@ What a researcher needs is importable from `spo`; each name is loaded when it is
     KeyedNoise               random numbers keyed by seed, epoch and prompt
     rollout                  sample prompts and yield scored candidates, step by step (the paper's algorithm 1)
     Spo, D3po, DiffusionDpo  the methods: each collects examples and computes their loss
+    align, wrap              SPO on a diffusers pipeline and a reward of your own (docs/api.md)
+    SpoConfig, D3poConfig, GrpoConfig, LoraConfig, OptimizerConfig, SamplingConfig  settings for them
 
 For example, in a project in which `python -m spo repro` has run:
 
@@ -42,6 +44,14 @@ from typing import Any
 
 _HOMES = {
     "Config": "spo.config",
+    "D3poConfig": "spo.config",
+    "GrpoConfig": "spo.config",
+    "SamplingConfig": "spo.config",
+    "SpoConfig": "spo.config",
+    "LoraConfig": "spo.config",
+    "OptimizerConfig": "spo.config",
+    "align": "spo.api",
+    "wrap": "spo.api",
     "D3po": "spo.methods.d3po",
     "DiffusionDpo": "spo.methods.diffusion_dpo",
     "KeyedNoise": "spo.core.noise",

@@ -3,6 +3,7 @@
 A user's mistake ends with one line and exit code 1, wrong arguments with 2, Ctrl-C with 130, SIGTERM with 143.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -12,8 +13,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep instead of spinning: docs/api.md
+
 from spo.commands.models import compare, export, export_preference_model, generate, import_preference_model
+from spo.commands.people import label, study
 from spo.commands.pipeline import check, mlflow_ui, promote, repro
+from spo.commands.publish import publish
 from spo.commands.stage import stage_command
 from spo.pipeline import STAGES
 from spo.runtime.exit_codes import exit_code
@@ -23,9 +28,12 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     check,
     generate,
     compare,
+    label,
+    study,
     promote,
     mlflow_ui,
     export,
+    publish,
     import_preference_model,
     export_preference_model,
 )

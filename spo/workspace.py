@@ -63,6 +63,11 @@ class Workspace:
         return sorted((self.aligned(method, seed) / "checkpoints").glob("step-*"))
 
     @property
+    def scorers(self) -> Path:
+        """The modules of preference models of kind custom."""
+        return self.root / "data" / "scorers"
+
+    @property
     def evaluate(self) -> Path:
         return self.output("evaluate")
 
@@ -75,6 +80,15 @@ class Workspace:
     def report(self) -> Path:
         return self.output("report")
 
+    def preferences(self, name: str) -> Path:
+        """The pairs that people chose with `label`."""
+        return self.root / "data" / "preferences" / name
+
+    @property
+    def studies(self) -> Path:
+        """What people chose in studies, of all profiles."""
+        return self.root / "data" / "studies"
+
     # Below is what DVC does not look at.
 
     def state(self, *job: str) -> Path:
@@ -84,6 +98,15 @@ class Workspace:
     def lock(self, *job: str) -> Path:
         """The file that is locked while a job runs."""
         return self._cache("locks") / f"{'-'.join(job)}.lock"
+
+    def shared_lock(self, *job: str) -> Path:
+        """The same for a job that is not of one profile."""
+        return self.root / ".cache" / "locks" / f"{'-'.join(job)}.lock"
+
+    @property
+    def pictures_cache(self) -> Path:
+        """Pictures that were made for people to choose from."""
+        return self._cache("pictures")
 
     @property
     def latents_cache(self) -> Path:

@@ -106,10 +106,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             lambda v: v["align"]["spo"].update(watch={"every": 2, "metric": {"kind": "oracle"}, "score": "beauty"}),
             r"align\.spo\.watch: watch\.score must be one of .*'beauty'",
         ),
-        (lambda v: pixel(v).update(kind="audio"), r"preference_models\.pixel: .*whose kind is pixel or latent"),
+        (lambda v: pixel(v).update(kind="audio"), r"preference_models\.pixel: .*whose kind is pixel, latent or custom"),
         (
             lambda v: v["preference_models"].update(pixel=3),
-            r"preference_models\.pixel: .*whose kind is pixel or latent, got 3",
+            r"preference_models\.pixel: .*whose kind is pixel, latent or custom, got 3",
         ),
         (lambda v: pixel(v).update(kind="latent"), r"preference_models\.pixel\.start_from: unknown key"),
         (lambda v: pixel(v).update(steps=0), r"preference_models\.pixel\.steps: .*got 0"),

@@ -37,7 +37,7 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     seeds, pixels = len(config.training_seeds), math.prod(config.model.size)
     source = size_of(root / preferences.source) if preferences and not preferences.max_pairs else 0
     models = [config.preference_models[name] for name in config.train_preference]
-    trained = [0 if model.checkpoint else _preference(config, model) for model in models]
+    trained = [0 if model.is_trained else _preference(config, model) for model in models]
     latents = 2 * (num_pairs(config, root) or 0) * pixels / 8**2 * 4 * CHANNELS[config.model.family]
     whole = [config.align[name].checkpoints for name in config.methods if config.align[name].full_fine_tuning]
     network = _network(config) if whole else 0

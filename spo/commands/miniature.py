@@ -161,7 +161,7 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     seeds, counts = len(config.training_seeds), {}
     for name in config.train_preference:
         training = config.preference_models[name]
-        trained = 0 if training.checkpoint else training.steps * training.batch_size
+        trained = 0 if training.is_trained else training.steps * training.batch_size
         counts[f"train_preference {name}"] = trained * training.forwards_per_pair(config.counted_sampling)
     for name in config.methods:
 

@@ -1,16 +1,19 @@
 """Commands that use trained models: generate, compare, export, and import and export of preference models."""
 
 import os
+import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
 from spo.commands.stage import Profile
-from spo.config import load_config
+from spo.config import Config, load_config
 from spo.errors import SpoError
 from spo.runtime.libraries import set_up_libraries
+from spo.workspace import Workspace
 
+Format: TypeAlias = Literal["diffusers", "kohya", "merged"]
 MODELS = "an evaluated method, a run's folder, a LoRA's file or folder, OWNER/NAME, models:/NAME@ALIAS or base"
 
 
@@ -86,7 +89,7 @@ def compare(
 
 
 def export(
-    format: Annotated[Literal["diffusers", "kohya", "merged"], typer.Option(show_default=False)],
+    format: Annotated[Format, typer.Option(show_default=False)],
     out: Annotated[Path, typer.Option(metavar="PATH", help="A folder; for kohya a .safetensors file.")],
     method: Annotated[
         str | None, typer.Option(metavar="NAME", help="The method of the LoRA (default: the profile's first).")
@@ -94,11 +97,14 @@ def export(
     checkpoint: Annotated[
         str | None, typer.Option(metavar="LORA", help="Instead: a run's folder, a LoRA's file or folder, a hub name.")
     ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="For the model card of diffusers, e.g. apache-2.0.")
+    ] = None,
     profile: Profile = None,
 ) -> None:
     """Write a trained model for use elsewhere.
 
-    A LoRA for diffusers or for web user interfaces (kohya), or the base with the LoRA merged in.
+    A LoRA for diffusers, with a model card, or for web user interfaces (kohya), or the base with the LoRA merged in.
     """
     if method is not None and checkpoint is not None:
         raise typer.BadParameter("give --method or --checkpoint, not both")
@@ -107,9 +113,24 @@ def export(
         raise SpoError(f"--out {out}: --format kohya writes one file; end its name in .safetensors")
     _require_new(out)
     set_up_libraries()
+    print(write_export(config, format, out, method=method, checkpoint=checkpoint, license=license))
+
+
+def write_export(
+    config: Config,
+    format: Format,
+    out: Path,
+    *,
+    method: str | None = None,
+    checkpoint: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Write the model to `out`, whole or not at all, and return a line about it."""
     from spo.evaluation.resolve_model import resolve_model
     from spo.models import policy
     from spo.models.load import build
+    from spo.report.model_card import SAMPLES, model_card
+    from spo.runtime.files import atomic_path, write_text
 
     name, option = (method, "--method") if checkpoint is None else (checkpoint, "--checkpoint")
     source = resolve_model(name, config, option=option)
@@ -119,8 +140,16 @@ def export(
         )
     denoiser = build(config.model, config.sampling, "cpu")
     policy.load_policy(denoiser.network, source.lora)
-    policy.export(denoiser.network, format, out)
-    print(f"{out}: {format} of {source.description}")
+    if format != "diffusers":
+        policy.export(denoiser.network, format, out)
+        return f"{out}: {format} of {source.description}"
+    evaluated = None if checkpoint else source.name
+    with atomic_path(out) as made:
+        policy.export(denoiser.network, format, made)
+        write_text(made / "README.md", model_card(config, evaluated, license=license))
+        if evaluated and (samples := Workspace(config).evaluate / SAMPLES).is_file():
+            shutil.copyfile(samples, made / SAMPLES)
+    return f"{out}: {format} of {source.description}"
 
 
 def import_preference_model(

@@ -95,10 +95,10 @@ def _models(config: Config) -> Iterator[Finding]:
         preference, section = config.preference_models[name], f"preference_models.{name}"
         for key, (source, file) in preference.repositories().items():
             yield _repository(f"{section}.{key}", source, file, ("train_preference",))
-        if not preference.checkpoint and (labels := config.labels_of(name).model):
+        if not preference.is_trained and (labels := config.labels_of(name).model):
             where = "labels" if preference.labels is None else f"{section}.labels"
             yield _repository(f"{where}.model", labels, "config.json", ("train_preference",))
-        for metric in preference.filter.metrics if preference.filter and not preference.checkpoint else ():
+        for metric in preference.filter.metrics if preference.filter and not preference.is_trained else ():
             yield from _metric(f"{section}.filter.{metric.scores[0]}", metric, "train_preference")
     needed = {evaluate.primary, *evaluate.guarded}
     for metric in evaluate.metrics:

@@ -31,6 +31,7 @@ from spo.config.metrics import (
 from spo.config.model import FLOW, ModelConfig, SamplingConfig, sides
 from spo.config.preference import (
     CandidatesConfig,
+    CustomPreferenceConfig,
     LabelsConfig,
     LatentPreferenceConfig,
     PairFilter,

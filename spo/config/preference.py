@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from spo.config.align import ScoringConfig
 from spo.config.base import Fraction, Positive, Rate, Section
@@ -105,6 +105,11 @@ class TrainPreferenceConfig(Section, ABC):
     candidates: CandidatesConfig | None = None  # measures the agreement on candidates; None: does not
     log_every: Positive = 20
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is used as it is, so that the stage only measures it."""
+        return self.checkpoint is not None
+
     @abstractmethod
     def repositories(self) -> dict[str, tuple[str, str | None]]:
         """Models that it loads: by key of its section, a folder or hub name, and a file that must be in it."""
@@ -205,12 +210,52 @@ class LatentPreferenceConfig(TrainPreferenceConfig):
         return f"{super().memory_remedy()}, or set model.gradient_checkpointing to true"
 
 
+class CustomPreferenceConfig(TrainPreferenceConfig):
+    """A class of the user's own that scores images; it is not trained here (spo/preference/reward.py)."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    kind: Literal["custom"]
+    class_name: Annotated[str, Field(alias="class", pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]  # MODULE:CLASS
+    options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the class
+    steps: Positive = 1
+    batch_size: Positive = 64  # pairs that are measured at a time
+    learning_rate: Rate = 1.0
+
+    @property
+    def is_trained(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _not_trained(self) -> "CustomPreferenceConfig":
+        unused = {"checkpoint", "filter", "labels", "steps", "learning_rate"} & self.model_fields_set
+        if changed := sorted(name for name in unused if getattr(self, name) != type(self).model_fields[name].default):
+            raise ValueError(f"a preference model of kind custom is not trained, so remove {', '.join(changed)}")
+        return self
+
+    def repositories(self) -> dict[str, tuple[str, str | None]]:
+        return {}
+
+    def forwards_per_pair(self, sampling: SamplingConfig) -> float:
+        return 0.0
+
+    def unfit(self, scoring: ScoringConfig) -> str | None:
+        for key, default in (("timestep", None), ("at_step_time", False), ("dtype", "float32")):
+            if (value := getattr(scoring, key)) != default:
+                return f"{key}={value!r} is not for a preference model of kind custom"
+        return None
+
+
 def _kind(value: Any) -> Any:
     kind = value.get("kind", "pixel") if isinstance(value, dict) else getattr(value, "kind", None)
     return kind if isinstance(kind, str) else None
 
 
 PreferenceConfig = Annotated[
-    Annotated[PixelPreferenceConfig, Tag("pixel")] | Annotated[LatentPreferenceConfig, Tag("latent")],
-    Discriminator(_kind, custom_error_type="kind", custom_error_message="give a section whose kind is pixel or latent"),
+    Annotated[PixelPreferenceConfig, Tag("pixel")]
+    | Annotated[LatentPreferenceConfig, Tag("latent")]
+    | Annotated[CustomPreferenceConfig, Tag("custom")],
+    Discriminator(
+        _kind, custom_error_type="kind", custom_error_message="give a section whose kind is pixel, latent or custom"
+    ),
 ]

@@ -79,7 +79,7 @@ class Config(Section):
                     f"not name; got {[*self.train_preference]}, so add it"
                 )
         for name, preference in self.preference_models.items():
-            if self.prepare.preferences is None and preference.checkpoint is None:
+            if self.prepare.preferences is None and not preference.is_trained:
                 raise ValueError(
                     "prepare.preferences is missing: name preference pairs to train on, or a trained preference model "
                     f"in preference_models.{name}.checkpoint"

@@ -1,11 +1,13 @@
 """The models to compare and the images to make: each model has the same prompts and the same seeds."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from spo.config import Config, LoraSource, NetworkSource
 from spo.errors import DataError, ModelError
 from spo.models.generate import image_seed
+from spo.runtime import distributed
 from spo.runtime.files import read_json
 from spo.workspace import Prepared, Workspace
 
@@ -48,8 +50,11 @@ class ModelVariant:
 
 
 def tasks(prepared: Prepared, side: str, num_prompts: int, images_per_prompt: int, seed: int) -> list[Task]:
-    """The first `num_prompts` prepared prompts of a side, `images_per_prompt` seeds each."""
+    """The first `num_prompts` prepared prompts of a side, `images_per_prompt` seeds each; says if there are fewer."""
     prompts = prepared.prompts(side, num_prompts)
+    if len(prompts) < num_prompts and distributed.is_main():
+        found = f"{prepared.prompts_file(side)} holds {len(prompts)} prompts, not the {num_prompts} that are asked for"
+        print(f"note: {found}; all of them are evaluated", file=sys.stderr, flush=True)
     if len(prompts) < 2:
         raise DataError(f"{prepared.prompts_file(side)} holds {len(prompts)} prompts; evaluation needs at least 2")
     return [

@@ -55,7 +55,12 @@ VARIANTS = 256  # compiled versions of one block: widths, batch sizes, adapter o
 
 def build(config: ModelConfig, sampling: SamplingConfig, device: torch.device | str) -> LatentDiffusion:
     """The configured model as a Denoiser, frozen."""
-    pipeline, family = load_pipeline(config, device), NETWORKS[config.family]
+    return assemble(load_pipeline(config, device), config, sampling)
+
+
+def assemble(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) -> LatentDiffusion:
+    """A pipeline with a plain scheduler as a Denoiser, frozen; ModelError if the settings do not fit it."""
+    family = NETWORKS[config.family]
     _check_grid(pipeline, config, sampling)
     multiple = pipeline.vae_scale_factor * family.patch_size
     if any(side % multiple for side in config.size):

@@ -65,8 +65,31 @@ def save_kohya(network: Network, file: str | Path) -> None:
     state = {f"{network.component}.{name}": weight for name, weight in layers.items()}
     if network.component == "unet":
         state = convert_state_dict_to_kohya(state)
+    rank = max(len(weight) for name, weight in layers.items() if ".lora_A." in name)
     with atomic_path(file) as temporary:
-        save_file({name: weight.float().cpu().contiguous() for name, weight in state.items()}, temporary)
+        weights = {name: weight.float().cpu().contiguous() for name, weight in state.items()}
+        save_file(weights, temporary, metadata=_kohya_metadata(network, Path(file).stem, rank))
+
+
+def _kohya_metadata(network: Network, title: str, rank: int) -> dict[str, str]:
+    """What web user interfaces read to file a LoRA by its base (kohya-ss/sd-scripts, Stability's modelspec)."""
+    version, architecture = {
+        "StableDiffusionPipeline": ("sd_v1", "stable-diffusion-v1"),
+        "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+        "StableDiffusion3Pipeline": ("sd3", "stable-diffusion-3"),
+        "FluxPipeline": ("flux1", "flux-1-dev"),
+    }[type(network.pipeline).__name__]
+    return {
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_output_name": title,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+    }
 
 
 def _layers(network: Network) -> dict[str, Tensor]:

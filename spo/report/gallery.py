@@ -37,17 +37,11 @@ def gallery(
     images: Path, scores: Sequence[Row], columns: Sequence[str], *, sampler: str, metric: str, limit: int = 48
 ) -> list[Card]:
     """The first `limit` prompts; DataError if a picture is missing or broken."""
-    prompts: dict[int, str] = {}
+    prompts, places = first_pictures(scores, sampler)
     score: dict[tuple[str, int], float] = {}
-    places: dict[str, str] = {}
     for row in scores:
-        if row["sampler"] != sampler or row["image_index"] != 0:
-            continue
-        column, index, seed = row["column"], int(row["prompt_index"]), row["training_seed"]
-        prompts.setdefault(index, row["prompt"])
-        places.setdefault(column, column if math.isnan(seed) else f"{column}/seed-{seed:.0f}")
-        if metric in row:
-            score.setdefault((column, index), row[metric])
+        if row["sampler"] == sampler and row["image_index"] == 0 and metric in row:
+            score.setdefault((row["column"], int(row["prompt_index"])), row[metric])
     shown = [column for column in columns if column in places]
     return [
         Card(
@@ -56,6 +50,18 @@ def gallery(
         )
         for index in sorted(prompts)[:limit]
     ]
+
+
+def first_pictures(scores: Sequence[Row], sampler: str) -> tuple[dict[int, str], dict[str, str]]:
+    """The prompts by their index, and for each column the folder of its first training seed's pictures."""
+    prompts: dict[int, str] = {}
+    places: dict[str, str] = {}
+    for row in scores:
+        if row["sampler"] == sampler and row["image_index"] == 0:
+            column, seed = row["column"], row["training_seed"]
+            prompts.setdefault(int(row["prompt_index"]), row["prompt"])
+            places.setdefault(column, column if math.isnan(seed) else f"{column}/seed-{seed:.0f}")
+    return prompts, places
 
 
 def picture(path: Path, column: str, score: float | None) -> Picture:

@@ -16,6 +16,7 @@ from spo.report.cost import Duel, leading
 from spo.report.gallery import Card
 from spo.report.inputs import Inputs, PreferenceModel
 from spo.report.results import Results, direction, level
+from spo.report.studies import Study
 from spo.report.verdict import basis, verdicts
 from spo.runtime.text import duration
 from spo.workspace import Workspace
@@ -28,6 +29,7 @@ def page(
     charts: Mapping[str, list[Chart]],
     cards: list[Card],
     costs: Sequence[Duel],
+    studies: Sequence[Study],
     *,
     facts: Mapping[str, str],
 ) -> str:
@@ -50,6 +52,7 @@ def page(
         cards=cards,
         costs=costs,
         leading=leading(costs),
+        studies=studies,
         chosen=[
             f"{row['column']} seed {row['training_seed']:.0f}: {row['checkpoint']}"
             for row in inputs.validation

@@ -15,6 +15,9 @@ import psutil
 
 from spo.runtime.stopping import uninterrupted
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -22,6 +25,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The rename replaces what was at `path`. If the block raises, `path` stays and the temporary is removed. It has the
     suffix of `path`. Missing parent folders are made, and what killed processes of this machine left is removed.
+    Files of weights get the umask's mode, since safetensors makes them readable by their owner alone.
     FileNotFoundError if the block writes nothing.
     """
     path = Path(path)
@@ -32,6 +36,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         if not temporary.exists():
             raise FileNotFoundError(f"nothing was written for {path}")
+        for file in (temporary, *temporary.rglob("*")):
+            if file.suffix == ".safetensors":
+                file.chmod(0o666 & ~UMASK)
         _sync(temporary)
         with uninterrupted():
             _rename_over(temporary, path)

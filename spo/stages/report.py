@@ -1,7 +1,7 @@
 """Report a run: one self-contained page, a short summary for the terminal, and the time that it took.
 
-Reads the outputs of prepare, train_preference, align and evaluate under runs/<profile>/ and writes
-report/report.html, report/summary.txt and report/metrics.json beside them.
+Reads the outputs of prepare, train_preference, align and evaluate under runs/<profile>/, and the studies in
+data/studies/ if there are any; writes report/report.html, report/summary.txt and report/metrics.json beside them.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from spo.report.gallery import gallery
 from spo.report.inputs import Inputs, read_inputs
 from spo.report.page import page
 from spo.report.results import CONTRAST, Results
+from spo.report.studies import read_studies
 from spo.report.verdict import summary
 from spo.runtime.environment import environment
 from spo.runtime.files import write_json, write_text
@@ -41,7 +42,8 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
     )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
     folder = Workspace(config, root).report
-    html = page(config, inputs, results, charts, cards, costs, facts=environment(root))
+    studies = read_studies(config, root)
+    html = page(config, inputs, results, charts, cards, costs, studies, facts=environment(root))
     write_text(folder / "report.html", html)
     write_text(folder / "summary.txt", summary(results, [cost.sentence for cost in costs], inputs.seconds))
     write_json(folder / "metrics.json", measured)

@@ -17,6 +17,7 @@ from spo.runtime.files import atomic_path, write_csv, write_json
 from spo.runtime.hashing import fingerprints
 from spo.runtime.progress import Progress, progress
 from spo.tracking import Tracker
+from spo.training.custom_preference import CustomPreference
 from spo.training.latent_preference import LatentPreferenceTraining
 from spo.training.pair_filter import filter_pairs
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
@@ -24,7 +25,11 @@ from spo.training.preference import StepAwareTraining
 from spo.training.preference_steps import PreferenceTraining
 from spo.workspace import Workspace
 
-TRAININGS: dict[str, type[PreferenceTraining]] = {"pixel": StepAwareTraining, "latent": LatentPreferenceTraining}
+TRAININGS: dict[str, Any] = {
+    "pixel": StepAwareTraining,
+    "latent": LatentPreferenceTraining,
+    "custom": CustomPreference,
+}
 
 
 def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> None:
@@ -43,7 +48,7 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
 
     validation = pairs_of("validation", limit=settings.evaluate_pairs) if config.prepare.preferences else None
     training = TRAININGS[settings.kind].start(base, config, name)
-    store = None if settings.checkpoint else state_store(config, name, root)
+    store = None if settings.is_trained else state_store(config, name, root)
     saved = store.load() if store else None
     if saved:
         training.updater.restore(saved.tensors, saved.values["updater"])
@@ -70,7 +75,7 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
         write_csv(folder / "accuracy.csv", done.accuracy)
         write_csv(folder / "candidates.csv", candidates)
         write_csv(folder / "history.csv", done.history)
-        metrics = {**_metrics(done, candidates), "skipped": training.updater.guard.skipped}
+        metrics = {**_metrics(done, candidates), "skipped": training.skipped}
         metrics |= {"filter": counts} if counts else {}
         per_pair = settings.forwards_per_pair(config.counted_sampling)
         metrics["unet_forwards"] = round(done.step * settings.batch_size * per_pair)

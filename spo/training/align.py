@@ -29,6 +29,7 @@ from spo.runtime.files import write_json
 from spo.runtime.pictures import plain_sheet, to_picture
 from spo.runtime.progress import Progress
 from spo.tracking import Tracker
+from spo.training.adamw import adamw
 from spo.training.guards import FiniteGuard, StallDetector
 from spo.training.history import Cost, History
 from spo.training.updates import Updater
@@ -262,7 +263,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
     """AdamW, with 8-bit states if the configuration says so; ConfigError without bitsandbytes."""
     rate, decay = config.learning_rate, config.weight_decay
     if not config.eight_bit:
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        return adamw(parameters, lr=rate, weight_decay=decay)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

@@ -81,7 +81,7 @@ class StepAwareTraining(PreferenceTraining):
         if clean:
             images = self.base.decode(latents.flatten(0, 1).to(self.base.device))  # (2 n, 3, H, W)
         else:
-            images = self.views(latents, noise.expand_as(latents), t, self.base.encode(captions))
+            images = predicted_images(self.base, latents, noise.expand_as(latents), t, self.base.encode(captions))
         tokens = tokenize(self.preference.tokenizer, captions, self.model.clip.config).to(self.base.device)
         given_t = torch.zeros_like(t) if self.config.blind else t
         given_t = given_t.repeat_interleave(2).to(self.base.device)
@@ -91,11 +91,11 @@ class StepAwareTraining(PreferenceTraining):
             features = self.model.image_features(pixels, given_t)
         return self.model.score(features, text).unflatten(0, (-1, 2))
 
-    @torch.no_grad()
-    def views(self, latents: Tensor, noise: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Images (n * 2, 3, H, W) in [0, 1] of the x_0 predicted from latents (n, 2, ...) noised to t (n,)."""
-        device = self.base.device
-        t = t.repeat_interleave(2).to(device)
-        x_t = self.base.sampler.add_noise(latents.flatten(0, 1).to(device), noise.flatten(0, 1).to(device), t)
-        output = self.base.predict(x_t, t, cond.repeat_interleave(2))
-        return self.base.decode(self.base.sampler.predict_x_0(output, x_t, t))
+
+@torch.no_grad()
+def predicted_images(base: LatentDiffusion, latents: Tensor, noise: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """Images (n * 2, 3, H, W) in [0, 1] of the x_0 predicted from latents (n, 2, ...) noised to t (n,)."""
+    t = t.repeat_interleave(2).to(base.device)
+    x_t = base.sampler.add_noise(latents.flatten(0, 1).to(base.device), noise.flatten(0, 1).to(base.device), t)
+    output = base.predict(x_t, t, cond.repeat_interleave(2))
+    return base.decode(base.sampler.predict_x_0(output, x_t, t))

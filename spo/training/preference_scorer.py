@@ -7,12 +7,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spo.config import Config, PixelPreferenceConfig, ScoringConfig
+from spo.config import Config, CustomPreferenceConfig, PixelPreferenceConfig, ScoringConfig
 from spo.core.types import Scorer
 from spo.errors import ConfigError
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.checkpoint import load_preference_model, read_settings
 from spo.preference.latent_score import LatentScorer
+from spo.preference.reward import load_reward
 from spo.preference.score import PreferenceScorer
 from spo.runtime import distributed
 from spo.training.latent_preference import load_latent
@@ -43,6 +44,8 @@ def load_scorer(
     if isinstance(preference, PixelPreferenceConfig):
         timestep = 0 if preference.blind else scoring.timestep
         return PreferenceScorer(load_preference_model(folder), device=policy.device, dtype=dtype, timestep=timestep)
+    if isinstance(preference, CustomPreferenceConfig):
+        return load_reward(folder)
     latent = load_latent(folder, policy.network, config.model)
     if (note := latent.check_autoencoder(policy.autoencoder.vae)) and distributed.is_main():
         print(note, file=sys.stderr, flush=True)

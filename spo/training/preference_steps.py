@@ -20,6 +20,7 @@ from spo.core.types import LabelledPairs, Scorer
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.preference.labels import pairwise_accuracy
 from spo.runtime import distributed
+from spo.training.adamw import adamw
 from spo.training.guards import FiniteGuard, Streak
 from spo.training.updates import Updater
 
@@ -46,7 +47,7 @@ class PreferenceTraining(ABC):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.updater = Updater(
-            torch.optim.AdamW(self.model.parameters(), weight_decay=config.weight_decay),
+            adamw(list(self.model.parameters()), weight_decay=config.weight_decay),
             FiniteGuard(safety.max_skipped_in_a_row, REMEDY),
             dtype=self.dtype,
             max_grad_norm=config.max_grad_norm,
@@ -56,6 +57,11 @@ class PreferenceTraining(ABC):
             "for {n} steps the preference model has had no gradient; its scores do not differ between the images of a "
             f"pair: look at {self.no_gradient_remedy}",
         )
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were not finite."""
+        return self.updater.guard.skipped
 
     @classmethod
     @abstractmethod

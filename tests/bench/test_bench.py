@@ -41,7 +41,7 @@ def test_the_sections_of_a_profile_are_all_met_and_add_up():
     assert all(result["seconds"][name] > 0 for name in SECTIONS)
     assert sum(result["seconds"].values()) == pytest.approx(result["total_seconds"])
     assert set(result["flops"]) == {
-        "rollout: UNet",
+        "rollout: network",
         "rollout: VAE decode",
         "rollout: preference model",
         "updates: policy",
@@ -61,8 +61,8 @@ def test_a_section_within_another_is_counted_once(monkeypatch):
 
 def test_operations_grow_with_backward_and_with_the_adapter():
     few, many = count("mini", 2), count("mini", 8)
-    assert 0 < few.unet == many.unet
-    assert 1.5 * few.unet < few.unet_train < many.unet_train < 4 * many.unet
+    assert 0 < few.network == many.network
+    assert 1.5 * few.network < few.network_train < many.network_train < 4 * many.network
 
 
 def test_the_committed_figures_are_of_the_committed_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

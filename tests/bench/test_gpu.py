@@ -117,14 +117,16 @@ def test_a_row_holds_what_it_is_for(whole_run: tuple[Any, Path]) -> None:
         assert rows[name]["largest_loss_difference"] < 1e-4
         assert rows[name]["times_faster"] > 0
         assert {"seconds", "seconds_a_pair", "peak_bytes", "share_of_floor"} <= set(rows[name]["ours"])
-    for name in ("where-sd15", "where-sdxl"):
+    for name in ("where-sd15", "where-sdxl", "where-sd35", "where-flux"):
         groups = rows[name]["groups"]
-        assert list(groups) == ["UNet, sampling", "VAE", "preference model", "updates", "rest"]
+        assert list(groups) == ["network, sampling", "VAE", "preference model", "updates", "rest"]
         assert sum(groups.values()) == pytest.approx(rows[name]["seconds"])
     assert [rows[f"preference-{n}"]["pairs"] for n in (1, 4, 16)] == [1, 4, 16]
     for name in ("kinds-sd15", "kinds-sdxl"):
         pixel, latent = (rows[name]["kinds"][kind] for kind in ("pixel", "latent"))
         assert pixel["pairs"] == latent["pairs"] and pixel["decodes_a_pair"] > 0 == latent["decodes_a_pair"]
+    assert {"sample", "update", "decode", "score"} == set(rows["busy"]["parts"])
+    assert all(part["kernel_seconds"] > 0 for part in rows["busy"]["parts"].values())
     assert {"sample", "sample, compiled"} == set(rows["switch-compile"]["trials"])
     assert rows["check"]["estimated_seconds"] > 0
 
@@ -236,6 +238,23 @@ def test_running_out_of_memory_costs_one_row(tmp_path: Path) -> None:
     assert found[1]["figures"] == {"before": 1}
     assert found[3]["figures"] == {"value": None}, "JSON has no nan"
     assert bench._held is None, "what the row had in memory was kept"
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_lost_device_leaves_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access to memory, every call of CUDA in the process fails."""
+
+    def lost(_: Bench) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Bench, "drop", lost)
+    code, found, _ = run([of(good), of(broken), of(good)], tmp_path)
+    assert [row["status"] for row in found] == [
+        "measured",
+        "failed: RuntimeError: first line second line; the device is lost to this process",
+        "skipped: the device is lost",
+    ]
+    assert code == 1
 
 
 def test_a_row_whose_package_is_missing_says_so(tmp_path: Path) -> None:

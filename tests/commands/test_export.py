@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spo.__main__ import main
 from spo.config import LoraConfig
-from spo.models.lora import add_lora
+from spo.models.lora import add_lora, save_kohya
 from spo.models.policy import save_policy
 from spo.preference.checkpoint import load_clip, published_name
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
@@ -51,6 +52,28 @@ def image(pipeline: DiffusionPipeline) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": RESOLUTION, "width": RESOLUTION, "output_type": "pt"}
     return pipeline("a red house", generator=torch.Generator().manual_seed(0), **options).images
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "architecture"),
+    [
+        ("sd15", "sd_v1", "stable-diffusion-v1/lora"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+        ("sd3", "sd3", "stable-diffusion-3/lora"),
+        ("flux", "flux1", "flux-1-dev/lora"),
+    ],
+)
+def test_a_file_for_web_user_interfaces_names_its_base(
+    tmp_path: Path, family: str, version: str, architecture: str
+) -> None:
+    policy = make_tiny_denoiser(family, make_tiny_pipeline(family, tmp_path / "model"))
+    add_lora(policy.network.module, LoraConfig(rank=2), seed=0)
+    save_kohya(policy.network, tmp_path / "mine.safetensors")
+    with safe_open(tmp_path / "mine.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == version and metadata["modelspec.architecture"] == architecture
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "2"
+    assert metadata["modelspec.title"] == "mine"
 
 
 def test_all_formats_give_plain_diffusers_the_same_images(project: Path, tmp_path: Path) -> None:

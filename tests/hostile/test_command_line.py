@@ -14,8 +14,35 @@ from tests.hostile.trying import assert_one_line, tries
 
 ROOT = Path(__file__).parents[2]
 WORDS = st.sampled_from(
-    ["", " ", "nan", "inf", "-1", "0", "2", "1001", "1e9", "1000000000", "x", "猫", "\udcff", ".", "..", "/", "base"]
-    + ["spo", "ddim", "tiny", "new.png", "new.safetensors", "params.yaml", "kohya", "merged", "a/b", "-", "--"]
+    [
+        "nan",
+        "inf",
+        "-1",
+        "0",
+        "2",
+        "1001",
+        "1e9",
+        "1000000000",
+        "x",
+        "猫",
+        "�",
+        ".",
+        "..",
+        "/",
+        "base",
+        "spo",
+        "ddim",
+        "tiny",
+        "new.png",
+        "new.safetensors",
+        "params.yaml",
+        "kohya",
+        "merged",
+        "a/b",
+        "-",
+        "--",
+    ]
+    + ["", " "]
 )
 OTHER = ("warning: ", "Usage: ", "Try ", "[transformers]")
 OPTIONS = {

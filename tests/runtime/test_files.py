@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from spo.runtime import files
 from spo.runtime.files import atomic_path, write_json, write_text
@@ -46,6 +48,19 @@ def test_a_file_and_a_folder_replace_each_other(tmp_path: Path, becomes: str) ->
         write_text(temporary if becomes == "file" else temporary / "x", "")
     assert (tmp_path / "a").is_file() == (becomes == "file")
     assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "folder"])
+def test_weights_get_the_umask_s_mode(tmp_path: Path, name: str) -> None:
+    """So that a container's user can read what another user wrote."""
+    with atomic_path(tmp_path / name) as temporary:
+        file = temporary if temporary.suffix == ".safetensors" else temporary / "b.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        save_file({"w": torch.ones(1)}, file)
+        assert file.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "plain").touch()
+    written = next((tmp_path / name).rglob("*.safetensors"), tmp_path / name)
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_an_empty_block_is_an_error_and_keeps_the_old(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from spo.runtime.files import write_json
 from spo.runtime.pictures import to_picture
 from spo.stages import evaluate
 from spo.tracking import NullTracker
-from spo.workspace import Workspace
+from spo.workspace import Prepared, Workspace
 from spo.world.oracle import oracle_scores
 from spo.world.scenes import all_scenes
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
@@ -359,3 +359,13 @@ def test_comparisons_are_those_that_a_reader_asks_for():
         ("contrast", "base"), ("a", "base"), ("b", "base"),
         ("a", "b"), ("a", "contrast"), ("b", "contrast")]  # fmt: skip
     assert compared(["base", "a"]) == [("a", "base")]
+
+
+def test_fewer_prompts_than_asked_for_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared = Prepared(tmp_path)
+    prepared.prompts_file("test").parent.mkdir()
+    prepared.prompts_file("test").write_text("a\nb\nc\n")
+    assert len(tasks(prepared, "test", 3, 2, 0)) == 6
+    assert capsys.readouterr().err == ""
+    assert len(tasks(prepared, "test", 500, 1, 0)) == 3
+    assert "test.txt holds 3 prompts, not the 500 that are asked for; all of them are" in capsys.readouterr().err

@@ -232,6 +232,33 @@ def test_the_tables_of_another_deciding_sampler_are_refused(tmp_path):
         report.run(config, root=tmp_path, tracker=Tracker())
 
 
+def test_a_study_is_shown_where_there_is_one(page, tmp_path):
+    assert "Human study" not in page
+    row = {
+        "column": NASTY,
+        "against": "base",
+        "win_rate": 0.75,
+        "low": 0.5,
+        "high": 1.0,
+        "ties": 1,
+        "n": 8,
+        "prompts": 4,
+    }
+    found = {"profile": "tiny", "evaluation": "of other pictures", "annotators": {"anna": 4, "ben": 4}}
+    found |= {"comparisons": [row, row | {"low": None, "high": None}], "repeated": {"same": 1, "n": 2}}
+    found["between"] = {"share": 0.5, "n": 4, "alpha": -0.25}
+    config = write_runs(tmp_path)
+    (tmp_path / "data/studies/first").mkdir(parents=True)
+    (tmp_path / "data/studies/first/results.json").write_text(json.dumps(found))
+    report.run(config, root=tmp_path, tracker=NullTracker())
+    text = (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
+    study = text[text.index('<section id="study"') : text.index('<section id="gallery"')]
+    assert "<script>" not in study and html.escape(NASTY) in study.replace("&#34;", "&quot;")
+    for words in ("75%", "50% to 100%", "2 people took part", "alpha is \N{MINUS SIGN}0.25", "made anew since"):
+        assert words in study
+    assert study.count("100%") == 1  # without an interval there is none
+
+
 def test_chosen_checkpoints_are_told(page):
     assert "spo seed 4: step-000030; spo seed 7: step-000030; dpo seed 4: step-000030; dpo seed 7: step-000030." in page
 

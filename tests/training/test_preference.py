@@ -11,7 +11,7 @@ from spo.config import PixelPreferenceConfig, SamplingConfig
 from spo.errors import TrainingError
 from spo.preference.checkpoint import load_clip
 from spo.preference.score import PreferenceScorer
-from spo.training.preference import LabelledPairs, StepAwareTraining
+from spo.training.preference import LabelledPairs, StepAwareTraining, predicted_images
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
 
@@ -86,9 +86,9 @@ def test_at_a_small_t_the_model_sees_the_clean_images(training):
     pairs = make_pairs(training, 4)
     noise = torch.randn(pairs.latents.shape, generator=Generator().manual_seed(0))
     cond = training.base.encode(list(pairs.captions))
-    seen = training.views(pairs.latents, noise, torch.zeros(4, dtype=torch.long), cond)
+    seen = predicted_images(training.base, pairs.latents, noise, torch.zeros(4, dtype=torch.long), cond)
     clean = training.base.decode(pairs.latents.flatten(0, 1))
-    noisy = training.views(pairs.latents, noise, torch.full((4,), 901), cond)
+    noisy = predicted_images(training.base, pairs.latents, noise, torch.full((4,), 901), cond)
     assert (seen - clean).abs().mean() < 0.6 * (noisy - clean).abs().mean()
 
 
@@ -158,7 +158,7 @@ def test_at_t_0_the_images_themselves_are_scored(training, monkeypatch):
     with torch.no_grad():
         features = training.model.image_features(pixels, torch.zeros(len(pixels), dtype=torch.long))
         expected = training.model.score(features, text).unflatten(0, (-1, 2))
-    monkeypatch.setattr(training, "views", lambda *_: pytest.fail("the base was asked"))
+    monkeypatch.setattr("spo.training.preference.predicted_images", lambda *_: pytest.fail("the base was asked"))
     accuracy, count = training.accuracy(pairs, 0, seed=0)
     sided = (expected[:, 0] > expected[:, 1]) == (pairs.label[:, 0] > pairs.label[:, 1])
     assert (accuracy, count) == (pytest.approx(sided.float().mean().item()), len(pairs))

@@ -49,7 +49,7 @@ pipe("a small red cross", height=64, width=64, num_inference_steps=20, guidance_
   `data/base/tiny-preference`. Both text towers are scaled so that the hidden states that SD3 reads have a standard
   deviation of about 1. All three were frozen.
 - Transformer: SD3Transformer2DModel, 1.6M parameters, {recipe.flow_steps} steps of {recipe.flow_batch} latents out of
-  {recipe.latents}, sigma logit-normal, moving average of the weights, stored in float16. The pictures it learns
+  {recipe.flow_latents}, sigma logit-normal, moving average of the weights, stored in float16. The pictures it learns
   from are drawn like those of `data/base/tiny`: they mix good and poor finish evenly, so its own are mediocre.
 
 The oracle's means over {recipe.scored} pictures (20 Euler steps, guidance 3):

@@ -115,14 +115,16 @@ def train_flow(
     sigma = sigmoid(z) with a standard normal z (SD3, arXiv 2403.03206, section 3.1); a batch has one of each of
     batch_size quantiles.
     """
-    embeddings, pooled = prompts
+    device = next(transformer.parameters()).device
+    embeddings, pooled = (each.to(device) for each in prompts)
+    latents = latents.to(device)
     average = Average(transformer, decay=0.998)
     parameters = list(transformer.parameters())
     for step, update in enumerate(updates(parameters, steps, learning_rate, warm_up=100, floor=0.03)):
-        row, prompt = draw_rows(scene_index, batch_size, generator, empty=len(pooled) - 1)
+        row, prompt = (i.to(device) for i in draw_rows(scene_index, batch_size, generator, empty=len(pooled) - 1))
         u = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-        sigma = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).sigmoid()
-        noise = torch.randn(latents[row].shape, generator=generator)
+        sigma = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).sigmoid().to(device)
+        noise = torch.randn(batch_size, *latents.shape[1:], generator=generator).to(device)
         x_0, s = latents[row], sigma.view(-1, 1, 1, 1)
         predicted = transformer((1 - s) * x_0 + s * noise, embeddings[prompt], pooled[prompt], 1000 * sigma).sample
         loss = (predicted - (noise - x_0)).pow(2).mean()

@@ -203,7 +203,8 @@ def make_flow(folder: Path, base: Path, preference: Path) -> None:
     random = generator(8)
     frozen = Frozen.load(base, preference)
     transformer = new_transformer(RECIPE.latent_channels).train()
-    latents, scene_index = draw_latents(frozen.vae, RECIPE.latents, random)
+    latents, scene_index = draw_latents(frozen.vae, RECIPE.flow_latents, random)
+    transformer.to("cuda" if torch.cuda.is_available() else "cpu")
     training = train_flow(
         transformer,
         encode(frozen.text_encoders, frozen.tokenizer),
@@ -215,7 +216,7 @@ def make_flow(folder: Path, base: Path, preference: Path) -> None:
         generator=random,
     )
     _run(training, RECIPE.flow_steps, "flow")
-    save_flow(frozen, transformer.eval(), folder)
+    save_flow(frozen, transformer.cpu().eval(), folder)
 
 
 def score_base(model: ModelConfig, prompts: Sequence[str], *, guidance_scale: float) -> dict[str, float]:

@@ -41,9 +41,10 @@ class Recipe:
     preference_prompts: int = 12  # a step, with 8 pictures each
     preference_rate: float = 1e-3
     # flow model
-    flow_steps: int = 34_000
+    flow_latents: int = 96_000
+    flow_steps: int = 10_500
     flow_rate: float = 4e-3
-    flow_batch: int = 32
+    flow_batch: int = 256
     # figures of the model card
     scored: int = 288
 
