@@ -13,37 +13,9 @@ from spo.__main__ import main
 from tests.hostile.trying import assert_one_line, tries
 
 ROOT = Path(__file__).parents[2]
-WORDS = st.sampled_from(
-    [
-        "nan",
-        "inf",
-        "-1",
-        "0",
-        "2",
-        "1001",
-        "1e9",
-        "1000000000",
-        "x",
-        "猫",
-        "�",
-        ".",
-        "..",
-        "/",
-        "base",
-        "spo",
-        "ddim",
-        "tiny",
-        "new.png",
-        "new.safetensors",
-        "params.yaml",
-        "kohya",
-        "merged",
-        "a/b",
-        "-",
-        "--",
-    ]
-    + ["", " "]
-)
+NUMBERS = ("nan", "inf", "-1", "0", "2", "1001", "1e9", "1000000000")
+NAMES = ("base", "spo", "ddim", "tiny", "new.png", "new.safetensors", "params.yaml", "kohya", "merged", "a/b")
+WORDS = st.sampled_from(("", " ", "x", "猫", "\udcff", ".", "..", "/", "-", "--", *NUMBERS, *NAMES))
 OTHER = ("warning: ", "Usage: ", "Try ", "[transformers]")
 OPTIONS = {
     "generate": ["--model", "--seed", "--num", "--out", "--sampler", "--steps", "--guidance", "--eta", "--profile"],
