@@ -23,18 +23,19 @@ def cut_prompts(prompts: Sequence[str], config: ModelConfig) -> dict[str, dict[s
 
     ModelError if the model's tokenizers cannot be loaded.
     """
-    if not (Path(config.path).is_dir() or hub.is_name(config.path)):
-        raise ModelError(f"model.path={config.path!r} is no folder here with tokenizers")
+    source = config.config if config.is_single_file else config.path
+    if source is None or not (Path(source).is_dir() or hub.is_name(source)):
+        raise ModelError(f"{source or config.path} is no folder here with tokenizers")
     from transformers import AutoTokenizer  # slow to import
 
     found = {}
     for name in TOKENIZERS[config.family]:
         is_t5 = (config.family, name) in T5
-        if name == "tokenizer_3" and not (config.t5 and _may_have(config, name)):
+        if name == "tokenizer_3" and not (config.t5 and _may_have(source, name)):
             continue
         remedy = "it should be a folder that diffusers' save_pretrained wrote"
-        with hub.loading(f"{name} of model.path={config.path!r}", config.path, "model.path", remedy):
-            tokenizer = AutoTokenizer.from_pretrained(config.path, subfolder=name, revision=config.revision)
+        with hub.loading(f"{name} of {source!r}", source, "model.path", remedy):
+            tokenizer = AutoTokenizer.from_pretrained(source, subfolder=name, revision=config.revision)
         context = (config.t5_tokens or T5[config.family, name]) if is_t5 else tokenizer.model_max_length
         parts = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
         longer = [prompt for part in parts for prompt in _longer(part, tokenizer, context)]
@@ -42,8 +43,8 @@ def cut_prompts(prompts: Sequence[str], config: ModelConfig) -> dict[str, dict[s
     return found
 
 
-def _may_have(config: ModelConfig, name: str) -> bool:
-    return not Path(config.path).is_dir() or (Path(config.path) / name).is_dir()
+def _may_have(source: str, name: str) -> bool:
+    return not Path(source).is_dir() or (Path(source) / name).is_dir()
 
 
 def _longer(prompts: Sequence[str], tokenizer: Any, context: int) -> list[str]:

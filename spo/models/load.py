@@ -22,11 +22,13 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from spo.config import ModelConfig, SamplingConfig
-from spo.errors import ConfigError, ModelError
+from spo.errors import ConfigError, ModelError, one_line
 from spo.models.autoencoder import Autoencoder
 from spo.models.flux import FluxNetwork
 from spo.models.latent_diffusion import LatentDiffusion
@@ -94,24 +96,45 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     if config.vae is not None:
         with _explained("model.vae", config.vae):
             parts["vae"] = AutoencoderKL.from_pretrained(config.vae, dtype=dtype, use_safetensors=True)
+    load = _load_single_file if config.is_single_file else _load_repository
     with _explained("model.path", config.path):
-        index = _checked_index(config)
-        _require_variant(config)
-        if config.family == "sd3" and not (config.t5 and index.get("text_encoder_3", [None])[0]):
-            parts |= {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = PIPELINES[config.family].from_pretrained(
-            config.path,
-            revision=config.revision,
-            variant=config.variant,
-            dtype=dtype,
-            use_safetensors=True,
-            **parts,
-        )
+        pipeline = load(config, dtype, parts)
         pipeline.scheduler = plain_scheduler(pipeline.scheduler, config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for name in {"unet", "vae"} & set(pipeline.components):
         getattr(pipeline, name).to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs
+    return pipeline
+
+
+def _load_repository(config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any]) -> Pipeline:
+    index = _checked_index(config, config.path)
+    _require_variant(config)
+    if config.family == "sd3" and not (config.t5 and index.get("text_encoder_3", [None])[0]):
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    options = {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
+    return PIPELINES[config.family].from_pretrained(config.path, dtype=dtype, **options, **parts)
+
+
+def _load_single_file(config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any]) -> Pipeline:
+    """The weights of the file, with the tokenizers and settings of `model.config` or of the repository of its kind."""
+    with safe_open(config.path, "pt") as file:
+        weights = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    source = config.config or fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+    if config.family == "sd3" and not config.t5:
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    remedy = "it should be a folder that diffusers' save_pretrained wrote, of the kind of the file"
+    with hub.loading(f"model.config={source!r}", source, "model.config", remedy):
+        _checked_index(config, source)
+        try:
+            pipeline = PIPELINES[config.family].from_single_file(config.path, config=source, dtype=dtype, **parts)
+        except (TypeError, AttributeError, SingleFileComponentError) as error:  # the file holds something else
+            raise ValueError(f"{config.path} is no {config.family} model: {one_line(error)}") from None
+    if "v_pred" in weights and pipeline.scheduler.config.prediction_type != "v_prediction":
+        raise ModelError(
+            f"model.path={config.path!r} predicts v, but model.config={source!r} is for prediction_type "
+            f"{pipeline.scheduler.config.prediction_type}; name one for v_prediction as model.config"
+        )
     return pipeline
 
 
@@ -158,16 +181,14 @@ def _check_grid(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfi
         )
 
 
-def _checked_index(config: ModelConfig) -> dict[str, Any]:
+def _checked_index(config: ModelConfig, repository: str) -> dict[str, Any]:
     """The repository's model_index.json; ModelError if it is of another family."""
-    index = DiffusionPipeline.load_config(config.path, revision=config.revision)
+    index = DiffusionPipeline.load_config(repository, revision=config.revision)
     found, expected = index.get("_class_name"), PIPELINES[config.family].__name__
     if found != expected:
         fitting = next((name for name, kind in PIPELINES.items() if kind.__name__ == found), None)
         remedy = f"set model.family={fitting}" if fitting else f"families: {', '.join(PIPELINES)}"
-        raise ModelError(
-            f"model.path={config.path!r} holds a {found}, but family {config.family} is a {expected}; {remedy}"
-        )
+        raise ModelError(f"{repository!r} holds a {found}, but family {config.family} is a {expected}; {remedy}")
     return index
 
 
@@ -185,7 +206,11 @@ def _require_variant(config: ModelConfig) -> None:
 @contextmanager
 def _explained(key: str, path: str) -> Iterator[None]:
     """Turn the libraries' errors while loading `path` into a ModelError of one line."""
-    if not Path(path).is_dir() and not hub.is_name(path):
+    if (
+        not Path(path).is_dir()
+        and not hub.is_name(path)
+        and not (path.endswith(".safetensors") and Path(path).is_file())
+    ):
         raise ModelError(f"{key}={path!r} is no folder here; put a diffusers model there, or name one on the hub")
     remedy = "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
     with hub.loading(f"{key}={path!r}", path, key, remedy), warnings.catch_warnings():

@@ -108,7 +108,7 @@ def test_prompts_longer_than_the_text_encoders_context_are_counted_with_examples
     monkeypatch.chdir(project)
     run(make_config(), root=project, tracker=NullTracker())
     said = capsys.readouterr().err
-    assert "warning: it is not known which prompts are too long: model.path='model' is no folder" in said
+    assert "warning: it is not known which prompts are too long: model is no folder" in said
     make_tokenizer().save_pretrained(project / "model" / "tokenizer")
     long = "x" * (TOKENS - 1)  # a token a letter, and the two marks
     with (project / "prompts.txt").open("a") as file:
