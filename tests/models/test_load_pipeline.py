@@ -269,7 +269,7 @@ class TestSingleFile:
         (tmp_path / "damaged.safetensors").write_bytes(file.read_bytes()[:1000])
         assert "cannot be loaded" in message("sd15", tmp_path / "damaged.safetensors", config=str(tiny_folder("sd15")))
         assert "is no folder here" in message("sd15", tmp_path / "model.ckpt")
-        with pytest.raises(ValueError, match="is for a path to a .safetensors file"):
+        with pytest.raises(ValueError, match=r"is for a path to a \.safetensors file"):
             config("sd15", "folder", config="other")
 
     def test_a_file_that_predicts_v_needs_settings_that_say_so(self, file, tiny_folder):
