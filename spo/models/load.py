@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -25,6 +26,7 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from spo.config import ModelConfig, SamplingConfig
@@ -32,7 +34,7 @@ from spo.errors import ConfigError, ModelError, one_line
 from spo.models.autoencoder import Autoencoder
 from spo.models.flux import FluxNetwork
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.network import Network, Pipeline
+from spo.models.network import TEXT_ENCODERS, Network, Pipeline
 from spo.models.schedulers import plain_scheduler
 from spo.models.sd3 import StableDiffusion3Network
 from spo.models.sd15 import StableDiffusionNetwork
@@ -99,6 +101,7 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     load = _load_single_file if config.is_single_file else _load_repository
     with _explained("model.path", config.path):
         pipeline = load(config, dtype, parts)
+        _require_whole(pipeline, config.path)
         pipeline.scheduler = plain_scheduler(pipeline.scheduler, config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
@@ -112,8 +115,48 @@ def _load_repository(config: ModelConfig, dtype: torch.dtype, parts: dict[str, A
     _require_variant(config)
     if config.family == "sd3" and not (config.t5 and index.get("text_encoder_3", [None])[0]):
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
-    options = {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
-    return PIPELINES[config.family].from_pretrained(config.path, dtype=dtype, **options, **parts)
+    for name in set(TEXT_ENCODERS) & set(index) - set(parts):
+        kind = getattr(transformers, str(index[name][1]), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            parts[name] = _load_text_encoder(config, name, kind, dtype)
+    return PIPELINES[config.family].from_pretrained(
+        config.path, revision=config.revision, variant=config.variant, dtype=dtype, use_safetensors=True, **parts
+    )
+
+
+def _load_text_encoder(config: ModelConfig, name: str, kind: Any, dtype: torch.dtype) -> Any:
+    """A text encoder of a repository; ModelError if a weight is missing, which the pipeline would draw at random."""
+
+    def load(variant: str | None) -> Any:
+        return kind.from_pretrained(
+            config.path,
+            subfolder=name,
+            revision=config.revision,
+            variant=variant,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+
+    try:
+        encoder, report = load(config.variant)
+    except OSError:
+        if config.variant is None:
+            raise
+        encoder, report = load(None)  # as diffusers does for a part without the variant
+    if report["missing_keys"]:
+        raise ModelError(f"model.path={config.path!r}: its {name} lacks {min(report['missing_keys'])}; get it again")
+    return encoder
+
+
+def _require_whole(pipeline: Pipeline, path: str) -> None:
+    """ModelError if a weight is missing: diffusers leaves it without values."""
+    for name, part in pipeline.components.items():
+        missing = (
+            [key for key, weight in part.named_parameters() if weight.is_meta] if isinstance(part, nn.Module) else []
+        )
+        if missing:
+            raise ModelError(f"model.path={path!r}: its {name} lacks {missing[0]}; get it again")
 
 
 def _load_single_file(config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any]) -> Pipeline:

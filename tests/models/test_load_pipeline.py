@@ -15,7 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ModelError
@@ -236,6 +236,16 @@ def test_a_kept_prompt_is_encoded_once_and_comes_back_the_same(family: str, tmp_
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_missing_weight_is_named_and_never_drawn_at_random(tmp_path, part):
+    folder = make_tiny_pipeline("sdxl", tmp_path)
+    [file] = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    name = sorted(state)[-1]
+    save_file({key: weight for key, weight in state.items() if key != name}, file, {"format": "pt"})
+    assert re.search(rf"its {part} lacks .*{name.rpartition('.')[0]}.*; get it again", message("sdxl", folder))
 
 
 class TestSingleFile:
