@@ -19,11 +19,12 @@ from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows.settings import override, parse, use_profile
+from flows.settings import parse, settings_of_run
 from flows.stages import Stage, promote_released, run_stage
 from spo.config import load_config
 from spo.errors import SpoError
 from spo.pipeline import PIPELINE
+from spo.runtime.environment import require_repository
 from spo.runtime.text import flatten
 from spo.workspace import Workspace
 
@@ -38,15 +39,20 @@ def full(
 ) -> dict[str, str]:
     """Run all stages of the pipeline, or those named, in the pipeline's order.
 
-    profile: one of configs/*.yaml, written to params.yaml; None runs the one named there.
-    overrides: settings to change first, such as {"align.spo.beta": 5}; they are written to the profile's file.
+    profile: one of configs/*.yaml, in params.yaml during the run; None runs the one named there.
+    overrides: settings for this run, such as {"align.spo.beta": 5}, in the profile's file during the run.
     force: run stages although nothing has changed.
     promote: at the end, make the evaluated LoRA champion if it beats the present one.
     Returns the outcome of each stage: Completed, Restored or UpToDate.
     """
-    for change in override(profile, overrides or {}):
-        get_run_logger().info(change)
-    name = use_profile(profile)
+    require_repository(Path())
+    with settings_of_run(profile, overrides or {}) as changes:
+        for change in changes:
+            get_run_logger().info(change)
+        return _run(load_config().profile, stages, force=force, promote=promote)
+
+
+def _run(name: str, stages: list[Stage] | None, *, force: bool, promote: bool) -> dict[str, str]:
     tag_run(f"profile:{name}")
     rows, outcomes = [], {}
     for stage in (stage for stage in PIPELINE if stages is None or stage in stages):
@@ -93,9 +99,9 @@ def tag_run(*tags: str) -> None:
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flows.full", description="Run the pipeline as a Prefect flow.")
     add = parser.add_argument
-    add("--profile", help="one of configs/*.yaml, written to params.yaml (default: the one there)")
+    add("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
     add("--stage", dest="stages", nargs="+", action="extend", choices=PIPELINE, help="(default: all)")
-    add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting to change first")
+    add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting of this run")
     add("--force", action="store_true", help="run stages although nothing has changed")
     add("--promote", action="store_true", help="make the LoRA champion if it beats the present one")
     return parser

@@ -1,14 +1,15 @@
 """The profile and overrides of settings: they are written to the files that DVC and the stages read.
 
 `dvc repro` takes no settings, and `dvc exp run --set-param` needs a commit and no other changes. So an override edits
-the profile's file or params.yaml and keeps their comments. All overrides are checked before the first is written. They
-stay, so `git diff` shows what was run.
+the profile's file or params.yaml and keeps their comments. All overrides are checked before the first is written. At
+the end of the run the files are as before, so that the next run starts from the settings of the project.
 """
 
 import io
 import re
 import tempfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,39 @@ from ruamel.yaml.error import YAMLError
 
 from spo.config import load_config
 from spo.errors import ConfigError
-from spo.runtime.files import write_text
+from spo.runtime.files import read_json, write_json, write_text
+
+KEPT = Path(".cache", "flows", "settings.json")  # the files that a run changes: as they were, and as it wrote them
+
+
+@contextmanager
+def settings_of_run(profile: str | None, overrides: Mapping[str, Any], root: Path = Path()) -> Iterator[list[str]]:
+    """Inside this context the files hold the run's profile and overrides; yields a line for each change.
+
+    Afterwards the files are as before, except those that someone else has changed meanwhile. What a killed run left is
+    put back first. ConfigError, with nothing written, where the settings would be invalid.
+    """
+    _put_back(root)
+    places = [Path("params.yaml"), *(path.relative_to(root) for path in (root / "configs").glob("*.yaml"))]
+    before = {place: (root / place).read_text(encoding="utf-8") for place in places if (root / place).is_file()}
+    try:
+        changes = override(profile, overrides, root)
+        name = use_profile(profile, root)
+        after = {place: (root / place).read_text(encoding="utf-8") for place in before}
+        changed = {str(place): [text, after[place]] for place, text in before.items() if after[place] != text}
+        write_json(root / KEPT, changed)
+        yield [*changes, f"profile {name}"]
+    finally:
+        _put_back(root)
+
+
+def _put_back(root: Path) -> None:
+    if not (root / KEPT).is_file():
+        return
+    for place, (before, written) in read_json(root / KEPT).items():
+        if (root / place).is_file() and (root / place).read_text(encoding="utf-8") == written:
+            write_text(root / place, before)
+    (root / KEPT).unlink()
 
 
 def use_profile(profile: str | None, root: Path = Path()) -> str:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -74,6 +75,9 @@ def options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default the one of `sys.argv`; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
     try:
         typer.main.get_command(app)(args=None if arguments is None else list(arguments), prog_name="python -m spo")
     except SystemExit as end:

@@ -407,3 +407,29 @@ def test_stages_that_run_at_once_make_one_database_and_one_parent_and_lose_nothi
     for name in ("align a", "align b"):
         history = client.get_metric_history(found[name].info.run_id, "loss")
         assert sorted(row.step for row in history) == list(range(steps))
+
+
+def test_a_checkout_whose_path_means_something_in_a_uri_has_its_own_database(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(root).get_experiment_by_name("any")
+    folder = tmp_path / "a%2Fb?c#d"
+    shutil.copytree(root / "mlflow", folder / "mlflow")
+    monkeypatch.chdir(folder)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("*/*"))
+    client = connect(Path())
+    made = client.create_experiment("here")
+    assert client.get_experiment(made).name == "here"
+    assert connect(root).get_experiment_by_name("here") is None
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.glob("*/*")) == before
+
+
+@pytest.mark.parametrize(
+    "uri", ["mssql+pyodbc://user:secret@host/runs", "foo://x", "postgresql://h:port/x", "http://[::1"]
+)
+def test_a_wrong_address_of_a_store_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConfigError, match=r"cannot track at .*; correct or unset MLFLOW_TRACKING_URI") as raised:
+        connect(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)

@@ -13,6 +13,7 @@ from spo.commands.preflight import Finding
 from spo.commands.stage import Profile
 from spo.config import load_config
 from spo.errors import SpoError
+from spo.runtime.environment import require_repository
 from spo.runtime.libraries import set_up_libraries
 from spo.runtime.processes import child_environment, run_group
 from spo.workspace import Workspace
@@ -26,6 +27,7 @@ def repro(force: Annotated[bool, typer.Option("--force", help="Run all stages, c
     from spo import tracking
 
     workspace = Workspace(load_config())
+    require_repository(Path())
     environment = {tracking.PIPELINE_RUN: uuid.uuid4().hex, **child_environment()}
     start = time.monotonic()
     code = run_group([sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])], environment)
@@ -95,7 +97,7 @@ def mlflow_ui(port: int = 5000) -> None:
     from spo import tracking
 
     uri = tracking.store()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if "MLFLOW_TRACKING_URI" not in os.environ and not tracking.database().is_file():
         raise SpoError(f"there are no runs at {uri} yet; run `python -m spo repro` first")
     if left := tracking.send_unsent():
         print(f"warning: {left} runs still wait in mlflow/unsent: {tracking.masked(uri)} is away", file=sys.stderr)

@@ -31,8 +31,15 @@ UI = "http://127.0.0.1:5000"  # where `make ui` shows a local store
 
 
 def store(root: Path = Path()) -> str:
-    """The URI of the store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow' / 'mlflow.db'}"
+    """The URI of the store; a local one's is relative where its folder's name holds what a URI reads differently."""
+    path = str(database(root))
+    local = os.path.relpath(path) if set("%?") & set(path) else path
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local}"
+
+
+def database(root: Path = Path()) -> Path:
+    """The project's own database."""
+    return root.resolve() / "mlflow" / "mlflow.db"
 
 
 def connect(root: Path) -> "MlflowClient":
@@ -49,6 +56,7 @@ def connect(root: Path) -> "MlflowClient":
     import mlflow
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         with _exclusive(root):
@@ -57,7 +65,7 @@ def connect(root: Path) -> "MlflowClient":
             if not named:  # mlflow also sets the variable, which should be set by the user alone
                 os.environ.pop("MLFLOW_TRACKING_URI", None)
             return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
         raise unusable(root, error) from error
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class JournalTracker(Tracker):
         rows = [
             [_clean(name), float(value), now, step or 0]
             for name, value in flatten(metrics).items()
-            if not isinstance(value, str | None)
+            if isinstance(value, Real)
         ]
         self._append("metrics", rows=rows)
 

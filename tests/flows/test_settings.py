@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.settings import override, parse, use_profile
+from flows.settings import override, parse, settings_of_run, use_profile
 from spo.config import load_config
 from spo.errors import ConfigError
 
@@ -103,3 +103,25 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(small: Path, profile:
 def test_outside_of_a_project_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run from the project's folder"):
         use_profile("tiny", tmp_path)
+
+
+def test_a_runs_profile_and_overrides_belong_to_that_run(root: Path) -> None:
+    before = texts(root)
+    with settings_of_run("sd15", {"evaluate.num_prompts": 7}, root) as changes:
+        assert load_config(root).profile == "sd15"
+        assert load_config(root).evaluate.num_prompts == 7
+        assert changes[-1] == "profile sd15"
+    assert texts(root) == before
+    with settings_of_run(None, {}, root):
+        assert load_config(root).profile == "tiny"
+
+
+def test_what_a_killed_run_left_is_put_back_and_what_the_user_changed_stays(root: Path) -> None:
+    before = texts(root)
+    killed = settings_of_run("sd15", {"evaluate.num_prompts": 7, "configs/tiny.yaml:seed": 5}, root)
+    killed.__enter__()
+    (root / "configs/tiny.yaml").write_text("mine: 1\n")
+    with settings_of_run("sdxl", {}, root):
+        assert texts(root)["sd15.yaml"] == before["sd15.yaml"]
+    after = texts(root)
+    assert after == before | {"tiny.yaml": "mine: 1\n"}
