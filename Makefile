@@ -4,7 +4,7 @@
 # make test-portable  numerical tests as on other   make clean    remove caches
 #                     processors                    make soak     tests that take hours
 PYTHON ?= python3
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

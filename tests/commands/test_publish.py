@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from spo.__main__ import main
@@ -147,10 +147,21 @@ def test_a_lora_is_published_with_its_card(project: Path, hub: Any) -> None:
         (["--license", "mit"], "hf_wrong", "error: me/lora could not be written: "),
     ],
 )
-def test_what_the_hub_refuses_is_told_in_one_line(hub: Any, arguments: list[str], token: str, line: str) -> None:
-    done = publish(hub, *arguments, token=token)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(line)
+def test_what_the_hub_refuses_is_told_in_one_line(
+    hub: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    token: str,
+    line: str,
+) -> None:
+    monkeypatch.setattr("spo.commands.publish.set_up_libraries", lambda: None)
+    monkeypatch.setattr("spo.runtime.hub.connect", lambda: True)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["publish", "me/lora", *arguments]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(line)
     assert not hub.files
 
 
