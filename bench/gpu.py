@@ -17,8 +17,8 @@ A bare machine with torch and numpy lacks these wheels. Collect them for its Pyt
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
         -c constraints.txt --dest wheels \\
         accelerate annotated-types certifi diffusers h11 httpcore2 httpx2 huggingface_hub idna packaging peft pillow \\
-        psutil pydantic pydantic_core PyYAML regex requests ruamel.yaml safetensors tokenizers tqdm transformers truststore \\
-        typing-inspection typing_extensions urllib3
+        psutil pydantic pydantic_core PyYAML regex requests ruamel.yaml safetensors tokenizers tqdm transformers \\
+        truststore typing-inspection typing_extensions urllib3
 
 They are some 40 MB. Install them there: `pip install --no-index --no-deps --target site wheels/*.whl`,
 and run with `PYTHONPATH=site:.`. A test runs every row with these alone (tests/bench/test_gpu.py).
