@@ -2,9 +2,12 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from spo.errors import SpoError
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "mlflow", "prefect", "dvc")
 
@@ -56,3 +59,15 @@ def git(root: Path, *arguments: str) -> str:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def require_repository(root: Path) -> None:
+    """SpoError where DVC would look for git in vain, as in a downloaded archive."""
+    within = any((folder / ".git").exists() for folder in (root.resolve(), *root.resolve().parents))
+    settings = (root / ".dvc" / name for name in ("config", "config.local"))
+    no_scm = re.compile(r"^\s*no_scm\s*=\s*true\s*$", re.MULTILINE | re.IGNORECASE)
+    if not within and not any(file.is_file() and no_scm.search(file.read_text()) for file in settings):
+        raise SpoError(
+            f"{root.resolve()} is in no git repository, which DVC needs; run `dvc config core.no_scm true` to do "
+            "without, or `git init`"
+        )
