@@ -14,6 +14,8 @@ import psutil
 from filelock import FileLock
 
 from spo.errors import ConfigError, ModelError, one_line
+from spo.runtime.files import read_json, write_json
+from spo.tracking.moved import follow_move
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,12 +29,18 @@ REFUSALS = {
     "RESOURCE_CONFLICT",
     "RESOURCE_DOES_NOT_EXIST",
 }
-UI = "http://127.0.0.1:5000"  # where `make ui` shows a local store
 
 
 def store(root: Path = Path()) -> str:
-    """The URI of the store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow' / 'mlflow.db'}"
+    """The URI of the store; a local one's is relative where its folder's name holds what a URI reads differently."""
+    path = str(database(root))
+    local = os.path.relpath(path) if set("%?") & set(path) else path
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local}"
+
+
+def database(root: Path = Path()) -> Path:
+    """The project's own database."""
+    return root.resolve() / "mlflow" / "mlflow.db"
 
 
 def connect(root: Path) -> "MlflowClient":
@@ -49,15 +57,18 @@ def connect(root: Path) -> "MlflowClient":
     import mlflow
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         with _exclusive(root):
             named = "MLFLOW_TRACKING_URI" in os.environ
+            if not named:
+                follow_move(database(root), root.resolve().as_uri())
             mlflow.set_tracking_uri(store(root))  # some of mlflow's own code ignores the client's URI
             if not named:  # mlflow also sets the variable, which should be set by the user alone
                 os.environ.pop("MLFLOW_TRACKING_URI", None)
             return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
         raise unusable(root, error) from error
 
 
@@ -101,11 +112,31 @@ def fetch_model(uri: str, root: Path = Path()) -> Path:
         ) from None
 
 
-def run_url(root: Path, experiment: str, run_id: str) -> str:
-    """The address that shows a run in a browser; with a local store, the address of `make ui`."""
+def run_url(root: Path, experiment: str, run_id: str) -> str | None:
+    """The address that shows a run in a browser; None with a local store that no `mlflow-ui` is showing."""
     uri = masked(store(root))
-    server = uri.rstrip("/") if uri.startswith("http") else UI
-    return f"{server}/#/experiments/{experiment}/runs/{run_id}"
+    server = uri.rstrip("/") if uri.startswith("http") else _ui(root)
+    return server and f"{server}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+
+
+def note_ui(port: int, root: Path = Path()) -> None:
+    """Note that this process is about to show the local store on `port`."""
+    own = psutil.Process()
+    write_json(_ui_file(root), {"store": masked(store(root)), "port": port, "pid": own.pid, "since": own.create_time()})
+
+
+def _ui(root: Path) -> str | None:
+    """The address of the `mlflow-ui` that shows this local store; of a copied checkout it is not the original's."""
+    try:
+        noted = read_json(_ui_file(root))
+        alive = psutil.Process(noted["pid"]).create_time() == noted["since"]
+        return f"http://127.0.0.1:{noted['port']}" if alive and noted["store"] == masked(store(root)) else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+
+
+def _ui_file(root: Path) -> Path:
+    return root.resolve() / "mlflow" / "ui.json"
 
 
 def refused(error: Exception) -> bool:
