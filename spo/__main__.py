@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,8 +75,9 @@ def options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default the one of `sys.argv`; returns the exit code."""
+    name = "spo" if Path(sys.argv[0]).name == "spo" else "python -m spo"  # as it was called, for its usage
     try:
-        typer.main.get_command(app)(args=None if arguments is None else list(arguments), prog_name="python -m spo")
+        typer.main.get_command(app)(args=None if arguments is None else list(arguments), prog_name=name)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0

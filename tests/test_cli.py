@@ -385,3 +385,12 @@ def test_a_typo_in_a_method_s_key_is_one_line(
     assert error.startswith("error: configs/tiny.yaml: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_usage_names_the_command_as_it_was_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for typed, shown in (("/venv/bin/spo", "spo"), ("/src/spo/__main__.py", "python -m spo")):
+        monkeypatch.setattr(sys, "argv", [typed, "--help"])
+        assert main() == 0
+        assert capsys.readouterr().out.startswith(f"Usage: {shown} [OPTIONS]")
