@@ -459,6 +459,7 @@ def test_the_pipeline_s_run_has_the_headline_and_each_method_a_run_with_the_same
     for name in config.methods:
         assert found[name].data.metrics == {"aesthetic": 0.5, "aesthetic_gain": 0.1}
         assert found[name].data.tags["method"] == name
+        assert found[name].data.tags["mlflow.source.name"] == "python -m spo"
         assert found[name].data.tags["mlflow.parentRunId"] == found["parent"].info.run_id
         assert found[name].info.status == "FINISHED"
     parent = found["parent"]

@@ -141,11 +141,11 @@ def test_a_wrong_setting_is_told_before_anything_is_done(
 def test_outputs_of_several_profiles_are_pushed_together_and_each_comes_back(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     made, other = Retrain(tmp_path / "own").runner, tmp_path / "other"
-    shell("dvc pull -q && sed -i s/tiny/sd15/ params.yaml && dvc repro -q && git add -A && git commit -qm sd15", made)
-    shell(f"dvc remote modify store url {tmp_path / 'store'} && git commit -qam remote", made)
-    shell("dvc push -q --all-commits", made)
-    shell(f"git clone -q {made} {other} && cd {other} && dvc fetch -q --all-commits", tmp_path)
-    for commit, profile in (("HEAD", "sd15"), ("HEAD~2", "tiny")):
-        shell(f"git checkout -q {commit} -- dvc.lock params.yaml configs runs && dvc checkout -q", other)
+    shell(f"git tag run-tiny && dvc pull -q && dvc remote modify store url {tmp_path / 'store'}", made)
+    shell("sed -i s/tiny/sd15/ params.yaml && dvc repro -q && git add -A && git commit -qm sd15", made)
+    shell("git tag run-sd15 && dvc push -q --all-tags", made)
+    shell(f"git clone -q {made} {other} && cd {other} && dvc fetch -q --all-tags", tmp_path)
+    for profile in ("sd15", "tiny"):
+        shell(f"git checkout -q run-{profile} -- dvc.lock params.yaml configs runs && dvc checkout -q", other)
         assert (other / f"runs/{profile}/train/model").read_text() == "1\n"
         assert "up to date" in shell("dvc status", other)
