@@ -508,3 +508,11 @@ def test_a_run_of_a_local_store_has_an_address_only_while_that_store_is_shown(
     noted = tmp_path / "mlflow" / "ui.json"
     noted.write_text(noted.read_text().replace('"since": ', '"since": 1'))  # another process has the number now
     assert run_url(tmp_path, "1", "a") is None
+
+
+def test_a_database_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "mlflow.db").write_text("no database\n" * 1000)
+    with pytest.raises(ConfigError, match=r"cannot track at .*mlflow\.db: file is not a database") as caught:
+        connect(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import re
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def connect(root: Path) -> "MlflowClient":
             if not named:  # mlflow also sets the variable, which should be set by the user alone
                 os.environ.pop("MLFLOW_TRACKING_URI", None)
             return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
-    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError, OSError, ValueError) as error:
         raise unusable(root, error) from error
 
 
