@@ -20,7 +20,7 @@ class Stage:
 
 
 _TABLE = (
-    Stage("prepare", "check prompts and preferences and split them", ("seed", "prepare"), checked=True),
+    Stage("prepare", "check prompts and preferences and split them", ("seed", "model", "prepare"), checked=True),
     Stage(
         "train_preference",
         "train one preference model",

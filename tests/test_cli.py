@@ -22,6 +22,7 @@ from spo.commands.stage import only_one, settings
 from spo.config import load_config
 from spo.errors import DataError
 from spo.pipeline import STAGES
+from spo.runtime.environment import require_repository
 from spo.tracking import NullTracker
 
 ROOT = Path(__file__).parents[1]
@@ -278,6 +279,7 @@ def test_a_stages_settings_are_its_own_sections() -> None:
 
 
 def repro_with(code: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    Path(".git").mkdir()
     calls: list[dict[str, Any]] = []
 
     def run_group(command: list[str], environment: dict[str, str]) -> int:
@@ -288,6 +290,36 @@ def repro_with(code: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     monkeypatch.setattr("spo.commands.pipeline.require_repository", lambda _: None)
     (Path() / "data").symlink_to(ROOT / "data")
     return calls
+
+
+def test_repro_outside_of_git_names_the_remedy(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repro_with(0, monkeypatch)
+    (project / ".git").rmdir()
+    assert main(["repro"]) == 1
+    error = capsys.readouterr().err
+    assert "is in no git repository, which DVC needs; run `dvc config core.no_scm true`" in error
+    assert error.count("\n") == 1
+    (project / ".dvc").mkdir()
+    (project / ".dvc/config").write_text("[core]\n    no_scm = True\n")
+    require_repository(project)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_a_prompt_that_is_no_utf8_is_told(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, os.fsdecode(b"a \xff cat")]) == 1
+    assert capsys.readouterr().err.startswith("error: the prompt 'a \\udcff cat' is no UTF-8")
+
+
+def test_a_locale_without_a_character_shows_its_number(tmp_path: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "spo", "generate", "x", "--profile", os.fsencode("猫")]
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: profile '\\udce7")
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_repro_runs_dvc_with_this_python_and_one_pipeline_run(

@@ -70,6 +70,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
     [
         (lambda v: v["align"]["spo"].update(bata=5), r"align\.spo\.bata: unknown key"),
         (lambda v: v.update(sed=5), r"sed: unknown key"),
+        (lambda v: v["align"].update({"spo.b5": v["align"]["spo"]}), r"align\.spo\.b5.*pattern .*, got 'spo\.b5'"),
+        (lambda v: v["preference_models"].update({"a.b": pixel(v)}), r"preference_models\.a\.b.*pattern"),
+        (lambda v: v["sampling"].update(guidance_scale=float("nan")), r"guidance_scale: .*finite number, got nan"),
+        (lambda v: v["align"]["spo"].update(beta=float("inf")), r"align\.spo\.beta: .*finite number, got inf"),
         (lambda v: v["align"]["spo"].update(beta=-1), r"align\.spo\.beta: .*greater than 0, got -1"),
         (lambda v: v["model"].pop("path"), r"model\.path: Field required"),
         (lambda v: v["model"].update(family="sd4"), r"model\.family: .*'sd15', 'sdxl', 'sd3' or 'flux', got 'sd4'"),
@@ -228,3 +232,12 @@ def test_the_first_sampler_of_a_profile_decides(tmp_path: Path) -> None:
 def test_the_shipped_samplers_are_the_default(profile: str) -> None:
     samplers = load_config(ROOT, profile).evaluate.samplers
     assert samplers == EvaluateConfig.model_fields["samplers"].get_default(call_default_factory=True)
+
+
+def test_a_repeated_key_is_refused_as_dvc_refuses_it(tmp_path: Path) -> None:
+    root = project(tmp_path)
+    with (root / "configs" / "mine.yaml").open("a") as file:
+        file.write("seed: 5\n")
+    with pytest.raises(ConfigError, match=r"no valid YAML.*duplicate key") as caught:
+        load_config(root)
+    assert "\n" not in str(caught.value)

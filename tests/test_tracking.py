@@ -113,7 +113,9 @@ def test_what_is_logged_is_there_after_the_block(root: Path, config: Config, tmp
     with tracking.start(config, "align", root) as tracker:
         tracker.log_params({"seed": 3, "spo": {"beta": 10.0, "lora": {"rank": 8}}})
         for step in range(3):
-            tracker.log_metrics({"loss": 0.7 - step / 10, "note": "no number", "eta_0": {"score@x": 1}}, step=step)
+            tracker.log_metrics(
+                {"loss": 0.7 - step / 10, "note": "none", "list": ["a"], "eta_0": {"score@x": 1}}, step=step
+            )
         tracker.log_image("samples", Image.new("RGB", (4, 4)))
         tracker.log_text("summary.txt", "SPO wins.")
         tracker.log_artifact(tmp_path / "page.html")

@@ -1,5 +1,6 @@
 """Commands that use trained models: generate, compare, export, and import and export of preference models."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -14,7 +15,17 @@ from spo.workspace import Workspace
 
 Format: TypeAlias = Literal["diffusers", "kohya", "merged"]
 MODELS = "an evaluated method, a run's folder, a LoRA's file or folder, OWNER/NAME, models:/NAME@ALIAS or base"
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)]
+
+
+def _utf8(text: str) -> str:
+    """A command line's text, whatever encoding the locale has; SpoError if it is no UTF-8."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise SpoError(f"the prompt {text!a} is no UTF-8; type it in a terminal that uses UTF-8") from None
+
+
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", show_default=False, callback=_utf8)]
 FirstSeed = Annotated[int, typer.Option(help="Seed of the first picture; each further picture takes the next seed.")]
 Num = Annotated[int, typer.Option(help="Number of pictures.")]
 Pictures = Annotated[Path, typer.Option(metavar="PATH", help="Folder of the pictures.")]
@@ -95,7 +106,7 @@ def export(
 
     A LoRA for diffusers, with a model card, or for web user interfaces (kohya), or the base with the LoRA merged in.
     """
-    if method and checkpoint:
+    if method is not None and checkpoint is not None:
         raise typer.BadParameter("give --method or --checkpoint, not both")
     config = load_config(profile=profile)
     if format == "kohya" and out.suffix != ".safetensors":
@@ -121,7 +132,8 @@ def write_export(
     from spo.report.model_card import SAMPLES, model_card
     from spo.runtime.files import atomic_path, write_text
 
-    source = resolve_model(checkpoint or method, config)
+    name, option = (method, "--method") if checkpoint is None else (checkpoint, "--checkpoint")
+    source = resolve_model(name, config, option=option)
     if source.lora is None:
         raise SpoError(
             f"there is nothing to export: {source.description}; run `python -m spo evaluate`, or name a --checkpoint"

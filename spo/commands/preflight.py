@@ -106,7 +106,12 @@ def _file(path: Path, suffixes: tuple[str, ...]) -> tuple[bool, str]:
 
 def _models(config: Config) -> Iterator[Finding]:
     model, evaluate = config.model, config.evaluate
-    yield _repository("model.path", model.path, "model_index.json", DISTRIBUTED)
+    if model.is_single_file:
+        good, detail = _file(Path(model.path), (".safetensors",))
+        yield Finding("model.path", good, f"{model.path} {detail}", DISTRIBUTED)
+    if (repository := model.config if model.is_single_file else model.path) is not None:
+        key = "model.config" if model.is_single_file else "model.path"
+        yield _repository(key, repository, "model_index.json", DISTRIBUTED)
     if model.vae:
         yield _repository("model.vae", model.vae, "config.json", DISTRIBUTED)
     for name in config.train_preference:

@@ -15,10 +15,13 @@ def sides(resolution: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class ModelConfig(Section):
-    """The diffusion model to align: a diffusers repository by hub name or local folder."""
+    """The diffusion model to align: a diffusers repository by hub name or local folder, or one .safetensors file."""
 
     family: Literal["sd15", "sdxl", "sd3", "flux"]
     path: str
+    config: str | None = (
+        None  # of a single file: the repository with its tokenizers and settings; None: diffusers' guess
+    )
     revision: str | None = None
     variant: str | None = None  # e.g. fp16
     vae: str | None = None  # another VAE, e.g. madebyollin/sdxl-vae-fp16-fix
@@ -32,6 +35,12 @@ class ModelConfig(Section):
     compile: bool = False  # torch.compile of the UNet's transformer blocks; only useful on a GPU
 
     @model_validator(mode="after")
+    def _config_fits(self) -> "ModelConfig":
+        if self.config is not None and not self.is_single_file:
+            raise ValueError(f"config={self.config!r} is for a path to a .safetensors file; got path={self.path!r}")
+        return self
+
+    @model_validator(mode="after")
     def _t5_fits(self) -> "ModelConfig":
         if not self.t5 and self.family != "sd3":
             raise ValueError(f"t5=false is for family sd3; {self.family} has no text encoder that it can do without")
@@ -43,6 +52,11 @@ class ModelConfig(Section):
     def size(self) -> tuple[int, int]:
         """Height and width of an image, in pixels."""
         return sides(self.resolution)
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether the model is one file, as web user interfaces have them."""
+        return self.path.endswith(".safetensors")
 
     @property
     def is_flow(self) -> bool:

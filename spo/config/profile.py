@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from spo.config.align import MethodConfig, SampledConfig, SpoConfig
-from spo.config.base import Name, Positive, Section
+from spo.config.base import Key, Positive, Section
 from spo.config.evaluate import EvaluateConfig, PromoteConfig
 from spo.config.model import FLOW, ModelConfig, SamplingConfig
 from spo.config.preference import LabelsConfig, PreferenceConfig, PrepareConfig
@@ -33,14 +34,14 @@ class Config(Section):
     profile: str
     seed: int = 0
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("spo",)
-    train_preference: Annotated[tuple[Name, ...], Field(min_length=1)] = ("pixel",)  # the preference models to train
+    train_preference: Annotated[tuple[Key, ...], Field(min_length=1)] = ("pixel",)  # the preference models to train
     training_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # a run for each
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     prepare: PrepareConfig
     labels: LabelsConfig = LabelsConfig()
-    preference_models: dict[Name, PreferenceConfig]
-    align: dict[Name, MethodConfig]
+    preference_models: dict[Key, PreferenceConfig]
+    align: dict[Key, MethodConfig]
     evaluate: EvaluateConfig
     safety: SafetyConfig = SafetyConfig()
     promote: PromoteConfig = PromoteConfig()
@@ -150,8 +151,8 @@ def _read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise ConfigError(f"{path} is missing; run from the project's folder")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # as DVC reads it: a repeated key is an error
+    except (YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is no valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; it should hold named sections")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HUB = "hub:"
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
-ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # no rows
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "about.json")  # no rows
 FILE_BUFFER, HUB_BUFFER = 2**20, 2**23  # bytes of a column read at once; the hub answers slowly
 ROWS_AT_ONCE = 16
 _SHARD = re.compile(r"-\d+-of-\d+\.(parquet|jsonl?)$")

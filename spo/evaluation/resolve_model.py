@@ -24,10 +24,10 @@ class Source:
     description: str
 
 
-def resolve_model(name: str | None, config: Config, root: Path = Path()) -> Source:
+def resolve_model(name: str | None, config: Config, root: Path = Path(), *, option: str = "--model") -> Source:
     """The model called `name`; None: the evaluated LoRA of the profile's first method, or else the base.
 
-    ModelError with the known names if there is no such model.
+    ModelError with the known names, and the `option` that gave this one, if there is no such model.
     """
     evaluated = Workspace(config, root).loras
     if name == BASE:
@@ -39,7 +39,7 @@ def resolve_model(name: str | None, config: Config, root: Path = Path()) -> Sour
             return Source(BASE, None, f"the base, {config.model.path}: {missing}")
         name = next((name for name in config.methods if name in names), names[0])
         return _of_folder(name, evaluated / name)
-    if _holds_lora(evaluated / name):
+    if name.strip() and _holds_lora(evaluated / name):
         return _of_folder(name, evaluated / name)
     if name.startswith("models:/"):
         return Source(_short(name.removeprefix("models:/")), lora_within(tracking.fetch_model(name, root)), name)
@@ -48,12 +48,12 @@ def resolve_model(name: str | None, config: Config, root: Path = Path()) -> Sour
     path = Path(name)
     if path.is_file():
         return Source(_short(path.stem), path, str(path))
-    if path.is_dir():
+    if name.strip() and path.is_dir():
         return _of_folder(_short(path.name), lora_within(path))
     if hub.is_name(name) and name.split("/")[0] not in ("runs", "models"):
         return Source(_short(name), name, f"{name} on the hub")
     raise ModelError(
-        f"--model {name!r} names nothing here; evaluated: {_evaluated(evaluated) or 'none'}; give one of them, "
+        f"{option} {name!r} names nothing here; evaluated: {_evaluated(evaluated) or 'none'}; give one of them, "
         f"{BASE!r}, a run's folder, a LoRA's file or folder, OWNER/NAME on the hub, or models:/NAME@ALIAS"
     )
 

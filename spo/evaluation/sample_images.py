@@ -1,6 +1,7 @@
 """Images of one prompt: by one model, or by the base and others side by side."""
 
 import re
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ from spo.models.schedulers import build_scheduler
 from spo.runtime.device import best_device
 from spo.runtime.environment import git_commit
 from spo.runtime.pictures import labelled_sheet, save_png, to_picture
+
+MOST = 10_000  # pictures of one command
 
 
 def choose_sampler(
@@ -63,6 +66,8 @@ class Painter:
             raise ConfigError("the prompt is empty; say what the picture should show")
         if num < 1:
             raise ConfigError(f"--num {num} makes no picture; use 1 or more")
+        if num > MOST:
+            raise ConfigError(f"--num {num} is too many; use at most {MOST}, and --seed for the next ones")
         if not 0 <= seed <= 2**63 - num:
             raise ConfigError(f"--seed {seed} is out of range; use a whole number from 0 to 2^63 - 1")
         self.config = config
@@ -147,4 +152,6 @@ def _require_folder(out: Path) -> None:
 
 
 def _slug(text: str, limit: int = 48) -> str:
+    encoding = sys.getfilesystemencoding()
+    text = text.encode(encoding, "ignore").decode(encoding)  # what this locale can name
     return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:limit].rstrip("-") or "picture"

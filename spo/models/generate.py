@@ -57,8 +57,9 @@ def generate(
                 if not images.isfinite().all():
                     raise ModelError(
                         f"the model paints pixels that are not finite ({sampler.description}; first prompt "
-                        f"{prompts[start]!r}); its weights are broken, or {model.network.dtype} is too narrow: use "
-                        "another LoRA or model, or model.dtype=bfloat16 or float32"
+                        f"{prompts[start]!r}); its weights are broken, the guidance is too high, or "
+                        f"{model.network.dtype} is too narrow: use other weights, less guidance, or "
+                        "model.dtype=bfloat16 or float32"
                     )
                 batches.append(images.float().cpu().clamp(0, 1))
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -22,15 +23,18 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from spo.config import ModelConfig, SamplingConfig
-from spo.errors import ConfigError, ModelError
+from spo.errors import ConfigError, ModelError, one_line
 from spo.models.autoencoder import Autoencoder
 from spo.models.flux import FluxNetwork
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.network import Network, Pipeline
+from spo.models.network import TEXT_ENCODERS, Network, Pipeline
 from spo.models.schedulers import plain_scheduler
 from spo.models.sd3 import StableDiffusion3Network
 from spo.models.sd15 import StableDiffusionNetwork
@@ -94,24 +98,86 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     if config.vae is not None:
         with _explained("model.vae", config.vae):
             parts["vae"] = AutoencoderKL.from_pretrained(config.vae, dtype=dtype, use_safetensors=True)
+    load = _load_single_file if config.is_single_file else _load_repository
     with _explained("model.path", config.path):
-        index = _checked_index(config)
-        _require_variant(config)
-        if config.family == "sd3" and not (config.t5 and index.get("text_encoder_3", [None])[0]):
-            parts |= {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = PIPELINES[config.family].from_pretrained(
-            config.path,
-            revision=config.revision,
-            variant=config.variant,
-            dtype=dtype,
-            use_safetensors=True,
-            **parts,
-        )
+        pipeline = load(config, dtype, parts)
+        _require_whole(pipeline, config.path)
         pipeline.scheduler = plain_scheduler(pipeline.scheduler, config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for name in {"unet", "vae"} & set(pipeline.components):
         getattr(pipeline, name).to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs
+    return pipeline
+
+
+def _load_repository(config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any]) -> Pipeline:
+    index = _checked_index(config, config.path)
+    _require_variant(config)
+    if config.family == "sd3" and not (config.t5 and index.get("text_encoder_3", [None])[0]):
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    for name in set(TEXT_ENCODERS) & set(index) - set(parts):
+        kind = getattr(transformers, str(index[name][1]), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            parts[name] = _load_text_encoder(config, name, kind, dtype)
+    return PIPELINES[config.family].from_pretrained(
+        config.path, revision=config.revision, variant=config.variant, dtype=dtype, use_safetensors=True, **parts
+    )
+
+
+def _load_text_encoder(config: ModelConfig, name: str, kind: Any, dtype: torch.dtype) -> Any:
+    """A text encoder of a repository; ModelError if a weight is missing, which the pipeline would draw at random."""
+
+    def load(variant: str | None) -> Any:
+        return kind.from_pretrained(
+            config.path,
+            subfolder=name,
+            revision=config.revision,
+            variant=variant,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+
+    try:
+        encoder, report = load(config.variant)
+    except OSError:
+        if config.variant is None:
+            raise
+        encoder, report = load(None)  # as diffusers does for a part without the variant
+    if report["missing_keys"]:
+        raise ModelError(f"model.path={config.path!r}: its {name} lacks {min(report['missing_keys'])}; get it again")
+    return encoder
+
+
+def _require_whole(pipeline: Pipeline, path: str) -> None:
+    """ModelError if a weight is missing: diffusers leaves it without values."""
+    for name, part in pipeline.components.items():
+        missing = (
+            [key for key, weight in part.named_parameters() if weight.is_meta] if isinstance(part, nn.Module) else []
+        )
+        if missing:
+            raise ModelError(f"model.path={path!r}: its {name} lacks {missing[0]}; get it again")
+
+
+def _load_single_file(config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any]) -> Pipeline:
+    """The weights of the file, with the tokenizers and settings of `model.config` or of the repository of its kind."""
+    with safe_open(config.path, "pt") as file:
+        weights = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    source = config.config or fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+    if config.family == "sd3" and not config.t5:
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    remedy = "it should be a folder that diffusers' save_pretrained wrote, of the kind of the file"
+    with hub.loading(f"model.config={source!r}", source, "model.config", remedy):
+        _checked_index(config, source)
+        try:
+            pipeline = PIPELINES[config.family].from_single_file(config.path, config=source, dtype=dtype, **parts)
+        except (TypeError, AttributeError, SingleFileComponentError) as error:  # the file holds something else
+            raise ValueError(f"{config.path} is no {config.family} model: {one_line(error)}") from None
+    if "v_pred" in weights and pipeline.scheduler.config.prediction_type != "v_prediction":
+        raise ModelError(
+            f"model.path={config.path!r} predicts v, but model.config={source!r} is for prediction_type "
+            f"{pipeline.scheduler.config.prediction_type}; name one for v_prediction as model.config"
+        )
     return pipeline
 
 
@@ -158,16 +224,14 @@ def _check_grid(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfi
         )
 
 
-def _checked_index(config: ModelConfig) -> dict[str, Any]:
+def _checked_index(config: ModelConfig, repository: str) -> dict[str, Any]:
     """The repository's model_index.json; ModelError if it is of another family."""
-    index = DiffusionPipeline.load_config(config.path, revision=config.revision)
+    index = DiffusionPipeline.load_config(repository, revision=config.revision)
     found, expected = index.get("_class_name"), PIPELINES[config.family].__name__
     if found != expected:
         fitting = next((name for name, kind in PIPELINES.items() if kind.__name__ == found), None)
         remedy = f"set model.family={fitting}" if fitting else f"families: {', '.join(PIPELINES)}"
-        raise ModelError(
-            f"model.path={config.path!r} holds a {found}, but family {config.family} is a {expected}; {remedy}"
-        )
+        raise ModelError(f"{repository!r} holds a {found}, but family {config.family} is a {expected}; {remedy}")
     return index
 
 
@@ -185,7 +249,11 @@ def _require_variant(config: ModelConfig) -> None:
 @contextmanager
 def _explained(key: str, path: str) -> Iterator[None]:
     """Turn the libraries' errors while loading `path` into a ModelError of one line."""
-    if not Path(path).is_dir() and not hub.is_name(path):
+    if (
+        not Path(path).is_dir()
+        and not hub.is_name(path)
+        and not (path.endswith(".safetensors") and Path(path).is_file())
+    ):
         raise ModelError(f"{key}={path!r} is no folder here; put a diffusers model there, or name one on the hub")
     remedy = "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
     with hub.loading(f"{key}={path!r}", path, key, remedy), warnings.catch_warnings():

@@ -99,6 +99,9 @@ def _built(kind: Any, sampler: SamplerConfig, base: Mapping[str, Any] | None, **
         raise ConfigError(f"options={unknown} are unknown to {sampler.scheduler}; use some of {known}")
     try:
         scheduler = kind.from_config(dict(base or {}), **sampler.options)
+        total = scheduler.config.num_train_timesteps
+        if sampler.steps > total and sampler.scheduler != FLOW:
+            raise ConfigError(f"{sampler.steps} steps are more than the {total} timesteps of training")
         scheduler.set_timesteps(sampler.steps, **grid)
     except Exception as error:  # each class checks its settings in its own way
         raise ConfigError(

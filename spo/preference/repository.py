@@ -4,6 +4,7 @@ No code of a repository is run. If a repository has no safetensors, its pickled 
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
 
 from spo.errors import ModelError, one_line
-from spo.preference.preprocess import Mode, Preprocessing
+from spo.preference.preprocess import Channels, Mode, Preprocessing
 from spo.runtime import hub
 
 SMALL_FILES = ["*.json", "merges.txt"]
@@ -84,10 +85,32 @@ def read_processor(
     """
     config, source = read_config(repository), processor or repository
     tokenizer = read_tokenizer(source, config)
-    values = _read_json(source, "preprocessor_config.json")
-    mean, std = values.get("image_mean", OPENAI_CLIP_MEAN), values.get("image_std", OPENAI_CLIP_STD)
     vision: Any = config.vision_config
-    return config, tokenizer, Preprocessing(size=vision.image_size, mean=tuple(mean), std=tuple(std), mode=mode)
+    mean, std = _normalisation(source)
+    return config, tokenizer, Preprocessing(size=vision.image_size, mean=mean, std=std, mode=mode)
+
+
+def _normalisation(repository: str | Path) -> tuple[Channels, Channels]:
+    """Mean and std of the pixels, CLIP's usual ones where the repository has none.
+
+    transformers 5 writes them into processor_config.json, older versions into preprocessor_config.json.
+    """
+    values = _read_json(repository, "preprocessor_config.json")
+    newer = _read_json(repository, "processor_config.json").get("image_processor")
+    values = values or (newer if isinstance(newer, dict) else {})
+    mean = _channels(repository, "image_mean", values.get("image_mean", OPENAI_CLIP_MEAN))
+    std = _channels(repository, "image_std", values.get("image_std", OPENAI_CLIP_STD))
+    if not all(std):
+        raise ModelError(f"image_std of {str(repository)!r} is {list(std)}; it must not be 0")
+    return mean, std
+
+
+def _channels(repository: str | Path, name: str, value: object) -> Channels:
+    """Three finite numbers; one number counts for all channels."""
+    values = value if isinstance(value, list | tuple) else [value] * 3
+    if len(values) != 3 or not all(isinstance(each, int | float) and math.isfinite(each) for each in values):
+        raise ModelError(f"{name} of {str(repository)!r} is {one_line(value, 80)}; it should be one number or three")
+    return tuple(map(float, values))
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], config: CLIPConfig) -> Tensor:

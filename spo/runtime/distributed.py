@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 BLOCK = 4096  # rows of each process, gathered at a time
+BUCKET = 2**25  # numbers of gradients, summed at a time
 PATIENCE = timedelta(hours=2)  # of a process that waits for the others, e.g. while the first one writes
 
 
@@ -101,22 +102,38 @@ def add_up(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by the sum over processes; a missing one adds 0, but stays missing if all are."""
+    """Replace each gradient by the sum over processes; a missing one adds 0, but stays missing if all are.
+
+    A copy of at most BUCKET numbers, or of one gradient that is larger, is in memory beside them.
+    """
     if count() == 1:
         return
     parameters = list(parameters)
     have = gather_objects([parameter.grad is not None for parameter in parameters])
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    gradients: list[Tensor] = []
     for parameter, *found in zip(parameters, *have, strict=True):
         if any(found):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in lists of one dtype and of at most BUCKET numbers, or of one larger tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(each.numel() for each in bucket) + tensor.numel() > BUCKET
+        if bucket and (full or bucket[0].dtype != tensor.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def wait() -> None:

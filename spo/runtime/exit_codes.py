@@ -26,6 +26,12 @@ def exit_code(command: Callable[[], int | None]) -> int:
             raise
         print(f"error: {one_line(error)}; {remedy}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:
+        if error.encoding in ("utf-8", "utf_8"):
+            raise
+        text = ascii(error.object[error.start : error.end])
+        print(f"error: this terminal's {error.encoding} has no {text}; set PYTHONUTF8=1", file=sys.stderr)
+        return 1
     except Stopped as stop:
         print(f"ended by {stop}", file=sys.stderr)
         return stop.exit_code

@@ -26,7 +26,7 @@ from spo.tracking import Tracker
 from spo.training.align import align
 from spo.training.history import Cost
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
-from spo.training.preference_scorer import load_scorer
+from spo.training.preference_scorer import LoadedPreference
 from spo.training.watch import Watch
 from spo.workspace import Workspace
 
@@ -43,9 +43,10 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     else:
         add_lora(policy.network.module, settings.lora, seed=seed)
     start = time.perf_counter()
-    method = build_method(settings, build_inputs(config, name, policy, root=root), seed=seed)
+    preference = LoadedPreference(config, config.scorer_of(name), root, policy)
+    method = build_method(settings, build_inputs(config, policy, preference, root=root), seed=seed)
     cost = Cost(seconds=time.perf_counter() - start)
-    watch = build_watch(config, name, policy, root=root)
+    watch = build_watch(config, name, policy, preference, root=root)
     work_dir = store.folder / "output"  # DVC removes the outputs of a stage before it runs again
     with distributed.written_by_main(nullcontext(work_dir)) as made:
         options: dict[str, Any] = {"seed": seed, "cost": cost, "watch": watch, "safety": config.safety, "store": store}
@@ -81,14 +82,14 @@ def build_policy(config: Config, name: str) -> LatentDiffusion:
     return build(config.model, config.align[name].sampling(config.sampling), best_device())
 
 
-def build_inputs(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Inputs:
-    """The data and models that the method `name` may learn from."""
+def build_inputs(config: Config, policy: LatentDiffusion, preference: LoadedPreference, *, root: Path) -> Inputs:
+    """The data and models that a method may learn from."""
     workspace = Workspace(config, root)
 
     def scorer(scoring: ScoringConfig) -> Scorer:
         if scoring.tiny_vae is not None:
             policy.autoencoder.preview = load_tiny_vae(scoring.tiny_vae, policy)
-        return load_scorer(config, config.scorer_of(name), root, policy, scoring)
+        return preference.scorer(scoring)
 
     def pairs() -> LabelledPairs:
         return load_pairs(workspace.prepared.pairs_file("train"), policy, config, cache=workspace.latents_cache)
@@ -96,7 +97,9 @@ def build_inputs(config: Config, name: str, policy: LatentDiffusion, *, root: Pa
     return Inputs(policy, workspace.prepared.prompts("train"), scorer, pairs)
 
 
-def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Path) -> Watch | None:
+def build_watch(
+    config: Config, name: str, policy: LatentDiffusion, preference: LoadedPreference, *, root: Path
+) -> Watch | None:
     """The watch of the method `name`, which generates images of the first validation prompts with eta 0.
 
     None if the method has none or the weights of its metric are missing; that is a ModelError if the watch may end the
@@ -111,8 +114,8 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
     if not metrics:
         print(f"align {name} runs without a watch", flush=True)
         return None
-    preference = load_scorer(config, config.scorer_of(name), root, policy)
-    text = preference.encode(prompts)
+    scorer = preference.scorer()
+    text = scorer.encode(prompts)
     sampler = SamplerConfig(
         scheduler=config.model.scheduler,
         steps=config.sampling.steps,
@@ -128,7 +131,7 @@ def build_watch(config: Config, name: str, policy: LatentDiffusion, *, root: Pat
             return generate(policy, prompts, seeds, sampler=sampler, batch_size=size, label="watch")
 
     def preference_score(images: Tensor) -> Tensor:
-        return preference.score_images(images, text, torch.zeros((), dtype=torch.long)).cpu()
+        return scorer.score_images(images, text, torch.zeros((), dtype=torch.long)).cpu()
 
     def independent_score(images: Tensor) -> Tensor:
         return score(metrics, images, prompts)[settings.score]

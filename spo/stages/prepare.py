@@ -6,9 +6,12 @@ prompts/{train,validation,test}.txt, preferences/{train,validation}.parquet, rej
 Without pairs (for a preference model that is already trained) preferences/ stays empty. A pair whose caption is a
 validation or test prompt goes to validation, one whose caption is a training prompt to training; other captions are
 split by the same hash of caption and seed.
+
+The metrics count the prompts that the model's text encoders will cut, with examples.
 """
 
 import json
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -17,9 +20,10 @@ from typing import Any, TextIO
 
 from spo.config import Config
 from spo.data.preferences import PairWriter, read_preferences
+from spo.data.prompt_lengths import cut_prompts
 from spo.data.prompts import Split, prompt_hash, read_prompts, split_prompts
 from spo.data.rows import Rejected, count_reasons
-from spo.errors import DataError
+from spo.errors import DataError, ModelError
 from spo.runtime.files import atomic_path, write_json, write_text
 from spo.runtime.progress import progress
 from spo.tracking import Tracker
@@ -61,8 +65,23 @@ def _prepare_prompts(config: Config, root: Path, folder: Path, log: TextIO) -> t
         "duplicates": sum(item.reason == "duplicate" for item in rejected),
         "rejected": count_reasons(rejected),
         **{side: len(of_side) for side, of_side in sides.items()},
+        "cut": _cut(prompts, config),
     }
     return split, counts
+
+
+def _cut(prompts: list[str], config: Config) -> dict[str, Any]:
+    """The prompts that the text encoders will cut; empty, with a warning, where their tokenizers are not here."""
+    try:
+        found = cut_prompts(prompts, config.model)
+    except ModelError as error:
+        print(f"warning: it is not known which prompts are too long: {error}", file=sys.stderr, flush=True)
+        return {}
+    for name, about in found.items():
+        if about["prompts"]:
+            told = f"{about['prompts']} of {len(prompts)} prompts are longer than the {about['context']} tokens"
+            print(f"warning: {told} of the {name} and are cut: {about['examples'][0]!r}", file=sys.stderr, flush=True)
+    return found
 
 
 def _prepare_preferences(config: Config, root: Path, folder: Path, log: TextIO, split: Split) -> dict[str, Any]:

@@ -142,10 +142,10 @@ class _Alignment(Generic[E]):
                     several = round_.examples is not None and len(round_.examples) > at_once
                     with saver.rollback_on_stop() if several else saver.uninterruptible():
                         rows = self._train_on(round_)
-                        if cost.rounds % per_epoch == 0:
-                            self._end_epoch()
                         cost.seconds += time.perf_counter() - start
                         self._record(rows, round_, epoch)
+                        if cost.rounds % per_epoch == 0:
+                            self._end_epoch()
                         if cost.rounds in save_at:
                             save_checkpoint(self.policy, cost, self.folder / "checkpoints")
                     shown = rows[-1] if rows else {}

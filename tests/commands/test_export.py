@@ -107,7 +107,12 @@ def test_a_checkpoint_may_be_named_in_place_of_the_one_that_evaluation_chose(pro
     [
         (["--format", "kohya", "--out", "new"], "end its name in .safetensors"),
         (["--format", "merged", "--out", "model"], "--out model exists already; remove it"),
-        (["--format", "diffusers", "--out", "new", "--method", "dpo"], "'dpo' names nothing here; evaluated: ['spo']"),
+        (
+            ["--format", "diffusers", "--out", "new", "--method", "dpo"],
+            "--method 'dpo' names nothing here; evaluated: ['spo']",
+        ),
+        (["--format", "diffusers", "--out", "new", "--checkpoint", ""], "--checkpoint '' names nothing here"),
+        (["--format", "diffusers", "--out", "new", "--method", ""], "--method '' names nothing here"),
         (["--format", "diffusers", "--out", "new", "--checkpoint", "configs"], "configs holds no pytorch_lora_weights"),
         (["--format", "diffusers", "--out", "new", "--checkpoint", "params.yaml"], "no .safetensors file"),
         (["--format", "diffusers", "--out", "new", "--method", "base"], "there is nothing to export: the base"),

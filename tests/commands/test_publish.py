@@ -160,7 +160,7 @@ def test_what_the_hub_refuses_is_told_in_one_line(hub: Any, arguments: list[str]
     [
         (False, "hf_right", "error: the hub cannot be reached; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"),
         (True, None, "error: there is no token of the hub; run `hf auth login`, or set HF_TOKEN"),
-        (True, "hf_right", "error: --model 'nosuch' names nothing here"),
+        (True, "hf_right", "error: --method 'nosuch' names nothing here"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_is_sent(

@@ -218,7 +218,7 @@ def running(*command: str | Path, folder: Path, variables: dict[str, str]) -> It
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
-                process.wait(timeout=60)
+                process.wait(timeout=15)  # a Prefect worker may hang after a cancelled run
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()

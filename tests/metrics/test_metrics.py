@@ -151,5 +151,5 @@ def test_a_score_that_is_not_finite_is_named() -> None:
     def broken(images, prompts):
         return {"beauty": torch.tensor([1.0, float("nan")])}
 
-    with pytest.raises(ModelError, match="the score beauty of 'a dog' is nan; leave out its metric"):
+    with pytest.raises(ModelError, match="the score beauty of 'a dog' is nan; leave its metric out"):
         score([broken], torch.zeros(2, 3, 4, 4), ["a cat", "a dog"])

@@ -1,5 +1,6 @@
 """Pipelines come from safe files of the right family, and what is wrong is said in one line."""
 
+import re
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,11 +15,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
+from safetensors.torch import load_file, save_file
 
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ModelError
 from spo.models.load import NETWORKS, PIPELINES, build, load_pipeline, load_tiny_vae
 from spo.models.schedulers import plain_scheduler
+from tests.models.single_file import save_single_file
 from tests.models.tiny import (
     DIFFUSION,
     FAMILIES,
@@ -233,3 +236,53 @@ def test_a_kept_prompt_is_encoded_once_and_comes_back_the_same(family: str, tmp_
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_missing_weight_is_named_and_never_drawn_at_random(tmp_path, part):
+    folder = make_tiny_pipeline("sdxl", tmp_path)
+    [file] = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    name = sorted(state)[-1]
+    save_file({key: weight for key, weight in state.items() if key != name}, file, {"format": "pt"})
+    assert re.search(rf"its {part} lacks .*{name.rpartition('.')[0]}.*; get it again", message("sdxl", folder))
+
+
+class TestSingleFile:
+    @pytest.fixture
+    def file(self, tiny_folder, tmp_path):
+        save_single_file(load_plainly(tiny_folder("sd15")), tmp_path / "model.safetensors")
+        return tmp_path / "model.safetensors"
+
+    def test_its_weights_are_those_of_the_folder(self, file, tiny_folder):
+        folder = tiny_folder("sd15")
+        loaded = load_pipeline(config("sd15", file, config=str(folder)), "cpu")
+        expected = load_pipeline(config("sd15", folder), "cpu")
+        for name in ("unet", "vae", "text_encoder"):
+            found, original = (getattr(each, name).state_dict() for each in (loaded, expected))
+            assert set(found) == set(original)
+            assert all(torch.equal(found[key], original[key]) for key in original)
+        assert dict(loaded.scheduler.config) == dict(expected.scheduler.config)
+
+    def test_without_network_it_says_what_to_download(self, file, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        said = message("sd15", file)
+        assert re.search(
+            r"model\.config='.*': ?.*|run `hf download .*bring the folder here and name it in model\.config", said
+        )
+        assert "name it in model.config" in said
+
+    def test_what_does_not_fit_is_refused_in_one_line(self, file, tiny_folder, tmp_path):
+        assert "set model.family=sdxl" in message("sd15", file, config=str(tiny_folder("sdxl")))
+        save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "lora.safetensors")
+        assert "lora.safetensors" in message("sd15", tmp_path / "lora.safetensors", config=str(tiny_folder("sd15")))
+        (tmp_path / "damaged.safetensors").write_bytes(file.read_bytes()[:1000])
+        assert "cannot be loaded" in message("sd15", tmp_path / "damaged.safetensors", config=str(tiny_folder("sd15")))
+        assert "is no folder here" in message("sd15", tmp_path / "model.ckpt")
+        with pytest.raises(ValueError, match=r"is for a path to a \.safetensors file"):
+            config("sd15", "folder", config="other")
+
+    def test_a_file_that_predicts_v_needs_settings_that_say_so(self, file, tiny_folder):
+        save_single_file(load_plainly(tiny_folder("sd15")), file, v_pred=torch.zeros(1))
+        assert "predicts v, but model.config" in message("sd15", file, config=str(tiny_folder("sd15")))
+        load_pipeline(config("sd15", file, config=str(tiny_folder("sd15", "v_prediction"))), "cpu")

@@ -107,6 +107,8 @@ def test_any_lora_keeps_its_weight_change_when_it_is_loaded_and_exported(
         scale = alphas.get(name, rank) / (rank**0.5 if rslora else rank)
         weight = denoiser.network.module.get_submodule(name).weight
         expected[name] = scale * (up[name].flatten(1) @ down[name].flatten(1)).view(weight.shape)
+    with published_lora(denoiser.network, folder):
+        assert_same(changes(denoiser.network.module), expected)
     load_lora(denoiser.network, folder)
     assert_same(changes(denoiser.network.module), expected)
     plain = load_plainly(tiny_folder("sd15"))

@@ -4,6 +4,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -24,6 +25,7 @@ from spo.preference.checkpoint import (
 )
 from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Preprocessing
+from spo.preference.repository import read_processor
 from spo.preference.score import PreferenceScorer
 
 State = dict[str, Tensor]
@@ -259,3 +261,28 @@ def test_a_mistyped_folder_is_one_line():
     with pytest.raises(ModelError, match="no folder here") as error:
         load_clip("data/base/no-such-folder")
     assert_one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "expected"),
+    [
+        ("processor_config.json", {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": 2}}, (0.1, 2)),
+        ("preprocessor_config.json", {"image_mean": 0.1, "image_std": [2, 2, 2]}, (0.1, 2)),
+        ("processor_config.json", {"processor_class": "CLIPProcessor"}, None),
+    ],
+)
+def test_the_normalisation_of_any_version_of_transformers_is_used(
+    clip_folder: Path, file: str, values: dict[str, Any], expected: tuple[float, float] | None
+) -> None:
+    (clip_folder / file).write_text(json.dumps(values))
+    found = read_processor(clip_folder)[2]
+    usual = Preprocessing(size=24)
+    assert (found.mean[0], found.std[0]) == (expected or (usual.mean[0], usual.std[0]))
+    assert len(found.mean) == len(found.std) == 3
+
+
+@pytest.mark.parametrize("values", [{"image_mean": [0.5]}, {"image_mean": "x"}, {"image_std": 0}, {"image_std": {}}])
+def test_a_broken_normalisation_is_refused(clip_folder: Path, values: dict[str, Any]) -> None:
+    (clip_folder / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"image_(mean|std) of .*; it (should be one number or three|must not be 0)"):
+        read_processor(clip_folder)

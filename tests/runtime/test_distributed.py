@@ -341,3 +341,12 @@ def test_shares_follow_one_another_and_differ_by_one_at_most(monkeypatch):
             parts.append(list(range(n))[distributed.share(n)])
         assert [row for part in parts for row in part] == list(range(n))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_buckets_hold_every_gradient_once_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "BUCKET", 10)
+    sizes = [4, 6, 1, 25, 3, 3]
+    tensors = [torch.zeros(size) for size in sizes] + [torch.zeros(2, dtype=torch.float64)]
+    buckets = list(distributed._buckets(tensors))
+    assert [[len(tensor) for tensor in bucket] for bucket in buckets] == [[4, 6], [1], [25], [3, 3], [2]]
+    assert [id(tensor) for bucket in buckets for tensor in bucket] == [id(tensor) for tensor in tensors]

@@ -11,12 +11,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from spo.config import Config, load_config
+from spo.config import Config, ScoringConfig, load_config
 from spo.errors import ModelError
+from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora_file import WEIGHTS
 from spo.preference.score import PreferenceScorer
 from spo.stages import align, evaluate, prepare, train_preference
 from spo.tracking import NullTracker
+from spo.training.preference_scorer import LoadedPreference, load_scorer
 from spo.workspace import Workspace
 from tests.test_pipeline import make_project
 
@@ -52,6 +54,10 @@ def config(project: Path) -> Config:
     return load_config(project)
 
 
+def preference_of(config: Config, policy: LatentDiffusion) -> LoadedPreference:
+    return LoadedPreference(config, "pixel", Path(), policy)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["spo", "d3po", "dpo"])
 def test_a_method_leaves_checkpoints_with_their_cost_and_its_history(project: Path, config: Config, name: str) -> None:
@@ -74,8 +80,8 @@ def test_a_preference_model_that_was_trained_blind_to_t_scores_blindly(project: 
     with contextlib.chdir(project):
         models = {"pixel": config.preference_models["pixel"].model_copy(update={"blind": True})}
         policy = align.build_policy(config, "spo")
-        seeing = align.load_scorer(config, "pixel", Path(), policy)
-        blind = align.load_scorer(config.model_copy(update={"preference_models": models}), "pixel", Path(), policy)
+        seeing = load_scorer(config, "pixel", Path(), policy)
+        blind = load_scorer(config.model_copy(update={"preference_models": models}), "pixel", Path(), policy)
     assert isinstance(seeing, PreferenceScorer) and isinstance(blind, PreferenceScorer)
     with torch.no_grad():  # three steps of training change too little
         for parameter in seeing.model.final_modulation.parameters():
@@ -86,6 +92,18 @@ def test_a_preference_model_that_was_trained_blind_to_t_scores_blindly(project: 
     assert torch.equal(blind.score_images(images, text, early), blind.score_images(images, text, late))
     assert torch.equal(blind.score_images(images, text, early), seeing.score_images(images, text, late))
     assert not torch.equal(seeing.score_images(images, text, early), seeing.score_images(images, text, late))
+
+
+@pytest.mark.slow
+def test_method_and_watch_share_one_preference_model(project: Path, config: Config) -> None:
+    with contextlib.chdir(project):
+        policy = align.build_policy(config, "spo")
+        preference = preference_of(config, policy)
+        method = align.build_inputs(config, policy, preference, root=Path()).load_scorer(ScoringConfig(timestep=7))
+        watch = preference.scorer()
+    assert isinstance(method, PreferenceScorer) and isinstance(watch, PreferenceScorer)
+    assert method.model is watch.model
+    assert (method.timestep, watch.timestep) == (7, None)
 
 
 @pytest.mark.slow
@@ -128,7 +146,7 @@ def test_full_fine_tuning_of_a_base_in_half_precision_can_be_watched(project: Pa
     with contextlib.chdir(project):
         policy = align.build_policy(half, "dpo")
         policy.network.unfreeze()
-        watch = align.build_watch(half, "dpo", policy, root=Path())
+        watch = align.build_watch(half, "dpo", policy, preference_of(half, policy), root=Path())
         assert watch is not None
         pictures = watch.paint()
     assert pictures.shape[0] == 2
@@ -147,9 +165,9 @@ def test_without_its_metrics_weights_a_run_continues_without_a_watch_unless_the_
 
     with contextlib.chdir(project):
         policy = align.build_policy(config, "dpo")
-        assert align.build_watch(watched(), "dpo", policy, root=Path()) is None
+        assert align.build_watch(watched(), "dpo", policy, preference_of(watched(), policy), root=Path()) is None
         with pytest.raises(ModelError, match="is no file here; put one there"):
-            align.build_watch(watched(stop_after_worse=2), "dpo", policy, root=Path())
+            align.build_watch(watched(stop_after_worse=2), "dpo", policy, preference_of(watched(), policy), root=Path())
     left_out, unwatched = capsys.readouterr().out.splitlines()[-2:]
     assert left_out.startswith("laion_aesthetic: left out, ")
     assert unwatched == "align dpo runs without a watch"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spo.config import Config, PrepareConfig
+from spo.config import Config, ModelConfig, PrepareConfig
 from spo.data.preferences import PairWriter, PreferencePair, read_pairs
 from spo.errors import DataError
 from spo.stages.prepare import run
@@ -36,7 +36,9 @@ def make_config(**changes: Any) -> Config:
         "validation_fraction": 0.1,
         "test_fraction": 0.2,
     }
-    return Config.model_construct(profile="small", seed=0, prepare=PrepareConfig.model_validate(prepare | changes))
+    model = ModelConfig(family="sd15", path="model", resolution=64)
+    sections = {"model": model, "prepare": PrepareConfig.model_validate(prepare | changes)}
+    return Config.model_construct(profile="small", seed=0, **sections)
 
 
 def picture(shade: int) -> bytes:
@@ -90,11 +92,32 @@ def test_metrics_count_every_row(project: Path) -> None:
         "train": 70,
         "validation": 10,
         "test": 20,
+        "cut": {},
     }
     preferences = metrics["preferences"]
     assert preferences["train"] + preferences["validation"] == preferences["kept"] == 240
     assert preferences["rejected"] == {"image broken": 1, "labels do not sum to 1": 1}
     assert (preferences["read"], preferences["ties"], preferences["captions"]) == (242, 12, 120)
+
+
+def test_prompts_longer_than_the_text_encoders_context_are_counted_with_examples(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.models.tiny import TOKENS, make_tokenizer  # slow to import
+
+    monkeypatch.chdir(project)
+    run(make_config(), root=project, tracker=NullTracker())
+    said = capsys.readouterr().err
+    assert "warning: it is not known which prompts are too long: model is no folder" in said
+    make_tokenizer().save_pretrained(project / "model" / "tokenizer")
+    long = "x" * (TOKENS - 1)  # a token a letter, and the two marks
+    with (project / "prompts.txt").open("a") as file:
+        file.write(f"{'y' * (TOKENS - 2)}\n{long}\n")
+    metrics = run(make_config(), root=project, tracker=NullTracker())
+    assert metrics["prompts"]["cut"] == {"tokenizer": {"context": TOKENS, "prompts": 1, "examples": [long]}}
+    assert (
+        f"1 of 102 prompts are longer than the {TOKENS} tokens of the tokenizer and are cut" in capsys.readouterr().err
+    )
 
 
 def test_rejected_rows_are_listed_with_source_row_and_reason(project: Path) -> None:

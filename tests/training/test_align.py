@@ -172,6 +172,12 @@ def test_an_epoch_without_a_kept_pair_ends_the_run_with_the_remedy(pipeline, tmp
         train(pipeline, tmp_path / "run", threshold=1.0)
 
 
+def test_an_epoch_of_one_round_without_a_kept_pair_names_its_margin(pipeline, tmp_path):
+    with pytest.raises(TrainingError, match=r"mean margin is (?!0;)[0-9.e-]+; lower") as caught:
+        train(pipeline, tmp_path / "run", threshold=1.0, rollouts_per_epoch=1)
+    assert "\n" not in str(caught.value)
+
+
 def test_training_raises_what_the_scorer_prefers(pipeline, tmp_path):
     train(pipeline, tmp_path / "run", epochs=6, clip_range=0.5, optimizer=OptimizerConfig(learning_rate=5e-3))
     scores = [float(row["score"]) for row in rows(tmp_path / "run" / "history.csv")]
