@@ -287,8 +287,7 @@ def repro_with(code: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         return code
 
     monkeypatch.setattr("spo.commands.pipeline.run_group", run_group)
-    monkeypatch.setattr("spo.commands.pipeline.require_repository", lambda _: None)
-    (Path() / "data").symlink_to(ROOT / "data")
+    Path("data").symlink_to(ROOT / "data")
     return calls
 
 
