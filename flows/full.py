@@ -1,6 +1,6 @@
 """The pipeline as the flow `spo`: its stages in order, then their results as artifacts of the run.
 
-    python -m flows.full [--profile P] [--stage S ...] [--set KEY=VALUE ...] [--force] [--promote]
+    python -m flows.full [--profile P] [--stage S ...] [--set KEY=VALUE ...] [--keep] [--force] [--promote]
 
 runs it in the current folder, the project's, without a server; `prefect.yaml` deploys it.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows.settings import parse, settings_of_run
-from flows.stages import Stage, promote_released, run_stage
+from flows.settings import parse, profile_name, settings_of_run
+from flows.stages import Stage, artifact_key, preflight, promote_released, run_stage
 from spo.config import load_config
 from spo.errors import SpoError
 from spo.pipeline import PIPELINE
@@ -29,13 +29,26 @@ from spo.runtime.text import flatten
 from spo.workspace import Workspace
 
 
-@flow(name="spo", retries=0)
+def run_name() -> str:
+    """Such as `tiny evaluate report align.spo.beta=5 11-27 01:31`."""
+    asked = flow_run.parameters
+    try:
+        profile = profile_name(asked.get("profile"))
+    except SpoError:  # the run is about to say what is wrong
+        profile = str(asked.get("profile"))
+    settings = [f"{key}={value}" for key, value in (asked.get("overrides") or {}).items()]
+    flags = [name for name in ("force", "promote") if asked.get(name)]
+    return " ".join([profile, *(asked.get("stages") or []), *settings, *flags, time.strftime("%m-%d %H:%M")])
+
+
+@flow(name="spo", flow_run_name=run_name, retries=0)
 def full(
     profile: str | None = None,
     stages: list[Stage] | None = None,
     overrides: dict[str, Any] | None = None,
     force: bool = False,
     promote: bool = False,
+    keep: bool = False,
 ) -> dict[str, str]:
     """Run all stages of the pipeline, or those named, in the pipeline's order.
 
@@ -43,10 +56,11 @@ def full(
     overrides: settings for this run, such as {"align.spo.beta": 5}, in the profile's file during the run.
     force: run stages although nothing has changed.
     promote: at the end, make the evaluated LoRA champion if it beats the present one.
+    keep: leave profile and overrides in the files, for later runs.
     Returns the outcome of each stage: Completed, Restored or UpToDate.
     """
     require_repository(Path())
-    with settings_of_run(profile, overrides or {}) as changes:
+    with settings_of_run(profile, overrides or {}, keep=keep) as changes:
         for change in changes:
             get_run_logger().info(change)
         return _run(load_config().profile, stages, force=force, promote=promote)
@@ -55,25 +69,30 @@ def full(
 def _run(name: str, stages: list[Stage] | None, *, force: bool, promote: bool) -> dict[str, str]:
     tag_run(f"profile:{name}")
     rows, outcomes = [], {}
-    for stage in (stage for stage in PIPELINE if stages is None or stage in stages):
+    chosen = [stage for stage in PIPELINE if stages is None or stage in stages]
+    preflight(chosen)
+    for stage in chosen:
         start = time.monotonic()
-        state = run_stage(stage, force=force)
+        state = run_stage(stage, profile=name, force=force)
         outcomes[str(stage)] = str(state.name)
         row = {"stage": stage, "outcome": state.name, "items": state.message or ""}
         rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
-    create_table_artifact(key="stages", table=rows, description="What ran, and what has not changed")
+    create_table_artifact(
+        key=artifact_key("stages", name), table=rows, description="What ran, and what has not changed"
+    )
     if "report" in outcomes:
         publish_report(name, Workspace(load_config()).report)
     if promote:
         decision = promote_released()
         first_line = decision.partition("\n")[0]
-        create_markdown_artifact(key="promotion", markdown=f"```\n{decision}\n```", description=first_line)
+        key = artifact_key("promotion", name)
+        create_markdown_artifact(key=key, markdown=f"```\n{decision}\n```", description=first_line)
         tag_run("kept" if "not promoted" in decision else "promoted")
     return outcomes
 
 
 def publish_report(profile: str, report: Path) -> None:
-    """Show the report's verdict and figures with the run, and where its page is."""
+    """Show the report's verdict and figures with the run."""
     summary = (report / "summary.txt").read_text(encoding="utf-8").strip()
     metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
     rows = "\n".join(
@@ -81,12 +100,11 @@ def publish_report(profile: str, report: Path) -> None:
         for name, value in flatten(metrics).items()
     )
     create_markdown_artifact(
-        key="report",
-        markdown=f"# Profile {profile}\n\n```\n{summary}\n```\n\n| metric | value |\n|---|---|\n{rows}\n",
+        key=artifact_key("report", profile),
+        markdown=f"# Profile {profile}\n\n```\n{summary}\n```\n\nThe page: `{(report / 'report.html').resolve()}`\n\n"
+        f"| metric | value |\n|---|---|\n{rows}\n",
         description=summary.partition("\n")[0],
     )
-    page = (report / "report.html").resolve()
-    create_link_artifact(key="report-page", link=page.as_uri(), link_text=str(page), description="The whole report")
 
 
 def tag_run(*tags: str) -> None:
@@ -102,6 +120,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--profile", help="one of configs/*.yaml (default: the one in params.yaml)")
     add("--stage", dest="stages", nargs="+", action="extend", choices=PIPELINE, help="(default: all)")
     add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting of this run")
+    add("--keep", action="store_true", help="leave profile and settings in the files, for later runs")
     add("--force", action="store_true", help="run stages although nothing has changed")
     add("--promote", action="store_true", help="make the LoRA champion if it beats the present one")
     return parser

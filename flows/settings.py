@@ -1,50 +1,77 @@
 """The profile and overrides of settings: they are written to the files that DVC and the stages read.
 
 `dvc repro` takes no settings, and `dvc exp run --set-param` needs a commit and no other changes. So an override edits
-the profile's file or params.yaml and keeps their comments. All overrides are checked before the first is written. At
-the end of the run the files are as before, so that the next run starts from the settings of the project.
+the profile's file or params.yaml and keeps their comments. All are checked before the first is written. At the end of
+the run the files are as before, unless the run was told to keep them.
 """
 
-import io
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from spo.config import load_config
-from spo.errors import ConfigError
+from spo.errors import ConfigError, one_line
 from spo.runtime.files import read_json, write_json, write_text
 
 KEPT = Path(".cache", "flows", "settings.json")  # the files that a run changes: as they were, and as it wrote them
 
 
 @contextmanager
-def settings_of_run(profile: str | None, overrides: Mapping[str, Any], root: Path = Path()) -> Iterator[list[str]]:
+def settings_of_run(
+    profile: str | None, overrides: Mapping[str, Any], root: Path = Path(), *, keep: bool = False
+) -> Iterator[list[str]]:
     """Inside this context the files hold the run's profile and overrides; yields a line for each change.
 
-    Afterwards the files are as before, except those that someone else has changed meanwhile. What a killed run left is
-    put back first. ConfigError, with nothing written, where the settings would be invalid.
+    Afterwards the files are as before, except those that someone else has changed meanwhile; `keep` leaves them. What a
+    killed run left is put back first, and a run that is active in this folder is waited for. ConfigError, with nothing
+    written, where the settings would be invalid.
     """
-    _put_back(root)
-    places = [Path("params.yaml"), *(path.relative_to(root) for path in (root / "configs").glob("*.yaml"))]
-    before = {place: (root / place).read_text(encoding="utf-8") for place in places if (root / place).is_file()}
-    try:
-        changes = override(profile, overrides, root)
-        name = use_profile(profile, root)
-        after = {place: (root / place).read_text(encoding="utf-8") for place in before}
-        changed = {str(place): [text, after[place]] for place, text in before.items() if after[place] != text}
-        write_json(root / KEPT, changed)
-        yield [*changes, f"profile {name}"]
-    finally:
+    kept = root / KEPT
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock"), thread_local=False):
         _put_back(root)
+        changed, lines = _changes(profile, overrides, root)
+        if not keep:  # noted before the first is written, so that a killed run's are put back, too
+            write_json(kept, changed)
+        for place, (_, text) in changed.items():
+            write_text(root / place, text)
+        try:
+            yield lines
+        finally:
+            _put_back(root)
+
+
+def _changes(
+    profile: str | None, overrides: Mapping[str, Any], root: Path
+) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """The files that change, as they are and will be, and a line for each change; made and checked in a copy."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary)
+        (copy / "configs").mkdir()
+        for path in (root / "params.yaml", *(root / "configs").glob("*.yaml")):
+            if path.is_file():
+                shutil.copy(path, copy / path.relative_to(root))
+        try:
+            lines = [f"profile {use_profile(profile, copy)}"]
+            lines += override(overrides, copy)
+            load_config(copy)
+        except (ConfigError, YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(one_line(error, 1000).replace(f"{temporary}/", "")) from None
+        places = [path.relative_to(copy) for path in copy.rglob("*.yaml")]
+        texts = {str(place): ((root / place).read_text("utf-8"), (copy / place).read_text("utf-8")) for place in places}
+    return {place: (before, after) for place, (before, after) in texts.items() if before != after}, lines
 
 
 def _put_back(root: Path) -> None:
+    """Undo what `settings_of_run` has noted, where nobody else has changed it."""
     if not (root / KEPT).is_file():
         return
     for place, (before, written) in read_json(root / KEPT).items():
@@ -53,52 +80,48 @@ def _put_back(root: Path) -> None:
     (root / KEPT).unlink()
 
 
-def use_profile(profile: str | None, root: Path = Path()) -> str:
-    """Write `profile` into params.yaml, change nothing else there, and return it; None keeps the profile.
-
-    ConfigError if there is no such profile.
-    """
+def profile_name(profile: str | None, root: Path = Path()) -> str:
+    """`profile`, or the one that params.yaml names; ConfigError if there is no such profile."""
     path = root / "params.yaml"
     if not path.is_file():
         raise ConfigError(f"{path.absolute()} is missing; run from the project's folder")
-    text = path.read_text(encoding="utf-8")
-    current = (YAML(typ="safe").load(text) or {}).get("profile")
-    name = profile or current
+    try:
+        name = profile or (YAML(typ="safe").load(path) or {}).get("profile")
+    except (YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {one_line(error)}") from None
     known = sorted(config.stem for config in (root / "configs").glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"profile is {name!r}; use one of {known}, or write configs/{name}.yaml")
-    if name != current:
+    return str(name)
+
+
+def use_profile(profile: str | None, root: Path = Path()) -> str:
+    """Write `profile` into params.yaml, change nothing else there, and return it; None keeps the profile."""
+    name = profile_name(profile, root)
+    if profile is not None:
+        text = (root / "params.yaml").read_text(encoding="utf-8")
+        old = (YAML(typ="safe").load(text) or {}).get("profile")
         changed, found = re.subn("^profile:.*$", f"profile: {name}", text, count=1, flags=re.MULTILINE)
-        write_text(path, changed if found else f"profile: {name}\n{text}")
+        if name != old:
+            write_text(root / "params.yaml", changed if found else f"profile: {name}\n{text}")
     return name
 
 
-def override(profile: str | None, overrides: Mapping[str, Any], root: Path = Path()) -> list[str]:
+def override(overrides: Mapping[str, Any], root: Path = Path()) -> list[str]:
     """Write `overrides` into the files that they name; returns a line for each change.
 
     A key is FILE:SECTION.KEY, such as configs/tiny.yaml:align.spo.beta or params.yaml:methods; without FILE: it belongs
-    to the profile's file. ConfigError, with nothing written, where the settings would be invalid.
+    to the file of the profile that params.yaml names.
     """
-    if not overrides:
-        return []
-    name = profile or load_config(root).profile
-    documents: dict[Path, Any] = {}
     changes = []
     for key, value in overrides.items():
         file, _, path = key.rpartition(":")
-        place = Path(file or f"configs/{name}.yaml")
-        if place not in documents:
-            documents[place] = _read(place, root)
-        before = _put(documents[place], path.split("."), value, key)
+        place = Path(file or f"configs/{profile_name(None, root)}.yaml")
+        document = _read(place, root)
+        before = _put(document, path.split("."), value, key)
+        with (root / place).open("w", encoding="utf-8") as stream:
+            _yaml().dump(document, stream)
         changes.append(f"{place}: {path} is {value!r}, was {before!r}")
-    texts = {}
-    for place, document in documents.items():
-        buffer = io.StringIO()
-        _yaml().dump(document, buffer)
-        texts[place] = buffer.getvalue()
-    _validate(name, texts, root)
-    for place, text in texts.items():
-        write_text(root / place, text)
     return changes
 
 
@@ -119,20 +142,6 @@ def _put(document: Any, path: list[str], value: Any, key: str) -> Any:
     before = document.get(last)
     document[last] = value
     return before
-
-
-def _validate(profile: str, texts: Mapping[Path, str], root: Path) -> None:
-    """Load the changed configuration from a temporary folder; ConfigError if it is invalid."""
-    with tempfile.TemporaryDirectory() as temporary:
-        for path in (root / "params.yaml", *(root / "configs").glob("*.yaml")):
-            place = path.relative_to(root)
-            copy = Path(temporary) / place
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_text(texts.get(place) or path.read_text(encoding="utf-8"), encoding="utf-8")
-        try:
-            load_config(Path(temporary), profile)
-        except ConfigError as error:
-            raise ConfigError(f"overrides: {str(error).replace(temporary + '/', '')}") from None
 
 
 def parse(texts: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -75,11 +76,12 @@ def options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default the one of `sys.argv`; returns the exit code."""
+    name = "spo" if Path(sys.argv[0]).name == "spo" else "python -m spo"  # as it was called, for its usage
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
     try:
-        typer.main.get_command(app)(args=None if arguments is None else list(arguments), prog_name="python -m spo")
+        typer.main.get_command(app)(args=None if arguments is None else list(arguments), prog_name=name)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0

@@ -3,6 +3,7 @@ import importlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(tracking, "start", start)
     monkeypatch.setattr("spo.commands.stage.set_up_libraries", lambda: None)
     monkeypatch.setattr("spo.commands.stage.require", lambda *_: None)
+    monkeypatch.setattr("spo.commands.stage.show_results", lambda *_: None)
     return recorder
 
 
@@ -285,6 +287,7 @@ def repro_with(code: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         return code
 
     monkeypatch.setattr("spo.commands.pipeline.run_group", run_group)
+    Path("data").symlink_to(ROOT / "data")
     return calls
 
 
@@ -335,6 +338,19 @@ def test_repro_runs_dvc_with_this_python_and_one_pipeline_run(
         assert any(what in line for line in lines)
 
 
+def test_repro_leaves_dvc_s_outputs_alone_where_something_is_missing(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = repro_with(0, monkeypatch)
+    (project / "data").unlink()
+    assert main(["repro"]) == 1
+    error = capsys.readouterr().err
+    assert re.match(
+        r"error: prepare.prompts.source: .* does not exist; .* more: `python -m spo check --quick`\)\n$", error
+    )
+    assert calls == []
+
+
 def test_repro_that_fails_is_code_1(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,3 +366,62 @@ def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(tmp_path: Path) ->
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "error: params.yaml is missing; run from the project's folder\n"
+
+
+def test_a_busy_port_of_the_runs_page_is_told_before_anything_starts(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "mlflow").mkdir()
+    (project / "mlflow" / "mlflow.db").touch()
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        assert main(["mlflow-ui", "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: port {port} cannot be used")
+    assert error.count("\n") == 1
+    assert not (project / "mlflow" / "ui.json").exists()
+
+
+@pytest.mark.usefixtures("tracker")
+def test_evaluate_before_align_says_what_to_run_first_in_one_line(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("test", "validation"):
+        file = project / f"runs/tiny/prepare/prompts/{name}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a small red cross\n" * 200)
+    assert main(["evaluate"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "error: runs/tiny/align/spo/seed-0 holds no checkpoints; run `python -m spo align spo --seed 0`"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("  spo:", "  sppo:"), "methods names ['spo'], but align has only"),
+        (("empty_captions:", "empty_caption:"), "align.diffusion_dpo.empty_caption: unknown key"),
+    ],
+)
+def test_a_typo_in_a_method_s_key_is_one_line(
+    project: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], said: str
+) -> None:
+    path = project / "configs" / "tiny.yaml"
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    assert main(["check", "--quick"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: configs/tiny.yaml: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_the_usage_names_the_command_as_it_was_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for typed, shown in (("/venv/bin/spo", "spo"), ("/src/spo/__main__.py", "python -m spo")):
+        monkeypatch.setattr(sys, "argv", [typed, "--help"])
+        assert main() == 0
+        assert capsys.readouterr().out.startswith(f"Usage: {shown} [OPTIONS]")

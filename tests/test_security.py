@@ -106,7 +106,7 @@ def test_a_store_that_cannot_be_used_is_told_without_its_password(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    told = [str(unusable(tmp_path, OSError(f"no route to {uri}: refused"))), run_url(tmp_path, "1", "a")]
+    told = [str(unusable(tmp_path, OSError(f"no route to {uri}: refused"))), str(run_url(tmp_path, "1", "a"))]
     assert "cannot track at" in told[0] and "***@" in told[0]
     assert not any(SECRET in text for text in told)
 

@@ -19,12 +19,15 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from PIL import Image
 
 from spo import tracking
+from spo.commands.headline import show_results
 from spo.config import Config, load_config
 from spo.errors import ConfigError
+from spo.pipeline import STAGES
+from spo.runtime.files import write_json
 from spo.tracking import NullTracker, Tracker, heartbeat
 from spo.tracking.journal import Journal, unsent
 from spo.tracking.sender import Sender
-from spo.tracking.store import connect
+from spo.tracking.store import connect, note_ui, run_url
 from spo.tracking.tracker import JournalTracker
 from spo.workspace import Workspace
 
@@ -435,3 +438,83 @@ def test_a_wrong_address_of_a_store_is_one_line(tmp_path: Path, monkeypatch: pyt
         connect(tmp_path)
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
+
+
+def test_the_pipeline_s_run_has_the_headline_and_each_method_a_run_with_the_same_names(
+    root: Path, config: Config
+) -> None:
+    workspace = Workspace(config, root)
+    figures = {"base": {"aesthetic": 0.4}} | {
+        name: {"aesthetic": 0.5, "aesthetic_gain": 0.1, "released": "seed-0/step-1"} for name in config.methods
+    }
+    write_json(workspace.evaluate / "metrics.json", figures)
+    Image.new("RGB", (4, 4)).save(workspace.evaluate / "samples.png")
+    write_json(workspace.report / "metrics.json", {"pipeline_seconds": 3.0})
+    (workspace.report / "summary.txt").write_text("spo wins.\nin short\n")
+    (workspace.report / "report.html").write_text("<html>")
+    for stage in ("evaluate", "report"):
+        with tracking.start(config, stage, root) as tracker:
+            tracker.log_metrics({"own": 1.0})
+            show_results(config, stage, root, tracker)
+    found = runs(root, config)
+    assert found.keys() == {"parent", "evaluate", "report", "base", *config.methods}
+    for name in config.methods:
+        assert found[name].data.metrics == {"aesthetic": 0.5, "aesthetic_gain": 0.1}
+        assert found[name].data.tags["method"] == name
+        assert found[name].data.tags["mlflow.source.name"] == "python -m spo"
+        assert found[name].data.tags["mlflow.parentRunId"] == found["parent"].info.run_id
+        assert found[name].info.status == "FINISHED"
+    parent = found["parent"]
+    assert parent.data.metrics == {"aesthetic": 0.5, "aesthetic_gain": 0.1, "pipeline_seconds": 3.0}
+    assert parent.data.tags["verdict"] == "spo wins."
+    assert "in short" in parent.data.tags["mlflow.note.content"]
+    files = {file.path for file in connect(root).list_artifacts(parent.info.run_id)}
+    assert files == {"samples.png", "report.html", "summary.txt"}
+    assert found["report"].data.metrics["own"] == 1.0
+
+
+def test_a_run_says_what_made_it_and_who_started_it(root: Path, config: Config) -> None:
+    with tracking.start(config, "evaluate", root):
+        pass
+    for name in ("evaluate", "parent"):
+        tags = runs(root, config)[name].data.tags
+        assert tags["mlflow.source.name"] == "python -m spo"
+        assert tags["mlflow.user"]
+    assert runs(root, config)["evaluate"].data.tags["mlflow.note.content"] == STAGES["evaluate"].help
+
+
+def test_a_copied_checkout_writes_and_reads_in_its_own_folder(root: Path, config: Config, tmp_path: Path) -> None:
+    with tracking.start(config, "prepare", root) as tracker:
+        tracker.log_text("first.txt", "1")
+    copy = tmp_path / "a copy"
+    shutil.copytree(root / "mlflow", copy / "mlflow")
+    first = runs(copy, config)["prepare"]
+    for address in (first.info.artifact_uri, connect(copy).get_experiment(first.info.experiment_id).artifact_location):
+        assert address.startswith(f"{copy.as_uri()}/mlflow/artifacts/spo-")
+    with tracking.start(config, "align", copy) as tracker:
+        tracker.log_text("second.txt", "2")
+    second = runs(copy, config)["align"]
+    assert [file.path for file in connect(copy).list_artifacts(second.info.run_id)] == ["second.txt"]
+    assert list(copy.rglob("second.txt")) and not list(root.rglob("second.txt"))
+    assert str(root) in runs(root, config)["prepare"].info.artifact_uri
+
+
+def test_a_run_of_a_local_store_has_an_address_only_while_that_store_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_url(tmp_path, "1", "a") is None
+    note_ui(5005, tmp_path)
+    assert run_url(tmp_path, "1", "a") == "http://127.0.0.1:5005/#/experiments/1/runs/a?workflowType=machine_learning"
+    shutil.copytree(tmp_path / "mlflow", tmp_path / "copy" / "mlflow")
+    assert run_url(tmp_path / "copy", "1", "a") is None
+    noted = tmp_path / "mlflow" / "ui.json"
+    noted.write_text(noted.read_text().replace('"since": ', '"since": 1'))  # another process has the number now
+    assert run_url(tmp_path, "1", "a") is None
+
+
+def test_a_database_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "mlflow.db").write_text("no database\n" * 1000)
+    with pytest.raises(ConfigError, match=r"cannot track at .*mlflow\.db: file is not a database") as caught:
+        connect(tmp_path)
+    assert "\n" not in str(caught.value)

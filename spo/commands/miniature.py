@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from spo.commands.disk_estimate import num_pairs
-from spo.commands.preflight import Finding, findings
+from spo.commands.preflight import Finding, show_findings
 from spo.config import Config
 from spo.data.preferences import PairWriter, read_pairs
 from spo.data.prompts import read_prompts
@@ -37,13 +37,10 @@ PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
 GIB = 2**30
 
 
-def check_all(config: Config, root: Path, show: Callable[[Finding], None], *, quick: bool = False) -> bool:
-    """Pass each finding to `show`; returns whether all are good. `quick` skips the miniature."""
-    found = findings(config, root)
-    for finding in found:
-        show(finding)
-    if quick or not all(finding.good for finding in found):
-        return all(finding.good for finding in found)
+def check_all(config: Config, root: Path, show: Callable[[Finding], None]) -> bool:
+    """Pass each finding to `show`; returns whether all are good."""
+    if not show_findings(config, root, show):
+        return False
     with tempfile.TemporaryDirectory(prefix="spo-check-") as folder:
         return _run_miniature(config, root, Path(folder), show)
 

@@ -1,6 +1,7 @@
 """Commands around the pipeline: repro, check, promote and mlflow-ui."""
 
 import os
+import socket
 import sys
 import time
 import uuid
@@ -9,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from spo.commands.preflight import Finding
+from spo.commands.preflight import Finding, require_all, show_findings
 from spo.commands.stage import Profile
 from spo.config import load_config
-from spo.errors import SpoError
+from spo.errors import SpoError, one_line
+from spo.pipeline import PIPELINE
 from spo.runtime.environment import require_repository
 from spo.runtime.libraries import set_up_libraries
 from spo.runtime.processes import child_environment, run_group
@@ -26,8 +28,9 @@ def repro(force: Annotated[bool, typer.Option("--force", help="Run all stages, c
     """
     from spo import tracking
 
-    workspace = Workspace(load_config())
+    workspace, store = Workspace(load_config()), tracking.masked(tracking.store())
     require_repository(Path())
+    require_all(workspace.config, Path())
     environment = {tracking.PIPELINE_RUN: uuid.uuid4().hex, **child_environment()}
     start = time.monotonic()
     code = run_group([sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])], environment)
@@ -39,7 +42,7 @@ def repro(force: Annotated[bool, typer.Option("--force", help="Run all stages, c
         "report": workspace.report / "report.html",
         "images": workspace.evaluate / "images",
         "LoRA weights": workspace.loras,
-        "runs": "`make ui`, then http://127.0.0.1:5000",
+        "runs": store if store.startswith("http") else "`make ui`, then http://127.0.0.1:5000",
         "this took": f"{time.monotonic() - start:.0f} s",
     }.items():
         print(f"{name:<13}{place}")
@@ -48,17 +51,27 @@ def repro(force: Annotated[bool, typer.Option("--force", help="Run all stages, c
 def check(
     profile: Profile = None,
     quick: Annotated[bool, typer.Option("--quick", help="Look only at settings, files and disk; run nothing.")] = False,
+    stages: Annotated[
+        list[str] | None, typer.Option("--stage", metavar="NAME", help="With --quick: look only at what it needs.")
+    ] = None,
 ) -> int:
     """Find what would end a run after hours.
 
     Looks at settings, files and disk, then runs all stages in miniature.
     """
+    if stages and not quick:
+        raise SpoError("--stage goes with --quick; the miniature runs all stages")
+    if unknown := sorted(set(stages or ()) - set(PIPELINE)):
+        raise SpoError(f"--stage names {unknown}; use some of {list(PIPELINE)}")
     config = load_config(profile=profile)
     _show(Finding("configuration", True, f"configs/{config.profile}.yaml and params.yaml"))
     set_up_libraries()
-    from spo.commands.miniature import check_all
+    if quick:
+        good = show_findings(config, Path(), _show, stages or PIPELINE)
+    else:
+        from spo.commands.miniature import check_all
 
-    good = check_all(config, Path(), _show, quick=quick)
+        good = check_all(config, Path(), _show)
     print(f"profile {config.profile} {'can run' if good else 'cannot run yet: repair the lines marked FAIL'}")
     return 0 if good else 1
 
@@ -99,13 +112,26 @@ def mlflow_ui(port: int = 5000) -> None:
     uri = tracking.store()
     if "MLFLOW_TRACKING_URI" not in os.environ and not tracking.database().is_file():
         raise SpoError(f"there are no runs at {uri} yet; run `python -m spo repro` first")
+    if not uri.startswith("http"):
+        _require_free(port)
     if left := tracking.send_unsent():
         print(f"warning: {left} runs still wait in mlflow/unsent: {tracking.masked(uri)} is away", file=sys.stderr)
     if uri.startswith("http"):
         print(f"the runs are at {tracking.masked(uri)}")
         return
+    tracking.note_ui(port)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     print(f"http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
     server = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server, "--backend-store-uri", uri])
+
+
+def _require_free(port: int) -> None:
+    """SpoError if a server cannot listen on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise SpoError(f"port {port} cannot be used ({one_line(error)}); choose another: --port 5001") from None

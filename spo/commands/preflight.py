@@ -6,7 +6,7 @@ Every stage calls `require` at its start, so that a mistake in a later stage's s
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from spo.commands.disk_estimate import room, size_of
 from spo.config import Config, MetricConfig
 from spo.config.metrics import split_hub_file
 from spo.errors import ConfigError, DataError
-from spo.pipeline import DISTRIBUTED
+from spo.pipeline import DISTRIBUTED, PIPELINE
 from spo.runtime.hub import is_name
 
 
@@ -36,6 +36,24 @@ def require(config: Config, stage: str, root: Path) -> None:
             raise ConfigError(f"{finding.what}: {finding.detail}")
         where = " and ".join(finding.stages)
         print(f"warning: {where} will fail: {finding.what}: {finding.detail}", file=sys.stderr, flush=True)
+
+
+def show_findings(
+    config: Config, root: Path, show: Callable[[Finding], None], stages: Sequence[str] = PIPELINE
+) -> bool:
+    """Pass each finding about `stages` to `show`; returns whether all are good."""
+    found = [finding for finding in findings(config, root) if set(stages) & set(finding.stages)]
+    for finding in found:
+        show(finding)
+    return all(finding.good for finding in found)
+
+
+def require_all(config: Config, root: Path) -> None:
+    """ConfigError if something is missing that any stage reads: DVC removes a stage's outputs before it starts it."""
+    missing = [finding for finding in findings(config, root) if not finding.good]
+    if missing:
+        more = f" (and {len(missing) - 1} more: `python -m spo check --quick`)" if missing[1:] else ""
+        raise ConfigError(f"{missing[0].what}: {missing[0].detail}{more}")
 
 
 def findings(config: Config, root: Path) -> list[Finding]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spo.commands.headline import show_results
 from spo.commands.preflight import require
 from spo.config import Config, load_config
 from spo.errors import SpoError
@@ -86,6 +87,8 @@ def run_stage(
         with tracking.start(config, stage.name, root, name=name, seed=seed) as tracker:
             tracker.log_params(settings(config, stage.name, name, seed))
             run(config, *(value for value in (name, seed) if value is not None), root=root, tracker=tracker)
+            if os.environ.get("RANK", "0") == "0":
+                show_results(config, stage.name, root, tracker)
     if stage.name == "report":
         from spo.commands.promote import register_released
 

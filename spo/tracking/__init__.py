@@ -9,7 +9,7 @@ to the store every ten seconds, or a later start does (heartbeat.py, sender.py).
 
 from spo.tracking.run import start
 from spo.tracking.sender import send_unsent
-from spo.tracking.store import PIPELINE_RUN, database, fetch_model, masked, pipeline_id, store, store_errors
+from spo.tracking.store import PIPELINE_RUN, database, fetch_model, masked, note_ui, pipeline_id, store, store_errors
 from spo.tracking.tracker import NullTracker, Tracker
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "database",
     "fetch_model",
     "masked",
+    "note_ui",
     "pipeline_id",
     "send_unsent",
     "start",

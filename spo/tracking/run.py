@@ -1,5 +1,6 @@
 """One stage's run, from its start in the journal to its end in the store, with the facts that it is tagged with."""
 
+import getpass
 import os
 import platform
 import sys
@@ -17,7 +18,7 @@ from spo.runtime.hashing import content_digest, text_digest
 from spo.tracking.heartbeat import Heartbeat
 from spo.tracking.journal import Journal, unsent
 from spo.tracking.sender import Sender, send_unsent
-from spo.tracking.store import connect, is_temporary, pipeline_id, run_url, unusable
+from spo.tracking.store import connect, is_temporary, masked, pipeline_id, run_url, store, unusable
 from spo.tracking.tracker import JournalTracker, NullTracker, Tracker
 from spo.workspace import Workspace
 
@@ -52,7 +53,8 @@ def start(
         time=_now(),
     )
     if sender.send():
-        print(f"tracked at {run_url(root, sender.state['experiment'], sender.state['parent'])}", flush=True)
+        url = run_url(root, sender.state["experiment"], sender.state["parent"])
+        print(f"tracked at {url}" if url else f"tracked in {masked(store(root))}; `make ui` shows it", flush=True)
         send_unsent(root)
     elif (problem := sender.problem) is not None and not is_temporary(root, problem):
         journal.remove()
@@ -89,6 +91,7 @@ def tags(config: Config, stage: str, root: Path) -> dict[str, str]:
     import torch
 
     return {
+        "mlflow.note.content": STAGES[stage].help,
         "stage": stage,
         "profile": config.profile,
         "python": platform.python_version(),
@@ -105,6 +108,9 @@ def provenance(root: Path) -> dict[str, str]:
     lock = root / "dvc.lock"
     flow = os.environ.get(FLOW_RUN)
     return {
+        "mlflow.source.name": "python -m spo",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
         "mlflow.source.git.commit": commit or "none",
         "git.changed": str(bool(git(root, "status", "--porcelain", "--untracked-files=no"))) if commit else "none",
         "dvc.lock": content_digest(lock) if lock.is_file() else "none",
@@ -134,6 +140,13 @@ def _content(root: Path, source: str) -> dict[str, Any]:
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
     profile = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
     return {"digest": content_digest(path), "profile": profile}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return str(os.getuid())
 
 
 def _now() -> int:

@@ -9,13 +9,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo.tracking import tracker
 from spo.tracking.journal import Event, Journal, unsent
 from spo.tracking.store import connect, find_run, make_parent_run, masked_line, refused
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BATCH_SIZES = {"metrics": 1000, "params": 100}  # MLflow's limits
+BATCH_SIZES = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits
 
 
 class Sender:
@@ -63,53 +64,75 @@ class Sender:
 
         events = list(self.journal.after(self.state["offset"]))
         while events:
-            together = list(takewhile(lambda pair: pair[0]["do"] == "metrics", events)) or events[:1]
-            if together[0][0]["do"] == "metrics":
-                self._log_batches("metrics", [Metric(*row) for event, _ in together for row in event["rows"]])
+            first = events[0][0]
+            together = _together(events)
+            if first["do"] == "metrics":
+                self._log_batches(first, "metrics", [Metric(*row) for event, _ in together for row in event["rows"]])
             else:
-                self._send_one(together[0][0])
+                self._send_one(first)
             self.state["offset"] = together[-1][1]
             self.journal.note(self.state)
             events = events[len(together) :]
 
     def _send_one(self, event: Event) -> None:
-        from mlflow.entities import Param
+        from mlflow.entities import Param, RunTag
 
         match event["do"]:
             case "start":
                 self._start(event)
             case "params":
-                self._log_batches("params", [Param(name, value) for name, value in event["params"].items()])
+                self._log_batches(event, "params", [Param(name, value) for name, value in event["params"].items()])
+            case "tags":
+                self._log_batches(event, "tags", [RunTag(name, value) for name, value in event["tags"].items()])
+            case "result":
+                run_id = self._make_run(event["of"], event["of"], event)
+                self.state["results"] = {**self.state.get("results", {}), event["of"]: run_id}
             case "file":
                 path = self.journal.folder / event["path"]
                 upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
                 folder = "/".join(filter(None, (event["folder"], path.name if path.is_dir() else None))) or None
-                self._call(upload, self.state["run_id"], str(path), folder)
+                self._call(upload, self._run_of(event), str(path), folder)
             case "inputs":
                 self._call(self.client.log_inputs, self.state["run_id"], [_input(each) for each in event["inputs"]])
             case "end":
-                for run_id in (self.state["run_id"], self.state["parent"]):  # the parent gets its latest stage's status
+                results = self.state.get("results", {}).values()
+                for run_id in (*results, self.state["run_id"], self.state["parent"]):  # the parent: its latest stage's
                     self._call(self.client.set_terminated, run_id, event["status"], event["time"])
 
     def _start(self, event: Event) -> None:
-        """Make the run under its parent, unless an earlier attempt made it and its answer was lost."""
+        """Make the stage's run under its parent."""
         experiment, parent = make_parent_run(
             self.client, self.root, event["experiment"], event["pipeline"], event["profile"]
         )
-        run_id = find_run(self.client, experiment, "spo.journal", self.journal.id)
-        if run_id is None:
-            tags = {"mlflow.parentRunId": parent, "spo.journal": self.journal.id, **event["tags"]}
-            run = self.client.create_run(experiment, start_time=event["time"], tags=tags, run_name=event["name"])
-            run_id = run.info.run_id
+        self.state |= {"parent": parent, "experiment": experiment}
+        self.state["run_id"] = self._make_run("", event["name"], event)
         self.client.update_run(parent, status="RUNNING")
         for name, value in event["parent_tags"].items():
             self.client.set_tag(parent, name, value)
-        self.state |= {"run_id": run_id, "parent": parent, "experiment": experiment}
 
-    def _log_batches(self, kind: str, rows: list[Any]) -> None:
+    def _make_run(self, of: str, name: str, event: Event) -> str:
+        """A run under the parent; found again if it was made and the answer was lost."""
+        mark = "/".join(filter(None, (self.journal.id, of)))
+        if found := find_run(self.client, self.state["experiment"], "spo.journal", mark):
+            return found
+        tags = {"mlflow.parentRunId": self.state["parent"], "spo.journal": mark, **event["tags"]}
+        run = self.client.create_run(self.state["experiment"], start_time=event["time"], tags=tags, run_name=name)
+        return run.info.run_id
+
+    def _run_of(self, event: Event) -> str:
+        """The id of the run that an event is for."""
+        match event.get("of"):
+            case None:
+                return self.state["run_id"]
+            case tracker.PARENT:
+                return self.state["parent"]
+            case name:
+                return self.state["results"][name]
+
+    def _log_batches(self, event: Event, kind: str, rows: list[Any]) -> None:
         size = BATCH_SIZES[kind]
         for start in range(0, len(rows), size):
-            self._call(self.client.log_batch, self.state["run_id"], **{kind: rows[start : start + size]})
+            self._call(self.client.log_batch, self._run_of(event), **{kind: rows[start : start + size]})
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Call the client; an event that the store refuses is dropped with a warning."""
@@ -159,6 +182,16 @@ def _send_whole(client: "MlflowClient", journal: Journal, root: Path) -> bool:
     if events and events[0]["do"] == "start" and not any(event["do"] == "end" for event in events):
         journal.append("end", status="KILLED", time=int(time.time() * 1000))
     return Sender(client, journal, root).send()
+
+
+def _together(events: list[tuple[Event, int]]) -> list[tuple[Event, int]]:
+    """The first event, with the metrics of the same run that follow it if it is metrics, too."""
+    first = events[0][0]
+    if first["do"] != "metrics":
+        return events[:1]
+    return list(
+        takewhile(lambda pair: [pair[0].get(key) for key in ("do", "of")] == ["metrics", first.get("of")], events)
+    )
 
 
 def _is_store_error(error: Exception) -> bool:

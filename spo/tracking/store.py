@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import re
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import psutil
 from filelock import FileLock
 
 from spo.errors import ConfigError, ModelError, one_line
+from spo.runtime.files import read_json, write_json
+from spo.tracking.moved import follow_move
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +30,6 @@ REFUSALS = {
     "RESOURCE_CONFLICT",
     "RESOURCE_DOES_NOT_EXIST",
 }
-UI = "http://127.0.0.1:5000"  # where `make ui` shows a local store
 
 
 def store(root: Path = Path()) -> str:
@@ -61,11 +63,13 @@ def connect(root: Path) -> "MlflowClient":
     try:
         with _exclusive(root):
             named = "MLFLOW_TRACKING_URI" in os.environ
+            if not named:
+                follow_move(database(root), root.resolve().as_uri())
             mlflow.set_tracking_uri(store(root))  # some of mlflow's own code ignores the client's URI
             if not named:  # mlflow also sets the variable, which should be set by the user alone
                 os.environ.pop("MLFLOW_TRACKING_URI", None)
             return MlflowClient(tracking_uri=store(root), registry_uri=store(root))
-    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError, OSError, ValueError) as error:
         raise unusable(root, error) from error
 
 
@@ -109,11 +113,31 @@ def fetch_model(uri: str, root: Path = Path()) -> Path:
         ) from None
 
 
-def run_url(root: Path, experiment: str, run_id: str) -> str:
-    """The address that shows a run in a browser; with a local store, the address of `make ui`."""
+def run_url(root: Path, experiment: str, run_id: str) -> str | None:
+    """The address that shows a run in a browser; None with a local store that no `mlflow-ui` is showing."""
     uri = masked(store(root))
-    server = uri.rstrip("/") if uri.startswith("http") else UI
-    return f"{server}/#/experiments/{experiment}/runs/{run_id}"
+    server = uri.rstrip("/") if uri.startswith("http") else _ui(root)
+    return server and f"{server}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+
+
+def note_ui(port: int, root: Path = Path()) -> None:
+    """Note that this process is about to show the local store on `port`."""
+    own = psutil.Process()
+    write_json(_ui_file(root), {"store": masked(store(root)), "port": port, "pid": own.pid, "since": own.create_time()})
+
+
+def _ui(root: Path) -> str | None:
+    """The address of the `mlflow-ui` that shows this local store; of a copied checkout it is not the original's."""
+    try:
+        noted = read_json(_ui_file(root))
+        alive = psutil.Process(noted["pid"]).create_time() == noted["since"]
+        return f"http://127.0.0.1:{noted['port']}" if alive and noted["store"] == masked(store(root)) else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+
+
+def _ui_file(root: Path) -> Path:
+    return root.resolve() / "mlflow" / "ui.json"
 
 
 def refused(error: Exception) -> bool:

@@ -15,9 +15,23 @@ from spo.tracking.journal import Journal
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PARENT = "pipeline run"  # stands for the pipeline's run in the journal
+
 
 class Tracker:
     """Receives a stage's reports. A failure is reported once and never ends the stage."""
+
+    @property
+    def pipeline(self) -> "Tracker":
+        """The tracker of the pipeline's run, which the stage belongs to."""
+        return self
+
+    def result(self, name: str, tags: Mapping[str, str]) -> "Tracker":
+        """The tracker of a new run beside the stage's: methods' runs with equal metric names can be compared."""
+        return self
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Texts that describe the run; `mlflow.note.content` is its description."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings; nested ones get dotted names."""
@@ -42,9 +56,22 @@ class NullTracker(Tracker):
 class JournalTracker(Tracker):
     """Writes to the run's journal, which the sender sends to MLflow."""
 
-    def __init__(self, journal: Journal):
+    def __init__(self, journal: Journal, of: str = ""):
         self.journal = journal
+        self.of = of  # whose run the reports are for: "" of the stage, PARENT of the pipeline, or the name of a result
         self._warned = False
+
+    @property
+    def pipeline(self) -> Tracker:
+        return JournalTracker(self.journal, PARENT)
+
+    def result(self, name: str, tags: Mapping[str, str]) -> Tracker:
+        tracker = JournalTracker(self.journal, name)
+        tracker._append("result", tags=dict(tags), time=int(time.time() * 1000))
+        return tracker
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._append("tags", tags=dict(tags))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         self._append("params", params={_clean(name): str(value) for name, value in flatten(params).items()})
@@ -75,7 +102,7 @@ class JournalTracker(Tracker):
             if kind == "file":
                 folder, _, leaf = name.rpartition("/")
                 values = {"path": self.journal.keep(content, leaf), "folder": folder or None}
-            self.journal.append(kind, **values)
+            self.journal.append(kind, **values, **({"of": self.of} if self.of else {}))
         except OSError as error:
             if not self._warned:
                 print(f"warning: tracking lost something: {error}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from tests.delivery.conftest import ROOT, environment, shell
 from tests.delivery.test_retrain import FILES
 
 DOCKER = ROOT / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE = (DOCKER / "compose.yaml").read_text()
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 START_SECONDS = 900.0  # about 10 on an idle machine
@@ -56,6 +57,20 @@ def test_ports_are_on_the_loopback_alone() -> None:
     ports = [port for service in services().values() for port in service.get("ports", [])]
     assert len(ports) == 3
     assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_no_container_fills_the_disk_with_its_log_or_takes_all_memory() -> None:
+    for name, service in services().items():
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
+        assert service["mem_limit"], name
+
+
+def test_the_images_that_run_the_pipeline_have_a_compiler_for_torch_compile() -> None:
+    stages = re.findall(r"^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    starts_from = {name: start for start, name, _ in stages}
+    assert starts_from["cpu"] == starts_from["cuda"]
+    [text] = [text for _, name, text in stages if name == starts_from["cpu"]]
+    assert re.search(r"apt-get install .* g\+\+ ", text)
 
 
 def test_no_secret_has_a_default_and_the_example_names_every_variable_without_one() -> None:

@@ -1,8 +1,10 @@
 """docs/operations.md: every command in it is one that the installed tools and this project's files take."""
 
 import itertools
+import os
 import re
 import shlex
+import sys
 import uuid
 
 import pytest
@@ -87,3 +89,15 @@ def test_the_promoting_deployments_and_the_others_are_declared() -> None:
     declared = {deployment["name"] for deployment in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
     named = set(re.findall(r"deployment run spo/(\w[\w-]*)", TEXT)) - {"full-2"}  # the text says how to make that one
     assert named <= declared
+
+
+def test_prefect_s_server_sends_no_telemetry_when_it_is_started_as_the_text_says() -> None:
+    [block] = [block for block in re.findall(r"^```\n(.*?)^```", TEXT, re.M | re.S) if "prefect server start" in block]
+    exports = "; ".join(line for line in block.splitlines() if line.startswith("export "))
+    python = "from prefect.settings import get_current_settings as s; print(s().server.analytics_enabled)"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "DO_NOT"))}
+    assert shell(f"{exports}; {sys.executable} -c '{python}'", ROOT, clean) == "False\n"
+
+
+def test_git_ignores_what_dvc_plots_writes() -> None:
+    shell("git check-ignore --quiet dvc_plots/index.html", ROOT)

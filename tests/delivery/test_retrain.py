@@ -136,3 +136,16 @@ def test_a_wrong_setting_is_told_before_anything_is_done(
     line = f"! {SCRIPTS / 'retrain.sh'} {tmp_path / 'out'}"
     assert said in shell(line, retrain.runner, {**retrain.variables, **settings})
     assert not (tmp_path / "out").exists()
+
+
+def test_outputs_of_several_profiles_are_pushed_together_and_each_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    made, other = Retrain(tmp_path / "own").runner, tmp_path / "other"
+    shell(f"git tag run-tiny && dvc pull -q && dvc remote modify store url {tmp_path / 'store'}", made)
+    shell("sed -i s/tiny/sd15/ params.yaml && dvc repro -q && git add -A && git commit -qm sd15", made)
+    shell("git tag run-sd15 && dvc push -q --all-tags", made)
+    shell(f"git clone -q {made} {other} && cd {other} && dvc fetch -q --all-tags", tmp_path)
+    for profile in ("sd15", "tiny"):
+        shell(f"git checkout -q run-{profile} -- dvc.lock params.yaml configs runs && dvc checkout -q", other)
+        assert (other / f"runs/{profile}/train/model").read_text() == "1\n"
+        assert "up to date" in shell("dvc status", other)

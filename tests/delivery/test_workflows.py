@@ -4,6 +4,7 @@ import itertools
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,13 @@ def test_scripts_are_committed_as_executable() -> None:
     for path in (ROOT / ".github/scripts").glob("*.sh"):
         assert path.stat().st_mode & 0o111, path
         assert Path(path).read_text().startswith("#!/usr/bin/env bash\n")
+
+
+def test_the_tests_run_every_night_and_on_each_python_that_the_project_names() -> None:
+    ci = workflow("ci.yml")
+    assert ci[True]["schedule"]
+    job = ci["jobs"]["test"]
+    [setup] = [step for step in job["steps"] if "setup-python@" in step.get("uses", "")]
+    assert setup["with"]["python-version"] == "${{ matrix.python }}"
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    assert job["strategy"]["matrix"]["python"] == [oldest, "3.12", "3.13"]

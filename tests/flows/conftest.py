@@ -47,6 +47,7 @@ stages:
     outs: ["runs/${profile}/report"]
 """
 
+MLFLOW_RUN = "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
 SHIPPED = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
 SHIPPED["align"]["other"] = SHIPPED["align"]["spo"]
 FILES = {
@@ -55,11 +56,12 @@ FILES = {
     "configs/tiny.yaml": yaml.safe_dump(SHIPPED),
     "configs/sd15.yaml": yaml.safe_dump(SHIPPED),
     "prepare.sh": 'echo "prompts are ready"; mkdir -p runs/tiny; echo ready > runs/tiny/prepare.txt\n'
-    "echo tracked at http://127.0.0.1:5000/#/experiments/1/runs/abc; echo $SPO_PIPELINE_RUN > pipeline_run\n",
+    f"echo tracked at '{MLFLOW_RUN}'; echo $SPO_PIPELINE_RUN > pipeline_run\n",
     "train_preference.sh": "cat runs/$1/prepare.txt > runs/$1/preference.txt\n",
     "align.sh": "echo $2 > runs/$1/align-$2.txt\n",
     "evaluate.sh": "cat runs/$1/align-spo.txt > runs/$1/evaluate.txt\n",
-    "report.sh": "mkdir -p runs/$1/report; cd runs/$1/report; echo 'SPO wins.' > summary.txt\n"
+    "report.sh": f"echo tracked at '{MLFLOW_RUN}'\n"
+    "mkdir -p runs/$1/report; cd runs/$1/report; echo 'SPO wins.' > summary.txt\n"
     """echo '{"spo": {"win_rate": 0.712345, "prompts": 128}}' > metrics.json; echo '<html>' > report.html\n""",
 }
 
@@ -85,6 +87,7 @@ def made_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(made_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The trivial DVC project, with the current folder in it."""
     folder = shutil.copytree(made_project, tmp_path / "project")
+    (folder / "spo.py").write_text("print('profile can run')\n")  # in place of `python -m spo`
     monkeypatch.chdir(folder)
     return folder
 

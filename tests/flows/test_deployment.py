@@ -12,6 +12,8 @@ from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.states import Cancelling
 
 from tests.delivery.conftest import ROOT, shell
 from tests.flows.conftest import serving
@@ -28,7 +30,8 @@ def deployed(
     folder = shutil.copytree(made_project, tmp_path_factory.mktemp("deployed") / "project")
     shutil.copy(ROOT / "prefect.yaml", folder)
     shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / ".gitignore").write_text("log\n")
+    shutil.copytree(ROOT / "data", folder / "data")
+    (folder / ".gitignore").write_text("log\n.cache\n")
     shell("git add -A && git -c user.name=t -c user.email=t commit -qm start", folder, os.environ)
     with serving("worker", folder, prefect_server):
         yield folder
@@ -82,6 +85,28 @@ def test_runs_go_one_at_a_time_and_a_cancelled_one_ends_with_its_children(
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split()), pids)
     assert client.read_flow_run(first).state.is_cancelled()
     assert client.read_flow_run(second).state.is_completed()
+
+
+def test_changed_data_starts_a_retraining_and_the_nightly_schedule_waits_to_be_switched_on(
+    deployed: Path, prefect_server: dict[str, str], client: SyncPrefectClient
+) -> None:
+    retrain = client.read_deployment_by_name("spo/retrain")
+    assert [schedule.active for schedule in retrain.schedules] == [False]
+    done = prefect("event emit spo.data.changed --resource-id spo.data", deployed, prefect_server)
+    assert done.returncode == 0, done.stdout + done.stderr
+    only = DeploymentFilter(id=DeploymentFilterId(any_=[retrain.id]))
+    wait_for(lambda: client.read_flow_runs(deployment_filter=only) != [], deployed / "log")
+    [run] = client.read_flow_runs(deployment_filter=only)
+    client.set_flow_run_state(run.id, Cancelling(), force=True)
+    wait_for(lambda: client.read_flow_run(run.id).state.is_final(), deployed / "log")
+
+
+def test_the_example_of_an_automation_can_be_created(
+    deployed: Path, prefect_server: dict[str, str], client: SyncPrefectClient
+) -> None:
+    done = prefect(f"automation create --from-file {ROOT / 'docs/automations.yaml'}", deployed, prefect_server)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "spo failed" in done.stdout
 
 
 def start(client: SyncPrefectClient, deployment: str, **parameters: object) -> UUID:

@@ -1,9 +1,12 @@
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from flows.settings import override, parse, settings_of_run, use_profile
+from flows.settings import parse, settings_of_run, use_profile
 from spo.config import load_config
 from spo.errors import ConfigError
 
@@ -23,8 +26,10 @@ def texts(root: Path) -> dict[str, str]:
 
 def test_an_override_changes_its_setting_and_no_comment(root: Path) -> None:
     before = texts(root)
-    told = override(None, {"configs/tiny.yaml:align.spo.beta": 5.0, "params.yaml:training_seeds": [3]}, root)
-    assert told[0].startswith("configs/tiny.yaml: align.spo.beta is 5.0, was ")
+    overrides = {"configs/tiny.yaml:align.spo.beta": 5.0, "params.yaml:training_seeds": [3]}
+    with settings_of_run(None, overrides, root, keep=True) as told:
+        pass
+    assert told[1].startswith("configs/tiny.yaml: align.spo.beta is 5.0, was ")
     config = load_config(root)
     assert config.align["spo"].beta == 5.0  # type: ignore[union-attr]
     assert config.training_seeds == (3,)
@@ -34,16 +39,10 @@ def test_an_override_changes_its_setting_and_no_comment(root: Path) -> None:
     assert [line.partition("#")[2] for line in after["tiny.yaml"].splitlines() if "#" in line] == comments
 
 
-def test_without_a_file_a_key_is_of_the_profile_that_runs(root: Path) -> None:
-    override("sd15", {"evaluate.num_prompts": 7}, root)
-    assert load_config(root, "sd15").evaluate.num_prompts == 7
-    assert load_config(root, "tiny").evaluate.num_prompts != 7
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"align.spo.beta": -1}, r"overrides: configs/tiny.yaml: align.spo.beta: .* got -1"),
+        ({"align.spo.beta": -1}, r"^configs/tiny.yaml: align.spo.beta: .* got -1"),
         ({"align.spo.bet": 1}, "align.spo.bet: unknown key"),
         ({"seed.of.all": 1}, "seed.of is no section|seed is no section"),
         ({"dvc.yaml:stages": {}}, r"overrides name dvc.yaml; use one of \['params.yaml', 'configs/flux.yaml'"),
@@ -53,7 +52,8 @@ def test_without_a_file_a_key_is_of_the_profile_that_runs(root: Path) -> None:
 def test_what_would_not_be_valid_is_refused_and_nothing_is_written(root: Path, overrides: dict, message: str) -> None:
     before = texts(root)
     with pytest.raises(ConfigError, match=message):
-        override(None, overrides, root)
+        with settings_of_run(None, overrides, root):
+            pass
     assert texts(root) == before
 
 
@@ -110,7 +110,8 @@ def test_a_runs_profile_and_overrides_belong_to_that_run(root: Path) -> None:
     with settings_of_run("sd15", {"evaluate.num_prompts": 7}, root) as changes:
         assert load_config(root).profile == "sd15"
         assert load_config(root).evaluate.num_prompts == 7
-        assert changes[-1] == "profile sd15"
+        assert changes[0] == "profile sd15"
+        assert load_config(root, "tiny").evaluate.num_prompts != 7
     assert texts(root) == before
     with settings_of_run(None, {}, root):
         assert load_config(root).profile == "tiny"
@@ -118,10 +119,47 @@ def test_a_runs_profile_and_overrides_belong_to_that_run(root: Path) -> None:
 
 def test_what_a_killed_run_left_is_put_back_and_what_the_user_changed_stays(root: Path) -> None:
     before = texts(root)
-    killed = settings_of_run("sd15", {"evaluate.num_prompts": 7, "configs/tiny.yaml:seed": 5}, root)
-    killed.__enter__()
+    program = (
+        "import os, sys; from pathlib import Path; from flows.settings import settings_of_run\n"
+        "with settings_of_run('sd15', {'evaluate.num_prompts': 7, 'configs/tiny.yaml:seed': 5}, Path(sys.argv[1])):\n"
+        "    os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(root)], cwd=ROOT, check=False).returncode == 9
+    assert load_config(root).evaluate.num_prompts == 7
     (root / "configs/tiny.yaml").write_text("mine: 1\n")
     with settings_of_run("sdxl", {}, root):
         assert texts(root)["sd15.yaml"] == before["sd15.yaml"]
     after = texts(root)
     assert after == before | {"tiny.yaml": "mine: 1\n"}
+
+
+def test_settings_stay_where_the_run_was_asked_to_keep_them(root: Path) -> None:
+    with settings_of_run("sd15", {"evaluate.num_prompts": 7}, root, keep=True):
+        pass
+    with settings_of_run(None, {}, root):
+        assert load_config(root).profile == "sd15"
+        assert load_config(root).evaluate.num_prompts == 7
+
+
+def test_a_second_run_in_the_folder_waits_for_the_first(root: Path) -> None:
+    seen = []
+
+    def second() -> None:
+        with settings_of_run(None, {}, root):
+            seen.append(load_config(root).profile)
+
+    thread = threading.Thread(target=second)
+    with settings_of_run("sd15", {}, root):
+        thread.start()
+        assert load_config(root).profile == "sd15"
+    thread.join()
+    assert seen == ["tiny"]
+
+
+@pytest.mark.parametrize("text", ["profile: [", "- profile", "profile: tiny\nmethods: [nothing]\n"])
+def test_broken_settings_are_one_line_that_names_the_file(root: Path, text: str) -> None:
+    (root / "params.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"^(params|configs/tiny)\.yaml") as caught:
+        with settings_of_run(None, {}, root):
+            pass
+    assert "\n" not in str(caught.value)

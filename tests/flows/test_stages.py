@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 @flow
 def run_prepare(force: bool = False) -> tuple[StateType, str | None]:
-    state = run_stage("prepare", force=force, return_state=True)
+    state = run_stage("prepare", profile="tiny", force=force, return_state=True)
     return state.type, state.name
 
 
@@ -36,7 +36,7 @@ def test_a_stage_runs_once_then_is_up_to_date_and_is_restored_when_lost(project:
 
 @flow
 def run_align() -> tuple[str | None, str | None]:
-    state = run_stage("align", return_state=True)
+    state = run_stage("align", profile="tiny", return_state=True)
     return state.name, state.message
 
 
