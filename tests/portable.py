@@ -31,6 +31,7 @@ TESTS = (
     "tests/runtime/test_checkpoint.py",
     "tests/runtime/test_distributed.py",
     "tests/stages",
+    "tests/test_api.py",
     "tests/test_embedded.py",
     "tests/test_pipeline.py",
     "tests/training",
