@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
@@ -190,11 +191,12 @@ def _filled(
     config: CLIPConfig, weights: Mapping[str, Tensor], source: str, *, name_in_file: Callable[[str], str] = str
 ) -> StepAwareCLIP:
     """A new model with `weights`, which must be exactly its own in name and shape."""
-    model = StepAwareCLIP(CLIPModel(config)).float()
+    with init_empty_weights():  # on the meta device: random weights would take minutes, and the memory twice
+        model = StepAwareCLIP(CLIPModel(config))
     shapes = {name_in_file(name): tensor.shape for name, tensor in model.state_dict().items()}
     if found := weight_problems(shapes, weights):
         raise ModelError(f"{source} does not fit its CLIP configuration: it {found}; name the CLIP it is of")
-    model.load_state_dict({name: weights[name_in_file(name)] for name in model.state_dict()})
+    model.load_state_dict({name: weights[name_in_file(name)].float() for name in model.state_dict()}, assign=True)
     return model.eval()
 
 
