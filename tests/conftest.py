@@ -14,6 +14,7 @@ for name, value in {
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "OMP_NUM_THREADS": "1",  # the models are too small for more, and `make test` runs several processes
+    "OMP_WAIT_POLICY": "PASSIVE",  # with more threads than cores, spinning takes most of the time
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
