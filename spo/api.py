@@ -74,10 +74,10 @@ def align(
         raise ConfigError("prompts is empty; name at least one")
     settings, model = settings or SpoConfig(), wrap(pipeline, resolution=resolution, sampling=sampling)
     scorer = cast(Scorer, reward) if hasattr(reward, "encode") else RewardScorer(cast(Reward, reward))
-    add_lora(model.network.module, settings.lora, seed=seed)
     inputs = Inputs(policy=model, prompts=prompts, load_scorer=lambda _: scorer, load_pairs=_no_pairs)
+    method = build_method(settings, inputs, seed=seed)
+    add_lora(model.network.module, settings.lora, seed=seed)
     with atomic_path(folder) as made:
-        method = build_method(settings, inputs, seed=seed)
         measured = training.align(method, model, settings, made, NullTracker(), seed=seed)
         save_policy(model.network, made / "lora")
         write_json(made / "metrics.json", measured)
@@ -85,4 +85,6 @@ def align(
 
 
 def _no_pairs() -> LabelledPairs:
-    raise NotImplementedError("methods that sample read no pairs")
+    raise ConfigError(
+        "settings of a method that learns from labelled pairs; give a SpoConfig, D3poConfig or GrpoConfig"
+    )

@@ -12,7 +12,7 @@ import torch
 from diffusers import PNDMScheduler
 
 import spo
-from spo.config import ModelConfig
+from spo.config import DiffusionDpoConfig, ModelConfig
 from spo.errors import ConfigError
 from spo.models.load import load_pipeline
 from spo.preference.checkpoint import load_clip, save_preference_model
@@ -105,6 +105,15 @@ def test_every_family_is_wrapped(family: str, tmp_path: Path) -> None:
     model = spo.wrap(pipeline, resolution=RESOLUTION, sampling=spo.SamplingConfig(steps=4))
     assert pipeline.scheduler is scheduler
     assert len(model.timesteps) == 4 and model.network.pipeline.vae is pipeline.vae
+
+
+def test_settings_of_a_method_that_needs_pairs_are_refused_and_the_pipeline_stays_as_it_was(tmp_path: Path) -> None:
+    path = make_tiny_pipeline("sd15", tmp_path / "model")
+    pipeline = load_pipeline(ModelConfig(family="sd15", path=str(path), resolution=RESOLUTION), "cpu")
+    settings: Any = DiffusionDpoConfig()
+    with pytest.raises(ConfigError, match="learns from labelled pairs; give a SpoConfig, D3poConfig or GrpoConfig"):
+        spo.align(pipeline, lambda *_: None, ["a"], tmp_path / "new", resolution=RESOLUTION, settings=settings)
+    assert not getattr(pipeline.unet, "peft_config", None) and not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_aligned_is_named(tmp_path: Path) -> None:

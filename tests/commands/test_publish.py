@@ -43,8 +43,9 @@ def test_the_card_of_an_evaluated_lora_has_its_results_and_settings(project: Pat
     out = tmp_path / "lora"
     assert main(["export", "--format", "diffusers", "--out", str(out), "--license", "apache-2.0"]) == 0
     card = ModelCard.load(out / "README.md")
-    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "text-to-image"
-    assert card.data.library_name == "diffusers" and {"lora", "sd15", "spo"} <= set(card.data.tags)
+    about = card.data.to_dict()
+    assert (about["license"], about["library_name"]) == ("apache-2.0", "diffusers")
+    assert about["pipeline_tag"] == "text-to-image" and {"lora", "sd15", "spo"} <= set(about["tags"])
     assert "| aesthetic | 0.450 | 0.500 | +0.050 [+0.037, +0.065] | 80% [73%, 87%] |" in card.text
     assert "128 prompts that were never trained on" in card.text
     assert "![samples](samples.png)" in card.text and (out / "samples.png").is_file()
