@@ -85,6 +85,4 @@ def align(
 
 
 def _no_pairs() -> LabelledPairs:
-    raise ConfigError(
-        "settings of a method that learns from labelled pairs; give a SpoConfig, D3poConfig or GrpoConfig"
-    )
+    raise ConfigError("the method learns from labelled pairs; give settings of SpoConfig, D3poConfig or GrpoConfig")
