@@ -149,6 +149,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             r"align\.spo\.threshold rises with the steps' std",
         ),
         (
+            lambda v: v["align"]["lpo"].update(look_ahead=1),
+            r"align\.lpo\.look_ahead=1 needs a preference model that scores the predicted x_0; 'latent' scores noisy",
+        ),
+        (
             lambda v: v["align"]["spo"].update(scoring={"at_step_time": True}),
             r"align\.spo\.scoring\.at_step_time=true needs a preference model of kind latent",
         ),

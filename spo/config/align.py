@@ -189,6 +189,7 @@ class SpoConfig(PairConfig):
     first_step: Annotated[int, Field(ge=0)] = 4
     branch_steps: Positive = 1
     continue_from: Literal["random", "win", "lose"] = "random"
+    look_ahead: Annotated[int, Field(ge=0)] = 0  # steps without noise before a candidate is scored; published: 0
     pairing: Literal["best_worst", "random"] = "best_worst"
 
     @property

@@ -1,7 +1,7 @@
 """Prompts and preference pairs, and the preference model that learns from the pairs."""
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -88,6 +88,8 @@ class CandidatesConfig(Section):
 class TrainPreferenceConfig(Section, ABC):
     """What every kind of preference model trains with."""
 
+    reads_x_0: ClassVar[bool] = True  # scores the predicted x_0, not the noisy latents
+
     checkpoint: str | None = None  # an already trained model: skips training
     labels: LabelsConfig | None = None  # None: the profile's, from which Diffusion-DPO learns too
     filter: PairFilter | None = None  # None: trains on all pairs
@@ -167,6 +169,8 @@ class LatentPreferenceConfig(TrainPreferenceConfig):
 
     For SDXL: 8000 steps of 32 pairs, 1000 of warm-up.
     """
+
+    reads_x_0: ClassVar[bool] = False
 
     kind: Literal["latent"] = "latent"
     checkpoint_base: str | None = None  # the diffusers model that `checkpoint` is of, if it has the published layout

@@ -73,6 +73,11 @@ class Config(Section):
                 raise ValueError(f"align.{name}.preference_model={scorer!r} is none of {known}")
             if problem := self.preference_models[scorer].unfit(method.scoring):
                 raise ValueError(f"align.{name}.scoring.{problem}")
+            if isinstance(method, SpoConfig) and method.look_ahead and not self.preference_models[scorer].reads_x_0:
+                raise ValueError(
+                    f"align.{name}.look_ahead={method.look_ahead} needs a preference model that scores the predicted "
+                    f"x_0; {scorer!r} scores noisy latents, so set it to 0"
+                )
             if name in self.methods and scorer not in self.train_preference:
                 raise ValueError(
                     f"align.{name} needs the preference model {scorer!r}, which train_preference in params.yaml does "

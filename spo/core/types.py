@@ -172,7 +172,7 @@ class Candidates:
         t_from: float | None = None,
     ):
         self.x = x  # (k, b, c, h, w)
-        self.t = t  # in [0, 1000]; 0 for the end of sampling
+        self.t = t  # in [0, 1000], where x_0 was predicted; 0 for the end of sampling
         self.t_from = t_from  # the time that the step to x started from; None where no step led there
         self.text = text  # the scorer's `encode` of the b prompts
         self._predict_x_0 = predict_x_0
@@ -213,7 +213,11 @@ class Denoiser(Protocol):
         """The guided model output (b, c, h, w) for x_t (b, c, h, w) at timesteps t (b,)."""
         ...
 
-    def transition(self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> Transition: ...
+    def transition(
+        self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor, *, eta: float | None = None
+    ) -> Transition:
+        """p(x_prev | x_t) of the sampler, with its own eta if None; eta 0 has no noise."""
+        ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b, 3, H, W) in [0, 1] of latents (b, c, h, w)."""

@@ -10,7 +10,9 @@ class Spo(PairMethod[SpoConfig]):
     """SPO: candidates of one step, scored at every step."""
 
     def rollout_settings(self) -> dict[str, Any]:
-        return self.config.model_dump(include={"candidates", "first_step", "branch_steps", "continue_from"})
+        return self.config.model_dump(
+            include={"candidates", "first_step", "branch_steps", "continue_from", "look_ahead"}
+        )
 
 
 METHOD = Spo

@@ -47,8 +47,10 @@ class LatentDiffusion:
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return self.network.predict(x_t, t, cond, guidance_scale=self.sampler.guidance_scale)
 
-    def transition(self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> Transition:
-        return self.sampler.transition(output, x_t, t, t_prev)
+    def transition(
+        self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor, *, eta: float | None = None
+    ) -> Transition:
+        return self.sampler.transition(output, x_t, t, t_prev, eta=eta)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)

@@ -61,15 +61,17 @@ class Sampler:
         end = self.schedule.level(self.timesteps.new_zeros(1))
         return len(self.timesteps) - int(end.noise == 0)
 
-    def transition(self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> Transition:
-        """The step from t to t_prev, both (b,), in float32."""
+    def transition(
+        self, output: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor, *, eta: float | None = None
+    ) -> Transition:
+        """The step from t to t_prev, both (b,), in float32; with the sampler's own eta if None."""
         return gaussian_step(
             output.float(),
             x_t.float(),
             t,
             t_prev,
             schedule=self.schedule,
-            eta=self.eta,
+            eta=self.eta if eta is None else eta,
             prediction_type=self.prediction_type,
         )
 

@@ -36,9 +36,9 @@ class AnalyticDenoiser:
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * cond.tensors["prompt"].view(-1, 1, 1, 1))
 
-    def transition(self, output, x_t, t, t_prev):
-        schedule = VariancePreserving(self.alpha_bar)
-        return gaussian_step(output, x_t, t, t_prev, schedule=schedule, eta=1.0, prediction_type="epsilon")
+    def transition(self, output, x_t, t, t_prev, *, eta=None):
+        options = {"eta": 1.0 if eta is None else eta, "prediction_type": "epsilon"}
+        return gaussian_step(output, x_t, t, t_prev, schedule=VariancePreserving(self.alpha_bar), **options)
 
     def decode(self, latents):
         self.decoded += len(latents)
@@ -62,8 +62,9 @@ class AnalyticFlow(AnalyticDenoiser):
         x_0 = mean + (1 - sigma) * (x_t - (1 - sigma) * mean) / ((1 - sigma) ** 2 + sigma**2)
         return (x_t - x_0) / sigma
 
-    def transition(self, output, x_t, t, t_prev):
-        return gaussian_step(output, x_t, t, t_prev, schedule=RectifiedFlow(), eta=1.0, prediction_type="flow")
+    def transition(self, output, x_t, t, t_prev, *, eta=None):
+        options = {"eta": 1.0 if eta is None else eta, "prediction_type": "flow"}
+        return gaussian_step(output, x_t, t, t_prev, schedule=RectifiedFlow(), **options)
 
 
 class BrightnessScorer:
@@ -175,6 +176,31 @@ def test_the_win_scores_higher_and_the_margin_is_that_of_the_scores():
         torch.testing.assert_close(segment.pairs[0].margin, expected)
         assert segment.margin == pytest.approx(expected.mean().item())
         assert segment.score == pytest.approx(scores.mean().item(), abs=1e-4)
+
+
+def test_candidates_are_scored_by_what_a_look_ahead_without_noise_predicts():
+    policy, scorer = AnalyticDenoiser(), BrightnessScorer()
+    cond = policy.encode((-1, 0, 1))
+    segments = run(policy, scorer, look_ahead=2)
+    # from 601 seven steps are left, with stops after 2 and 5 of them; from 101 there is one stop, from 1 none
+    assert [int(t) for _, _, t in scorer.calls] == [101, 101, 101, 1, 1, 1, 1, 0]
+    first = [601, 401, 101]  # of the first candidates
+    for number, stops in ((0, first), (5, [101, 1]), (6, [1]), (7, [])):
+        win = segments[number].pairs[0].x_prev[:, 0]
+        for t, t_prev in pairwise([*stops, 0] if stops else []):
+            now, then = (torch.full((3,), each) for each in (t, t_prev))
+            step = policy.transition(policy.predict(win, now, cond), win, now, then, eta=0.0)
+            win = step.mean if t_prev else step.x_0
+        best = scorer.calls[number][0].unflatten(0, (4, 3)).mean(dim=(2, 3, 4)).max(dim=0).values
+        torch.testing.assert_close(policy.decode(win).mean(dim=(1, 2, 3)), best)
+
+
+def test_a_look_ahead_costs_its_steps_and_changes_no_candidate():
+    plain, ahead = run(), run(look_ahead=2)
+    for number, (one, other) in enumerate(zip(plain, ahead, strict=True)):
+        assert torch.equal(one.pairs[0].x_t, other.pairs[0].x_t)
+        further = min(2, max(0, 6 - number))  # steps of the grid that are left after the candidates' own, at most 2
+        assert other.unet_forwards - one.unet_forwards == 12 * further
 
 
 def test_only_margins_above_the_threshold_are_kept():
