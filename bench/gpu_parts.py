@@ -62,7 +62,7 @@ def preference_step(bench: Bench, figures: dict[str, Any], *, num_pairs: int) ->
     latents = torch.randn(num_pairs, 2, *system.policy.latent_shape, generator=generator)
     label = torch.tensor([[1.0, 0.0]]).expand(num_pairs, -1)
     captions = [f"a picture of number {i}" for i in range(num_pairs)]
-    pairs = LabelledPairs(latents, label, torch.ones(num_pairs), captions)
+    pairs = LabelledPairs.of(latents, label, torch.ones(num_pairs), captions)
     try:
         seconds, peaks = [], []
         for step in range(4 if bench.full else 2):

@@ -132,15 +132,31 @@ class Steps(Rows):
 
 @dataclass(frozen=True)
 class LabelledPairs:
-    """Encoded preference pairs with their labels."""
+    """n preference pairs of m encoded pictures with their labels; a picture that several pairs share is stored once."""
 
-    latents: Tensor  # (n, 2, c, h, w)
+    pictures: Tensor  # (m, c, h, w): latents
+    members: Tensor  # (n, 2) int: the pictures of each pair
     label: Tensor  # (n, 2)
     weight: Tensor  # (n,)
-    captions: Sequence[str]
+    captions: Sequence[str]  # n
 
     def __len__(self) -> int:
         return len(self.label)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """c, h, w"""
+        return tuple(self.pictures.shape[1:])
+
+    def latents(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """Latents (k, 2, c, h, w) of the pairs at `index` (k,), of all if there is none."""
+        return self.pictures[self.members[index]]
+
+    @classmethod
+    def of(cls, latents: Tensor, label: Tensor, weight: Tensor, captions: Sequence[str]) -> Self:
+        """Pairs of latents (n, 2, c, h, w), none of which is in two pairs."""
+        members = torch.arange(2 * len(latents)).view(-1, 2)
+        return cls(latents.flatten(0, 1), members, label, weight, captions)
 
 
 class Noise(Protocol):

@@ -2,6 +2,7 @@
 
 Pick-a-Pic: two images and two labels. Winner and loser: two images, as in HPDv3 (path1 is the winner). Ranking: a list
 of images with a rank for each (ImageReward, HPDv2's test set; 1 is the best), or a preference for each (HPDv2).
+Comparisons: a list of images, and a list of [first, second, label_0], which compares two of them by their places.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ RANKED = [
     {"caption": CAPTION, "images": IMAGES, "preferences": ("human_preference",)},
     {"caption": CAPTION, "images": IMAGES, "ranks": ("rank", "ranking")},
 ]
+COMPARED = {"caption": CAPTION, "images": IMAGES, "comparisons": ("comparisons",)}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Layout:
     def pairs(self, record: Mapping[str, object], image: Callable[[object], object]) -> Iterator[dict[str, object]]:
         """The fields of LABELLED of each pair in a record; `image` reads one. RowError if the record is broken."""
         fields = {key: record[name] for key, name in self.columns.items()}
-        if "images" in fields:
+        if "comparisons" in fields:
+            yield from _compared(fields, image)
+        elif "images" in fields:
             yield from _ranked(fields, image)
         elif "win" in fields:
             yield _pair(fields["caption"], image(fields["win"]), image(fields["lose"]), 1.0)
@@ -52,7 +56,7 @@ class Layout:
 
 def find_layout(names: Sequence[str], reason: str) -> Layout:
     """The layout whose columns are all among `names`; RowError with `reason` if there is none."""
-    for columns in (LABELLED, *DECIDED, *RANKED):
+    for columns in (LABELLED, *DECIDED, COMPARED, *RANKED):
         found = {key: next((name for name in known if name in names), "") for key, known in columns.items()}
         if all(found.values()):
             return Layout(found)
@@ -72,6 +76,22 @@ def _ranked(fields: Mapping[str, object], image: Callable[[object], object]) -> 
     for i, j in combinations(range(len(images)), 2):
         label = 0.5 if values[i] == values[j] else float((values[i] < values[j]) == best_first)
         yield _pair(fields["caption"], images[i], images[j], label)
+
+
+def _compared(fields: Mapping[str, object], image: Callable[[object], object]) -> Iterator[dict[str, object]]:
+    """A pair for each comparison; each image is read once."""
+    sources, comparisons = fields["images"], fields["comparisons"]
+    if not isinstance(sources, list) or not isinstance(comparisons, list):
+        raise RowError("comparisons do not fit", f"{sources} and {comparisons}: a list of images and one of lists")
+    images = [image(source) for source in sources]
+    for comparison in comparisons:
+        numbers = isinstance(comparison, list) and all(isinstance(value, int | float) for value in comparison)
+        if not numbers or len(comparison) != 3:
+            raise RowError("comparisons do not fit", f"{comparison} is no [first, second, label_0]")
+        first, second, label = comparison
+        if first not in range(len(images)) or second not in range(len(images)):
+            raise RowError("comparisons do not fit", f"{comparison} for {len(images)} images, which count from 0")
+        yield _pair(fields["caption"], images[int(first)], images[int(second)], label)
 
 
 def _pair(caption: object, image_0: object, image_1: object, label_0: float) -> dict[str, object]:

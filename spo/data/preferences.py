@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Self
@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
         "label_1": pa.float64(),
     }
 )
+IMAGES_KNOWN = 32  # the last ones that were decoded
 ROWS_AHEAD = 8  # checked ahead, each with two decoded pictures
 GROUP_ROWS, GROUP_BYTES = 64, 4 * 2**20  # a row group, which one access by index reads, ends at either
 
@@ -95,9 +96,16 @@ def check_pair(row: RawRow) -> PreferencePair | Rejected:
 
 
 def _check_image(value: object) -> bytes:
-    decode_image(value)
-    assert isinstance(value, bytes)
+    if not isinstance(value, bytes):
+        raise RowError("image missing", value)
+    _decodes(value)
     return value
+
+
+@lru_cache(maxsize=IMAGES_KNOWN)
+def _decodes(data: bytes) -> None:
+    """Decode an image to its end, once for the pairs in a row that share it; RowError if it cannot be decoded."""
+    decode_image(data)
 
 
 def _check_label(value: object) -> float:
@@ -118,9 +126,10 @@ class PairWriter:
         self.count = 0
         self._rows: list[tuple[object, ...]] = []
         self._bytes = 0
-        # pictures do not compress, and statistics of them would be copies of them
+        # pictures do not compress, and statistics of them would be copies of them; a dictionary stores a picture that
+        # several pairs of a row group share once
         self._writer = pq.ParquetWriter(
-            path, SCHEMA, compression="none", use_dictionary=["caption"], write_statistics=False
+            path, SCHEMA, compression="none", use_dictionary=["caption", "jpg_0", "jpg_1"], write_statistics=False
         )
 
     def write(self, pair: PreferencePair) -> None:

@@ -57,7 +57,8 @@ class DiffusionDpo:
             raise ValueError(f"all of {len(label)} pairs are ties; Diffusion-DPO needs decided ones")
         self.config = config
         self.policy = policy
-        self.latents = pairs.latents
+        self.pictures = pairs.pictures
+        self.members = pairs.members[decided]  # (p, 2)
         self.decided = decided  # (p,)
         self.win = label[decided].argmax(dim=1)  # (p,)
         self.margin = (label[decided, 0] - label[decided, 1]).abs()  # (p,)
@@ -88,7 +89,7 @@ class DiffusionDpo:
         device = self.policy.timesteps.device
         win = self.win[index]
         both = torch.stack([win, 1 - win], dim=1)  # (n, 2)
-        x_0 = self.latents[self.decided[index, None], both]  # (n, 2, c, h, w)
+        x_0 = self.pictures[self.members[index].gather(1, both)]  # (n, 2, c, h, w)
         t = noise.choice(TIMESTEP, self.policy.sampler.schedule.num_timesteps)
         dropped = (noise.choice(DROPOUT, FINE) / FINE < self.config.empty_captions).tolist()
         captions = ["" if drop else self.captions[i] for i, drop in zip(index.tolist(), dropped, strict=True)]

@@ -46,7 +46,7 @@ class CustomPreference:
         generator = Generator().manual_seed(seed)
         scores = []
         for index in torch.arange(len(pairs)).split(self.config.batch_size):
-            latents, captions = pairs.latents[index], [pairs.captions[i] for i in index.tolist()]
+            latents, captions = pairs.latents(index), [pairs.captions[i] for i in index.tolist()]
             images = self._images(latents, captions, timestep, generator)
             both = [caption for caption in captions for _ in range(2)]
             scores.append(self._scorer.score_images(images, both, torch.tensor(timestep)).unflatten(0, (-1, 2)))

@@ -112,7 +112,7 @@ class LatentPreferenceTraining(PreferenceTraining):
     def noise(self, pairs: LabelledPairs, index: Tensor, generator: Generator) -> Tensor:
         """Standard normal (n, 2, c, h, w) for the pairs at `index` (n,), or (n, 1, c, h, w) for both images."""
         images = 2 if self.config.noise_per == "image" else 1
-        return torch.randn(len(index), images, *pairs.latents.shape[2:], generator=generator)
+        return torch.randn(len(index), images, *pairs.latent_shape, generator=generator)
 
     def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor, *, clean: bool = False) -> Tensor:
         """Scores (n, 2) of the pairs at `index` (n,), noised to times t (n,); a prompt is encoded once for both images.
@@ -120,7 +120,7 @@ class LatentPreferenceTraining(PreferenceTraining):
         clean: score the latents without noise, as the end of a rollout is scored at t = 0.
         """
         device = self.base.device
-        latents = pairs.latents[index].to(device)  # (n, 2, c, h, w)
+        latents = pairs.latents(index).to(device)  # (n, 2, c, h, w)
         t = t.to(device).repeat_interleave(2)
         x_t = latents.flatten(0, 1)
         if not clean:

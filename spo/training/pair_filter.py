@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spo.config import Config, PairFilter
 from spo.core.types import LabelledPairs
-from spo.data.preferences import PreferencePair, PreferencePairs
+from spo.data.preferences import PreferencePairs
 from spo.errors import DataError
 from spo.metrics.metric import build_metrics, score
 from spo.preference.labels import prompt_weights
@@ -57,7 +57,8 @@ def filter_pairs(
     if not counts["decided_kept"]:
         raise DataError(f"{path}: no decided pair passes the filter with gaps {settings.gaps}; lower the gaps")
     captions = [caption for caption, kept_ in zip(pairs.captions, keep_pair.tolist(), strict=True) if kept_]
-    return LabelledPairs(pairs.latents[keep_pair], pairs.label[keep_pair], prompt_weights(captions), captions), counts
+    members, label = pairs.members[keep_pair], pairs.label[keep_pair]
+    return LabelledPairs(pairs.pictures, members, label, prompt_weights(captions), captions), counts
 
 
 def _gaps(
@@ -73,14 +74,16 @@ def _gaps(
         return cached
     metrics = build_metrics(settings.metrics, device, needed=names)
 
-    def gap(pairs: Sequence[PreferencePair], images: Tensor) -> Tensor:
-        found = score(metrics, images, [pair.caption for pair in pairs for _ in range(2)])
-        both = torch.stack([found[name].float().unflatten(0, (-1, 2)) for name in names], dim=1)  # (n, scores, 2)
-        return both[..., 0] - both[..., 1]
+    def scores(images: Tensor, captions: Sequence[str]) -> Tensor:
+        found = score(metrics, images, captions)
+        return torch.stack([found[name].float() for name in names], dim=1)  # (n, scores)
 
     stored, label = PreferencePairs(path), f"filter {path.stem} pairs"
-    gaps = measure(stored, num_pairs, {"gap": gap}, size=config.model.size, device=device, label=label)["gap"]
-    made = {name: gaps[:, i] for i, name in enumerate(names)}
+    measured, members = measure(
+        stored, num_pairs, {"score": scores}, size=config.model.size, device=device, label=label
+    )
+    both = measured["score"][members]  # (n, 2, scores)
+    made = {name: both[:, 0, i] - both[:, 1, i] for i, name in enumerate(names)}
     if distributed.is_main():
         keep(file, made)
     return made

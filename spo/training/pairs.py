@@ -7,6 +7,7 @@ need the same latents. A file's name has a hash of all that its content depends 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from spo.config import Config, LabelsConfig
 from spo.core.types import LabelledPairs
 from spo.data.images import decode_image
-from spo.data.preferences import PreferencePair, PreferencePairs
+from spo.data.preferences import PreferencePairs
 from spo.data.prefetch import ahead
 from spo.errors import DataError
 from spo.models.latent_diffusion import LatentDiffusion
@@ -30,10 +31,10 @@ from spo.runtime.cache import keep, kept
 from spo.runtime.hashing import fingerprint, fingerprints, json_hash, short_hash, tensor_hash
 from spo.runtime.progress import progress
 
-PAIRS_AT_A_TIME = 32
-Quantity: TypeAlias = Callable[[Sequence[PreferencePair], Tensor], Tensor]  # of n pairs and their images (2 n, 3, H, W)
+PAIRS_AT_A_TIME, PICTURES_AT_A_TIME = 32, 64
+Quantity: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]  # of images (n, 3, H, W) and their captions
 
-VERSION = 3  # of the cached content; raise it if the same inputs give other latents or labels
+VERSION = 4  # of the cached content; raise it if the same inputs give other latents or labels
 
 
 def load_pairs(
@@ -45,7 +46,7 @@ def load_pairs(
     cache: Path,
     limit: int | None = None,
 ) -> LabelledPairs:
-    """The first `limit` prepared pairs with encoded images and their labels, by people or by a model.
+    """`limit` of the prepared pairs, spread over the file, with encoded images and labels, by people or by a model.
 
     labels: None: the profile's. Latents and a model's labels come from the folder `cache` or are made and stored there;
     new latents replace those of other pairs or settings, with their labels.
@@ -54,33 +55,43 @@ def load_pairs(
     stored, labels = PreferencePairs(path), labels or config.labels
     num_pairs = min(len(stored), limit or len(stored))
     pairs = [fingerprint_of_pairs(path), num_pairs]
-    files = {"latents": cache / f"{path.stem}-latents-{_latents_key(pairs, base, config)}.safetensors"}
+    files = {"pictures": cache / f"{path.stem}-latents-{_latents_key(pairs, base, config)}.safetensors"}
     if labels.model:
-        files["label"] = cache / f"{path.stem}-labels-{_labels_key(pairs, labels, config)}.safetensors"
+        files["score"] = cache / f"{path.stem}-scores-{_scores_key(pairs, labels, config)}.safetensors"
     there = distributed.gather_objects([name for name, file in files.items() if file.exists()])[0]
-    found = {name: tensors[name] for name in there if (tensors := kept(files[name])) is not None}
+    found = {name: tensors for name in there if (tensors := kept(files[name])) is not None}
     quantities: dict[str, Quantity] = {}
-    if "latents" not in found:
-        quantities["latents"] = lambda _, images: base.autoencoder.encode(images).cpu().unflatten(0, (-1, 2))
-    if labels.model and "label" not in found:
-        labeller = PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
-        quantities["label"] = partial(_label, labeller=labeller, labels=labels)
+    if "pictures" not in found:
+        quantities["pictures"] = lambda images, _: base.autoencoder.encode(images).cpu()
+    if labels.model and "score" not in found:
+        judge = PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
+        quantities["score"] = partial(_score, judge=judge)
     if quantities:
-        label_of_bar = f"encode {path.stem} pairs"
-        made = measure(stored, num_pairs, quantities, size=config.model.size, device=base.device, label=label_of_bar)
-        found |= made
+        options: dict[str, Any] = {"size": config.model.size, "device": base.device}
+        made, members = measure(stored, num_pairs, quantities, **options, label=f"encode {path.stem} pairs")
+        found |= {name: {name: tensor, "members": members} for name, tensor in made.items()}
         if distributed.is_main():
-            for name, tensor in made.items():
-                keep(files[name], {name: tensor})
-            for other in cache.glob(f"{path.stem}-*.safetensors") if "latents" in made else ():
+            for name in made:
+                keep(files[name], found[name])
+            for other in cache.glob(f"{path.stem}-*.safetensors") if "pictures" in made else ():
                 if other not in files.values():
                     other.unlink(missing_ok=True)
-    label = found["label"] if labels.model else human_labels(torch.tensor(stored.labels[:num_pairs]))
-    captions = stored.captions[:num_pairs]
-    result = LabelledPairs(found["latents"], label, prompt_weights(captions), captions)
+    rows = spread(len(stored), num_pairs).tolist()
+    if labels.model:
+        scores = found["score"]["score"][found["score"]["members"]]  # (n, 2)
+        label = pseudo_labels(scores, tie_margin=labels.tie_margin)
+    else:
+        label = human_labels(torch.tensor([stored.labels[row] for row in rows]))
+    captions = [stored.captions[row] for row in rows]
+    result = LabelledPairs(**found["pictures"], label=label, weight=prompt_weights(captions), captions=captions)
     if not (result.label[:, 0] != result.label[:, 1]).any():
         raise DataError(f"{path}: all {len(result)} pairs are ties; some pairs must have a winner")
     return result
+
+
+def spread(total: int, num: int) -> Tensor:
+    """`num` rows of `total` (num,), evenly spread, so that a part of a file has captions from all of it."""
+    return torch.arange(num) * total // num
 
 
 def _latents_key(pairs: list[Any], base: LatentDiffusion, config: Config) -> str:
@@ -90,10 +101,10 @@ def _latents_key(pairs: list[Any], base: LatentDiffusion, config: Config) -> str
     return json_hash([VERSION, pairs, config.model.resolution, weights])
 
 
-def _labels_key(pairs: list[Any], labels: LabelsConfig, config: Config) -> str:
-    """A hash of everything that a model's labels depend on."""
+def _scores_key(pairs: list[Any], labels: LabelsConfig, config: Config) -> str:
+    """A hash of everything that a model's scores depend on."""
     models = fingerprints({"labels": labels.model, "processor": labels.processor})
-    return json_hash([VERSION, pairs, config.model.resolution, labels.model_dump(mode="json"), models])
+    return json_hash([VERSION, pairs, config.model.resolution, models])
 
 
 def fingerprint_of_pairs(path: Path) -> str:
@@ -103,11 +114,9 @@ def fingerprint_of_pairs(path: Path) -> str:
     return f"{fingerprint(path)} {short_hash(read)}"
 
 
-def _label(pairs: Sequence[PreferencePair], images: Tensor, labeller: PreferenceScorer, labels: LabelsConfig) -> Tensor:
-    """A model's labels (n, 2) of pairs with images (2 n, 3, H, W)."""
-    text = labeller.encode([pair.caption for pair in pairs]).repeat_interleave(2, dim=0)
-    scores = labeller.score_images(images, text, torch.zeros(len(images), dtype=torch.long)).cpu()
-    return pseudo_labels(scores.unflatten(0, (-1, 2)), tie_margin=labels.tie_margin)
+def _score(images: Tensor, captions: Sequence[str], judge: PreferenceScorer) -> Tensor:
+    """A clean-image model's scores (n,) of images (n, 3, H, W)."""
+    return judge.score_images(images, judge.encode(captions), torch.zeros(len(images), dtype=torch.long)).cpu()
 
 
 def measure(
@@ -118,27 +127,53 @@ def measure(
     size: tuple[int, int],
     device: torch.device,
     label: str,
-) -> dict[str, Tensor]:
-    """Each quantity (n, ...) of the first n pairs, from their images at `size`, height and width.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each quantity (m, ...) of the pictures of `num_pairs` pairs, at `size`, height and width; and members (n, 2).
 
-    Every image is decoded once. Each process takes its share, and all get everything.
+    The pairs are spread over the file. `members` are the two pictures of each pair. A picture of one caption is decoded
+    and measured once, however many pairs it is in. Each process takes its share of the pairs, and all get everything.
     """
-    measured: dict[str, list[Tensor]] = {name: [] for name in quantities}
+    rows = spread(len(stored), num_pairs)
     is_shared = num_pairs >= distributed.count()
-    shard = torch.arange(num_pairs)[distributed.share(num_pairs) if is_shared else slice(None)]
+    parts = rows[distributed.share(num_pairs) if is_shared else slice(None)].split(PAIRS_AT_A_TIME)
+    index: dict[tuple[str, bytes], int] = {}  # of the pictures, by caption and hash
+    members: list[tuple[int, int]] = []
 
-    def read(pairs: list[PreferencePair]) -> tuple[list[PreferencePair], Tensor]:
-        images = torch.stack([_pixels(image, size) for pair in pairs for image in (pair.image_0, pair.image_1)])
-        return pairs, images.pin_memory() if device.type == "cuda" else images
+    def new_pictures(part: Tensor) -> list[tuple[str, bytes]]:
+        """The captions and files of the pictures that appear for the first time."""
+        new = []
+        for row in part.tolist():
+            pair = stored[row]
+            keys = [(pair.caption, blake2b(image).digest()) for image in (pair.image_0, pair.image_1)]
+            for key, image in zip(keys, (pair.image_0, pair.image_1), strict=True):
+                if key not in index:
+                    index[key] = len(index)
+                    new.append((pair.caption, image))
+            members.append((index[keys[0]], index[keys[1]]))
+        return new
 
-    parts = shard.split(PAIRS_AT_A_TIME)
-    decoded = ahead(read, ([stored[i] for i in part.tolist()] for part in parts), depth=2)
-    for pairs, pixels in progress(decoded, total=len(parts), label=label):
-        images = pixels.to(device, non_blocking=True).float() / 255
-        for name, quantity in quantities.items():
-            measured[name].append(quantity(pairs, images))
-    made = {name: torch.cat(tensors) for name, tensors in measured.items()}
-    return {name: distributed.gather(tensor) for name, tensor in made.items()} if is_shared else made
+    def read(pictures: list[tuple[str, bytes]]) -> tuple[list[str], list[Tensor]]:
+        return [caption for caption, _ in pictures], [_pixels(image, size) for _, image in pictures]
+
+    measured: dict[str, list[Tensor]] = {name: [] for name in quantities}
+    captions: list[str] = []
+    pixels: list[Tensor] = []
+    decoded = ahead(read, (new_pictures(part) for part in parts), depth=2)
+    for number, (some_captions, some_pixels) in enumerate(progress(decoded, total=len(parts), label=label), start=1):
+        captions += some_captions
+        pixels += some_pixels
+        while len(pixels) >= PICTURES_AT_A_TIME or (pixels and number == len(parts)):
+            images = torch.stack(pixels[:PICTURES_AT_A_TIME])
+            images = images.pin_memory() if device.type == "cuda" else images
+            images = images.to(device, non_blocking=True).float() / 255
+            for name, quantity in quantities.items():
+                measured[name].append(quantity(images, captions[:PICTURES_AT_A_TIME]))
+            del captions[:PICTURES_AT_A_TIME], pixels[:PICTURES_AT_A_TIME]
+    made, found = {name: torch.cat(tensors) for name, tensors in measured.items()}, torch.tensor(members)
+    if not is_shared:
+        return made, found
+    before = sum(distributed.gather_objects(len(index))[: distributed.rank()])
+    return {name: distributed.gather(tensor) for name, tensor in made.items()}, distributed.gather(found + before)
 
 
 def _pixels(data: bytes, size: tuple[int, int]) -> Tensor:

@@ -69,14 +69,14 @@ class StepAwareTraining(PreferenceTraining):
 
     def noise(self, pairs: LabelledPairs, index: Tensor, generator: Generator) -> Tensor:
         """Standard normal (n, 1, c, h, w) for the pairs at `index` (n,): one for both images."""
-        return torch.randn(len(index), 1, *pairs.latents.shape[2:], generator=generator)
+        return torch.randn(len(index), 1, *pairs.latent_shape, generator=generator)
 
     def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor, *, clean: bool = False) -> Tensor:
         """Scores (n, 2) of the pairs at `index` (n,), noised to timesteps t (n,); one UNet call for both images.
 
         clean: score the images as they are, like the end of a rollout at t = 0.
         """
-        latents = pairs.latents[index]
+        latents = pairs.latents(index)
         captions = [pairs.captions[i] for i in index.tolist()]
         if clean:
             images = self.base.decode(latents.flatten(0, 1).to(self.base.device))  # (2 n, 3, H, W)

@@ -131,6 +131,11 @@ def test_labels_may_be_ties_and_within_the_tolerance(tmp_path: Path) -> None:
         ('{"caption": "a", "image_0": "0-0", "image_1": "0-1", "label_0": "yes", "label_1": 0}', "label not in"),
         ('{"prompt": "a", "image_path": ["0-0", "0-1"], "human_preference": [1]}', "ranks do not fit"),
         ('{"prompt": "a", "generations": ["0-0", "0-1"], "rank": ["a", "b"]}', "ranks do not fit"),
+        ('{"prompt": "a", "images": ["0-0", "0-1"], "comparisons": [[0, 2, 1]]}', "comparisons do not fit"),
+        ('{"prompt": "a", "images": ["0-0", "0-1"], "comparisons": [[-1, 0, 1]]}', "comparisons do not fit"),
+        ('{"prompt": "a", "images": ["0-0", "0-1"], "comparisons": [[0, 1]]}', "comparisons do not fit"),
+        ('{"prompt": "a", "images": ["0-0", "0-1"], "comparisons": [[[0], 1, 1]]}', "comparisons do not fit"),
+        ('{"prompt": "a", "images": ["0-0", "0-1"], "comparisons": [[0, 1, 2]]}', "label not in"),
         ('{"prompt": "a", "path1": "0-0", "path2": "no"}', "image missing"),
     ],
 )
@@ -187,6 +192,7 @@ def test_columns_of_winner_and_loser_are_read(tmp_path: Path, names: tuple[str, 
         ({"image_path": ["0.png", "1.png", "2.png"], "rank": [2, 1, 3]}, {(0, 1): 0.0, (0, 2): 1.0, (1, 2): 1.0}),
         ({"generations": ["0.png", "1.png"], "rank": [1, 1], "overall_rating": [5, 5]}, {(0, 1): 0.5}),  # ImageReward
         ({"path1": "0.png", "path2": "1.png", "confidence": 0.9}, {(0, 1): 1.0}),  # HPDv3
+        ({"images": ["0.png", "1.png", "2.png"], "comparisons": [[2, 0, 1], [0, 1, 0.5]]}, {(2, 0): 1.0, (0, 1): 0.5}),
     ],
 )
 @pytest.mark.parametrize("place", ["", "train"])

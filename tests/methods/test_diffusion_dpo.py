@@ -43,7 +43,7 @@ def test_the_objective_is_the_published_one_in_float64(policy: LatentDiffusion, 
 
 
 def test_ties_are_dropped_and_the_larger_label_wins(policy: LatentDiffusion) -> None:
-    latents = data(policy).latents
+    latents = data(policy).latents()
     rounds = list(make_method("diffusion_dpo", policy).collect(0))
     seen = {tuple(pair[:, 0, 0, 0].tolist()) for round_ in rounds for pair in round_.examples.x_0}
     wanted = set()
@@ -89,7 +89,7 @@ def test_an_update_takes_four_forwards_a_pair(policy: LatentDiffusion) -> None:
 def test_captions_follow_their_pairs(policy: LatentDiffusion) -> None:
     method = make_method("diffusion_dpo", policy, batch_size=5, empty_captions=0.0)
     pairs = next(iter(method.collect(0))).examples
-    latents, captions = data(policy).latents, data(policy).captions
+    latents, captions = data(policy).latents(), data(policy).captions
     for x_0, embedded in zip(pairs.x_0, pairs.cond.tensors["prompt_embeds"], strict=True):
         i = next(i for i in range(len(latents)) if (latents[i] == x_0[0]).all(dim=(1, 2, 3)).any())
         expected = policy.encode([captions[i]]).tensors["prompt_embeds"][0]

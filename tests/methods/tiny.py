@@ -32,7 +32,7 @@ class BrightnessScorer:
 def data(policy: LatentDiffusion) -> LabelledPairs:
     """Six preference pairs."""
     latents = torch.randn(len(LABELS), 2, *policy.latent_shape, generator=torch.Generator().manual_seed(7))
-    return LabelledPairs(latents, torch.tensor(LABELS), torch.ones(len(LABELS)), [*PROMPTS, "a bird"])
+    return LabelledPairs.of(latents, torch.tensor(LABELS), torch.ones(len(LABELS)), [*PROMPTS, "a bird"])
 
 
 def make_method(name: str, policy: LatentDiffusion, *, seed: int = 0, **settings) -> Method:

@@ -124,7 +124,7 @@ def train_latent(pipeline: Path) -> dict[str, Any]:
     training.updater.optimizer = optimizer = PlainSteps(preference.model.parameters(), config.learning_rate)
     latents = torch.randn(8, 2, *base.latent_shape, generator=torch.Generator().manual_seed(1))
     label = torch.tensor([[1.0, 0.0]]).repeat(8, 1)
-    pairs = LabelledPairs(latents, label, torch.arange(1.0, 9.0), [f"prompt {i}" for i in range(8)])
+    pairs = LabelledPairs.of(latents, label, torch.arange(1.0, 9.0), [f"prompt {i}" for i in range(8)])
     start = flat(preference.model.parameters()).clone()
     rows = [training.step(pairs, step, seed=0) for step in range(config.steps)]
     moved = flat(preference.model.parameters()) - start

@@ -47,7 +47,7 @@ def make_pairs(n: int = 16) -> LabelledPairs:
     label = torch.tensor([[1.0, 0.0]]).repeat(n, 1)
     latents[::2], label[::2] = latents[::2].flip(1), label[::2].flip(1)
     weight = torch.linspace(0.2, 1.0, n)
-    return LabelledPairs(latents, label, weight, [f"a {chr(97 + i)}" for i in range(n)])
+    return LabelledPairs.of(latents, label, weight, [f"a {chr(97 + i)}" for i in range(n)])
 
 
 def weights(training: LatentPreferenceTraining) -> Tensor:
@@ -78,13 +78,13 @@ def test_what_was_trained_is_what_the_scorer_uses(base: LatentDiffusion):
     scorer = LatentScorer(training.preference)
     text = scorer.encode(pairs.captions)
     for side in range(2):
-        x_t = base.sampler.add_noise(pairs.latents[:, side], noise[:, side], t)
+        x_t = base.sampler.add_noise(pairs.latents()[:, side], noise[:, side], t)
         torch.testing.assert_close(scorer.score_latents(x_t, t, text), scores[:, side], rtol=1e-4, atol=1e-4)
 
 
 def test_noise_is_each_images_own_or_the_pairs(base: LatentDiffusion):
     pairs, generator = make_pairs(4), Generator().manual_seed(0)
-    same = replace(pairs, latents=pairs.latents[:, :1].expand_as(pairs.latents))
+    same = replace(pairs, members=pairs.members[:, :1].expand(-1, 2))
     index, t = torch.arange(4), torch.full((4,), 501)
     for noise_per, images in (("image", 2), ("pair", 1)):
         training = make_training(base, noise_per=noise_per)

@@ -61,7 +61,7 @@ def load(config: Config, base: LatentDiffusion, cache: Path, *, split: str = "tr
 
 
 def same(one: LabelledPairs, other: LabelledPairs) -> bool:
-    return torch.equal(one.latents, other.latents) and torch.equal(one.label, other.label)
+    return torch.equal(one.latents(), other.latents()) and torch.equal(one.label, other.label)
 
 
 def test_pictures_are_encoded_once_and_the_same_latents_come_back(
@@ -77,6 +77,33 @@ def test_pictures_are_encoded_once_and_the_same_latents_come_back(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_picture_of_several_pairs_is_encoded_once(
+    config: Config, base: LatentDiffusion, encoded: list[int], tmp_path: Path
+) -> None:
+    stored = module.PreferencePairs(Workspace(config).prepared.pairs_file("train"))
+    one, other = stored[0], stored[1]
+    path = tmp_path / "train.parquet"
+    with PairWriter(path) as writer:
+        for pair in (one, replace(one, image_1=other.image_1), replace(one, image_0=one.image_1, image_1=one.image_0)):
+            writer.write(pair)
+    pairs = load_pairs(path, base, config, cache=tmp_path / "cache")
+    assert sum(encoded) == 3
+    assert pairs.members.tolist() == [[0, 1], [0, 2], [1, 0]]
+    assert torch.equal(pairs.latents()[0].flip(0), pairs.latents()[2])
+
+
+def test_a_part_of_the_pairs_is_spread_over_the_file(config: Config, base: LatentDiffusion, tmp_path: Path) -> None:
+    path = Workspace(config).prepared.pairs_file("train")
+    stored = module.PreferencePairs(path)
+    part = load_pairs(path, base, config, cache=tmp_path, limit=len(stored) // 3)
+    rows = [i * len(stored) // len(part) for i in range(len(part))]
+    assert rows[-1] >= 2 * len(stored) // 3
+    assert part.captions == [stored[row].caption for row in rows]
+    whole = load_pairs(path, base, config, cache=tmp_path)
+    assert torch.allclose(part.latents(), whole.latents(torch.tensor(rows)), atol=1e-4)
+    assert torch.equal(part.label, whole.label[rows])
+
+
 def test_another_autoencoder_or_resolution_is_encoded_anew_in_place_of_the_old(
     config: Config, base: LatentDiffusion, encoded: list[int], tmp_path: Path
 ) -> None:
@@ -88,7 +115,7 @@ def test_another_autoencoder_or_resolution_is_encoded_anew_in_place_of_the_old(
     assert encoded and not same(first, second)
     encoded.clear()
     smaller = config.model_copy(update={"model": config.model.model_copy(update={"resolution": 8})})
-    assert load(smaller, base, tmp_path).latents.shape != second.latents.shape
+    assert load(smaller, base, tmp_path).latents().shape != second.latents().shape
     assert encoded
     assert len(list(tmp_path.iterdir())) == 1
 

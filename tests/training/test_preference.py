@@ -41,7 +41,7 @@ def make_pairs(training: StepAwareTraining, n: int = 16) -> LabelledPairs:
     label = torch.tensor([[1.0, 0.0]]).repeat(n, 1)
     images[::2], label[::2] = images[::2].flip(1), label[::2].flip(1)
     latents = training.base.autoencoder.encode(images.flatten(0, 1).clamp(0, 1)).unflatten(0, (n, 2))
-    return LabelledPairs(latents, label, torch.ones(n), ["a red circle"] * n)
+    return LabelledPairs.of(latents, label, torch.ones(n), ["a red circle"] * n)
 
 
 def train(training: StepAwareTraining, pairs: LabelledPairs, *, seed: int = 0) -> list:
@@ -51,7 +51,7 @@ def train(training: StepAwareTraining, pairs: LabelledPairs, *, seed: int = 0) -
 
 def test_two_equal_images_score_equally_because_they_share_their_noise(training):
     pairs = make_pairs(training, 4)
-    same = replace(pairs, latents=pairs.latents[:, :1].expand_as(pairs.latents))
+    same = replace(pairs, members=pairs.members[:, :1].expand(-1, 2))
     noise = training.noise(same, torch.arange(4), Generator().manual_seed(0))
     scores = training.scores(same, torch.arange(4), torch.full((4,), 501), noise)
     torch.testing.assert_close(scores[:, 0], scores[:, 1], rtol=1e-4, atol=1e-4)
@@ -84,11 +84,11 @@ def test_a_blind_model_always_gets_t_0(training, monkeypatch):
 
 def test_at_a_small_t_the_model_sees_the_clean_images(training):
     pairs = make_pairs(training, 4)
-    noise = torch.randn(pairs.latents.shape, generator=Generator().manual_seed(0))
+    noise = torch.randn(pairs.latents().shape, generator=Generator().manual_seed(0))
     cond = training.base.encode(list(pairs.captions))
-    seen = predicted_images(training.base, pairs.latents, noise, torch.zeros(4, dtype=torch.long), cond)
-    clean = training.base.decode(pairs.latents.flatten(0, 1))
-    noisy = predicted_images(training.base, pairs.latents, noise, torch.full((4,), 901), cond)
+    seen = predicted_images(training.base, pairs.latents(), noise, torch.zeros(4, dtype=torch.long), cond)
+    clean = training.base.decode(pairs.latents().flatten(0, 1))
+    noisy = predicted_images(training.base, pairs.latents(), noise, torch.full((4,), 901), cond)
     assert (seen - clean).abs().mean() < 0.6 * (noisy - clean).abs().mean()
 
 
@@ -152,7 +152,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(trai
 def test_at_t_0_the_images_themselves_are_scored(training, monkeypatch):
     """Not what the base would make of them; so is the end of a rollout."""
     pairs = make_pairs(training)
-    pixels = training.preference.preprocess(training.base.decode(pairs.latents.flatten(0, 1)))
+    pixels = training.preference.preprocess(training.base.decode(pairs.latents().flatten(0, 1)))
     scorer = PreferenceScorer(training.preference)
     text = scorer.encode(pairs.captions).repeat_interleave(2, dim=0)
     with torch.no_grad():
