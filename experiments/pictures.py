@@ -16,7 +16,7 @@ from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
 from spo.runtime.files import atomic_path
 from spo.workspace import Prepared
-from spo.world.opinion import combine
+from spo.world.opinion import ALIGNED_AND_CENTRED, combine
 from spo.world.oracle import oracle_scores
 from spo.world.pretraining.pairs import sample_pool, to_jpeg
 from spo.world.pretraining.parts import generator
@@ -37,7 +37,8 @@ class Pictures:
     images: list[bytes]  # n, as they are stored; none where they come from no file
 
     def utility(self, share: float) -> Tensor:
-        return combine(self.finish, self.alignment, self.layout, share=share)
+        content = {"alignment": self.alignment, "layout": self.layout}
+        return combine(self.finish, content, ALIGNED_AND_CENTRED, share=share)
 
 
 def scored(pixels: Tensor, prompts: Sequence[str], images: Sequence[bytes] = ()) -> Pictures:

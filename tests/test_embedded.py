@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from experiments.calibration import read_pool
 from spo.config import load_config
 from spo.data.prompts import split_prompts
 from spo.models.generate import eight_bits, generate, image_seed
 from spo.models.load import build
 from spo.world.oracle import oracle_scores
+from spo.world.pretraining.calibration import RANGES, agreement
+from spo.world.pretraining.recipe import RECIPE
 from spo.world.scenes import all_scenes
 
 ROOT = Path(__file__).parents[1]
@@ -51,9 +55,19 @@ def test_the_base_knows_its_prompts_and_finishes_pictures_indifferently(profile,
     assert seen["aesthetic"].mean() < 0.6
 
 
+@pytest.mark.slow
+def test_the_labels_like_peoples_agree_with_the_scores_as_far_as_they_should(tmp_path):
+    """On 100 of the 576 prompts, with room for chance: a standard error is about .015."""
+    table = pq.read_table(ROOT / "data" / "preferences" / "tiny-people" / "pairs.parquet")
+    pq.write_table(table.take(list(range(0, 500, 5))), tmp_path / "pairs.parquet")
+    found = agreement(read_pool(tmp_path), RECIPE.people)
+    for name, (low, high) in RANGES.items():
+        assert low - 0.04 < found[name] < high + 0.04, name
+
+
 def test_the_repository_stays_small():
     size = sum(path.stat().st_size for path in (ROOT / "data").rglob("*") if path.is_file())
-    assert size < 30e6
+    assert size < 40e6
 
 
 def test_weights_are_safetensors_alone():

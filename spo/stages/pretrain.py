@@ -15,7 +15,7 @@ from spo.config import Config, ModelConfig
 from spo.runtime.files import atomic_path, read_json, write_json, write_text
 from spo.tracking import Tracker
 from spo.world.pretraining import cards, parts
-from spo.world.pretraining.pairs import write_pairs
+from spo.world.pretraining.pairs import write_comparisons, write_pairs
 from spo.world.pretraining.recipe import RECIPE
 from spo.world.scenes import all_scenes
 
@@ -34,6 +34,12 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     taught = parts.training_prompts(config)
     lessons = _once(work / "lessons", lambda folder: parts.make_lessons(folder, denoiser, taught))
     preference = _once(work / "preference", lambda folder: parts.make_preference(folder, vae, lessons, pool, config))
+    people = parts.load_pool(
+        _once(work / "people-pool", lambda folder: parts.make_people_pool(folder, denoiser / "final", prompts))
+    )
+    of_people = _once(
+        work / "people-preference", lambda folder: parts.make_people_preference(folder, vae, people, config)
+    )
     flow = _once(work / "flow", lambda folder: parts.make_flow(folder, denoiser / "final", preference))
 
     base_config = ModelConfig(family="sd15", path=str(denoiser / "final"), resolution=64)
@@ -42,6 +48,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         "base": parts.score_base(base_config, prompts, guidance_scale=5),
         "flow": parts.score_base(flow_config, prompts, guidance_scale=3),
         "preference": read_json(preference / "accuracy.json"),
+        "people": read_json(of_people / "accuracy.json"),
     }
     with atomic_path(data / "base" / "tiny") as folder:
         shutil.copytree(denoiser / "final", folder)
@@ -56,6 +63,13 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         folder.mkdir()
         write_pairs(pool, folder / "pairs.parquet", parts.generator(5))
         write_text(folder / "README.md", cards.pairs(RECIPE, pool))
+    with atomic_path(data / "base" / "tiny-people-preference") as folder:
+        shutil.copytree(of_people, folder, ignore=shutil.ignore_patterns("accuracy.json"))
+        write_text(folder / "README.md", cards.people_preference(RECIPE, figures["people"]))
+    with atomic_path(data / "preferences" / "tiny-people") as folder:
+        folder.mkdir()
+        write_comparisons(people, folder / "pairs.parquet")
+        write_text(folder / "README.md", cards.people(RECIPE, people))
     write_json(work / "metrics.json", figures)
     tracker.log_metrics(figures)
 

@@ -9,7 +9,8 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Generator
 
 from spo.data.preferences import PreferencePair, read_preferences
-from spo.world.opinion import Opinion, combine
+from spo.world.opinion import ALIGNED_AND_CENTRED, Opinion, combine, subject
+from spo.world.pretraining.calibration import agreement
 from spo.world.pretraining.clip import (
     CONTEXT,
     new_clip,
@@ -21,18 +22,27 @@ from spo.world.pretraining.clip import (
 )
 from spo.world.pretraining.denoiser import Average, new_unet, train_denoiser
 from spo.world.pretraining.flow import Frozen, encode, new_transformer, save_flow, train_flow
-from spo.world.pretraining.pairs import Pool, compare, write_pairs
+from spo.world.pretraining.pairs import (
+    Pool,
+    compare,
+    compare_all,
+    recognisable,
+    to_jpeg,
+    write_comparisons,
+    write_pairs,
+)
 from spo.world.pretraining.preference import (
     draw_stock,
     drawn_groups,
     generated_groups,
+    learn_labels,
     score_groups,
     train_preference,
     train_sight,
 )
 from spo.world.pretraining.recipe import RECIPE
 from spo.world.pretraining.vae import calibrate, draw_batch, finish_vae, new_vae, train_vae
-from spo.world.scenes import all_scenes
+from spo.world.scenes import SIZES, Scene, all_scenes, draw_attributes, draw_quality, render
 
 
 def fixed(seed: int = 0) -> Generator:
@@ -186,7 +196,7 @@ def test_an_average_of_constant_weights_is_those_weights():
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_share_is_the_part_of_the_utilitys_variance_that_finish_has(share):
     finish, alignment, layout = torch.randn(3, 20_000, generator=fixed())
-    utility = combine(finish, alignment, layout, share=share)
+    utility = combine(finish, {"alignment": alignment, "layout": layout}, ALIGNED_AND_CENTRED, share=share)
     correlation = torch.corrcoef(torch.stack([utility, finish]))[0, 1]
     assert correlation**2 == pytest.approx(share, abs=0.02)
 
@@ -225,6 +235,90 @@ def test_written_pairs_are_read_by_the_users_importer(tmp_path):
     assert all(isinstance(pair, PreferencePair) for pair in pairs)
     assert len(pairs) == 12
     assert sorted(pair.label_0 for pair in pairs) == sorted(pool.label.tolist())
+
+
+def test_the_weights_of_content_are_parts_of_the_utilitys_variance():
+    finish, alignment, subject_ = torch.randn(3, 20_000, generator=fixed())
+    weights = {"alignment": 0.7, "subject": 0.3}
+    utility = combine(finish, {"alignment": alignment, "subject": subject_}, weights, share=0.2)
+    for term, part in ((finish, 0.2), (alignment, 0.8 * 0.7), (subject_, 0.8 * 0.3)):
+        assert torch.corrcoef(torch.stack([utility, term]))[0, 1] ** 2 == pytest.approx(part, abs=0.02)
+
+
+def test_a_subject_is_a_large_object_on_a_light_background():
+    scenes = [
+        Scene.parse(f"a {size} red circle on a {back} background") for size in SIZES for back in ("black", "white")
+    ]
+    pictures = render(draw_attributes(scenes, fixed()), draw_quality(4, fixed(), flaw=0.2), fixed())
+    small_dark, small_light, large_dark, large_light = subject(pictures).tolist()
+    assert large_light > max(small_light, large_dark) and small_dark < min(small_light, large_dark)
+
+
+def make_people_pool(per_prompt: int = 4) -> Pool:
+    prompts = [scene.prompt for scene in all_scenes()[:3]]
+    index = torch.arange(3 * per_prompt) % 3
+    drawn = draw_attributes([Scene.parse(prompts[i]) for i in index.tolist()], fixed())
+    pictures = render(drawn, draw_quality(len(drawn), fixed()), fixed())
+    return compare_all(pictures, index, prompts, RECIPE.people, fixed())
+
+
+def test_all_pairs_of_a_prompt_are_compared_once_in_either_order():
+    pool = make_people_pool()
+    both = torch.stack([pool.first, pool.second], dim=1)
+    assert len(both.sort(dim=1).values.unique(dim=0)) == len(both) == 3 * 6
+    assert all(pool.prompts[i] == pool.prompts[j] for i, j in both.tolist())
+    assert 0 < (pool.first < pool.second).sum() < len(both)
+
+
+def test_some_prompts_of_a_pool_keep_their_pictures_and_labels():
+    pool = make_people_pool()
+    name = pool.prompts[4]
+    part = pool.of({name})
+    assert set(part.prompts) == {name} and len(part.pictures) == 4 and len(part.label) == 6
+    rows = [i for i, prompt in enumerate(pool.prompts) if prompt == name]
+    kept = [k for k, i in enumerate(pool.first.tolist()) if i in rows]
+    assert torch.equal(part.pictures[part.first], pool.pictures[pool.first[kept]])
+    assert torch.equal(part.pictures[part.second], pool.pictures[pool.second[kept]])
+    assert torch.equal(part.label, pool.label[kept])
+
+
+def test_comparisons_are_read_by_the_users_importer_with_their_own_pictures(tmp_path):
+    pool = make_people_pool()
+    write_comparisons(pool, tmp_path / "pairs.parquet")
+    pairs = list(read_preferences(str(tmp_path / "pairs.parquet")))
+    assert len({image for pair in pairs for image in (pair.image_0, pair.image_1)}) == len(pool.pictures)
+    expected = sorted(
+        (pool.prompts[i], to_jpeg(pool.pictures[i]), to_jpeg(pool.pictures[j]), label)
+        for i, j, label in zip(pool.first.tolist(), pool.second.tolist(), pool.label.tolist(), strict=True)
+    )
+    assert sorted((pair.caption, pair.image_0, pair.image_1, pair.label_0) for pair in pairs) == expected
+
+
+def test_a_picture_of_nothing_is_not_recognisable():
+    scores = {"vivid": 0.5, "crisp": 0.5, "clean": 0.5, "centred": 0.5}
+    seen = {name: torch.full((2,), value) for name, value in scores.items()}
+    assert recognisable({**seen, "aesthetic": torch.tensor([0.4, 0.2])}).tolist() == [True, False]
+
+
+def test_labels_without_noise_agree_with_their_opinion_alone():
+    pool = make_people_pool(8)
+    sure = replace(RECIPE.people, temperature=1e-9, tie=0.0)
+    utility = sure.utility(pool.pictures, pool.prompts)
+    pool = replace(pool, label=sure.label(utility[pool.first], utility[pool.second], fixed()))
+    found = agreement(pool, sure)
+    assert found["opinion"] == 1 and found["ties"] == 0
+    assert 0 < found["aesthetic"] < 1 and 0 < found["alignment"] < 1
+
+
+def test_the_preference_model_learns_the_labels_of_a_pool():
+    pool = make_people_pool(6)
+    dark_wins = pool.pictures.mean(dim=(1, 2, 3))
+    pool = replace(pool, label=(dark_wins[pool.first] < dark_wins[pool.second]).float())
+    tokenizer = new_tokenizer()
+    clip = new_clip(tokenizer)
+    recipe = replace(RECIPE, label_steps=60, label_rate=1e-3, preference_prompts=2)
+    steps = list(learn_labels(clip, tokenizer, pool, recipe, fixed()))
+    assert sum(step["accuracy"] for step in steps[-10:]) > 8 > sum(step["accuracy"] for step in steps[:10])
 
 
 def test_the_preference_model_learns_an_opinion_from_both_sources(vae):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from spo.world.pretraining.calibration import agreement
 from spo.world.pretraining.pairs import Pool
 from spo.world.pretraining.recipe import Recipe
 
@@ -97,4 +98,41 @@ its prompt. One generic opinion labels them (`spo/world/opinion.py`), in which
 
 The share is an assumption, not measured on people: SPO's paper argues that generic labels are dominated by content
 and layout. Change it in `spo/world/pretraining/recipe.py` and run `python -m spo pretrain`.
+"""
+
+
+def people_preference(recipe: Recipe, accuracy: Mapping[str, float]) -> str:
+    """Model card of data/base/tiny-people-preference."""
+    return f"""# The preference model of profile tiny-people to start from
+
+A `CLIPModel` of 0.57M parameters, what PickScore is to the real profiles: taught which prompt a drawn picture belongs
+to and what flaws it has ({recipe.sight_steps} steps), then the labels of `data/preferences/tiny-people` of the training
+prompts, each label once given ({recipe.label_steps} steps), and no other labels. Apache-2.0. {MADE}
+
+It agrees with {accuracy["accuracy"]:.3f} of the {accuracy["pairs"]} decided labels of held-out prompts. The opinion
+behind the labels, without its noise, agrees with .716 of all decided labels.
+"""
+
+
+def people(recipe: Recipe, pool: Pool) -> str:
+    """Data card of data/preferences/tiny-people."""
+    figures = agreement(pool, recipe.people)
+    return f"""# Preference pairs with labels like people's
+
+{len(pool.label)} labelled pairs of {len(pool.pictures)} generated 64 px pictures for {len(set(pool.prompts))} prompts.
+A row holds a prompt's pictures and all comparisons of two of them: `caption, images, comparisons` (docs/data.md).
+Apache-2.0. {MADE}
+
+The pictures come from the base itself, at guidance 1.5 to 7.5, 8 to 20 steps, eta 0 or 1, {recipe.people_pictures} a
+prompt; those without a recognisable object are left out. An opinion labels each pair once (`spo/world/opinion.py`).
+{recipe.people_share:.0%} of its variance is finish; the rest is alignment with the prompt and the subject, a large
+object on a light background. It was set so that the labels agree with the oracle's scores about as far as those of
+Pick-a-Pic agree with the scores that are used for it, before any model was aligned (docs/calibration.md):
+
+| share of decided pairs whose preferred picture scores higher | |
+|---|---|
+| aesthetic score | {figures["aesthetic"]:.3f} |
+| alignment score | {figures["alignment"]:.3f} |
+| the opinion without its noise | {figures["opinion"]:.3f} |
+| ties, of all pairs | {figures["ties"]:.3f} |
 """

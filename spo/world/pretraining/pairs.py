@@ -5,9 +5,10 @@ and finish, as Pick-a-Pic's do. Each picture of a prompt is compared with the ne
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +21,10 @@ from spo.models.load import build
 from spo.runtime.files import atomic_path
 from spo.runtime.pictures import to_picture
 from spo.world.opinion import Opinion
+from spo.world.oracle import FACTORS
 
 QUALITY = 92  # of the JPEG files, without chroma subsampling
+LEAST_VISIBLE = 0.6  # the oracle's visibility of an object that people would recognise
 
 
 def sample_pool(
@@ -70,6 +73,14 @@ class Pool:
     second: Tensor  # (m,) int
     label: Tensor  # (m,) of the first: 1, 0 or .5
 
+    def of(self, prompts: Collection[str]) -> "Pool":
+        """The pictures of some prompts, and their pairs."""
+        own = torch.tensor([prompt in prompts for prompt in self.prompts])
+        place = own.cumsum(0) - 1
+        kept = own[self.first]
+        names = [prompt for prompt in self.prompts if prompt in prompts]
+        return Pool(self.pictures[own], names, place[self.first[kept]], place[self.second[kept]], self.label[kept])
+
 
 def compare(
     pictures: Tensor, prompt_index: Tensor, prompts: Sequence[str], opinion: Opinion, generator: Generator
@@ -87,11 +98,48 @@ def compare(
     return Pool(pictures, names, one, other, opinion.label(utility[one], utility[other], generator))
 
 
+def recognisable(scores: Mapping[str, Tensor]) -> Tensor:
+    """Which pictures (n,) show an object that the oracle can see, by its scores."""
+    whole = torch.stack([scores[name] for name in FACTORS]).mean(dim=0)
+    return scores["aesthetic"] > LEAST_VISIBLE * whole
+
+
+def compare_all(
+    pictures: Tensor, prompt_index: Tensor, prompts: Sequence[str], opinion: Opinion, generator: Generator
+) -> Pool:
+    """Pair each picture with every other one of its prompt, and label the pairs."""
+    order = torch.argsort(prompt_index, stable=True)
+    pictures, names = pictures[order], [prompts[i] for i in prompt_index[order].tolist()]
+    counts = prompt_index.bincount(minlength=len(prompts))
+    starts = counts.cumsum(0) - counts
+    both = torch.cat(
+        [start + torch.triu_indices(count, count, 1) for start, count in zip(starts, counts.tolist(), strict=True)],
+        dim=1,
+    )
+    first, second = torch.where(torch.rand(both.shape[1], generator=generator) < 0.5, both, both.flip(0))
+    utility = opinion.utility(pictures, names)
+    return Pool(pictures, names, first, second, opinion.label(utility[first], utility[second], generator))
+
+
 def to_jpeg(picture: Tensor) -> bytes:
     """JPEG bytes of (3, h, w) in [0, 1]."""
     buffer = io.BytesIO()
     to_picture(picture).save(buffer, format="JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
+
+
+def write_comparisons(pool: Pool, file: Path) -> None:
+    """Write parquet with a row for each prompt: its pictures, once, and all comparisons of two of them."""
+    rows: dict[str, dict[str, Any]] = {}
+    place: list[int] = []  # of each picture among its prompt's
+    for picture, prompt in zip(pool.pictures, pool.prompts, strict=True):
+        row = rows.setdefault(prompt, {"caption": prompt, "images": [], "comparisons": []})
+        place.append(len(row["images"]))
+        row["images"].append(to_jpeg(picture))
+    for i, j, label in zip(pool.first.tolist(), pool.second.tolist(), pool.label.tolist(), strict=True):
+        rows[pool.prompts[i]]["comparisons"].append([place[i], place[j], label])
+    with atomic_path(file) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows.values())), temporary, compression="zstd", row_group_size=64)
 
 
 def write_pairs(pool: Pool, file: Path, generator: Generator) -> None:

@@ -22,12 +22,13 @@ from spo.world.oracle import oracle_scores
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip, text_encoder_of, train_clip
 from spo.world.pretraining.denoiser import draw_latents, new_unet, save_pipeline, train_denoiser
 from spo.world.pretraining.flow import Frozen, encode, new_transformer, save_flow, train_flow
-from spo.world.pretraining.pairs import Pool, compare, paint, sample_pool
+from spo.world.pretraining.pairs import Pool, compare, compare_all, paint, recognisable, sample_pool
 from spo.world.pretraining.preference import (
     Group,
     draw_stock,
     drawn_groups,
     generated_groups,
+    learn_labels,
     score_groups,
     train_preference,
     train_sight,
@@ -99,7 +100,18 @@ def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
     random, num = generator(3), RECIPE.pictures_per_prompt
     checkpoints = [denoiser / f"step-{step}" for step in RECIPE.earlier]
     rows, pictures = sample_pool(checkpoints, prompts, per_prompt=num, chunk=RECIPE.chunk, generator=random)
-    pool = compare(pictures, rows, prompts, RECIPE.opinion, random)
+    _save_pool(compare(pictures, rows, prompts, RECIPE.opinion, random), folder)
+
+
+def make_people_pool(folder: Path, base: Path, prompts: Sequence[str]) -> None:
+    """Recognisable pictures by the base itself, and labels like people's of all pairs of a prompt's."""
+    num, chunk = RECIPE.people_pictures, RECIPE.chunk
+    rows, pictures = sample_pool([base], prompts, per_prompt=num, chunk=chunk, generator=generator(3))
+    kept = recognisable(oracle_scores(pictures, [prompts[i] for i in rows.tolist()]))
+    _save_pool(compare_all(pictures[kept], rows[kept], prompts, RECIPE.people, generator(9)), folder)
+
+
+def _save_pool(pool: Pool, folder: Path) -> None:
     tensors = {name: value for name, value in asdict(pool).items() if isinstance(value, Tensor)}
     tensors["pictures"] = (pool.pictures * 255).round().byte()
     save_file(tensors, folder / "pool.safetensors")
@@ -107,7 +119,7 @@ def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
 
 
 def load_pool(folder: Path) -> Pool:
-    """The pool that `make_pool` wrote."""
+    """The pool that `make_pool` or `make_people_pool` wrote."""
     tensors = load_file(folder / "pool.safetensors")
     return Pool(**{**tensors, "pictures": tensors["pictures"] / 255}, prompts=read_json(folder / "prompts.json"))
 
@@ -144,6 +156,18 @@ def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, c
         drawn_groups(vae, [Scene.parse(prompt) for prompt in prompts], RECIPE.preference_prompts, RECIPE.share),
     ]
     train_to_prefer(clip, tokenizer, sources, RECIPE.opinion, RECIPE, random)
+    save_clip(clip.eval(), tokenizer, folder)
+    write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, set(prompts)))
+
+
+def make_people_preference(folder: Path, vae_folder: Path, pool: Pool, config: Config) -> None:
+    """The preference model that learns from the labels of the pool's training prompts, and from nothing else."""
+    vae, random = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False), generator(4)
+    prompts = training_prompts(config)
+    clip, tokenizer = train_to_see(vae, prompts, RECIPE, random)
+    torch.nn.init.constant_(clip.logit_scale, math.log(PREFERENCE_SCALE))
+    taught = pool.of(set(prompts))
+    _run(learn_labels(clip, tokenizer, taught, RECIPE, random), RECIPE.label_steps, "labels")
     save_clip(clip.eval(), tokenizer, folder)
     write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, set(prompts)))
 

@@ -16,8 +16,9 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.core.losses import preference_loss
-from spo.world.opinion import Opinion, combine
+from spo.world.opinion import ALIGNED_AND_CENTRED, Opinion, combine
 from spo.world.pretraining.clip import contrast, normalise, token_ids
+from spo.world.pretraining.pairs import Pool
 from spo.world.pretraining.recipe import Recipe
 from spo.world.pretraining.updates import updates
 from spo.world.scenes import Scene, draw_attributes, draw_quality, render
@@ -124,6 +125,34 @@ def train_preference(
         yield {"loss": loss.value.item(), "accuracy": loss.metrics["accuracy"].item()}
 
 
+def learn_labels(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, recipe: Recipe, generator: Generator
+) -> Iterator[dict[str, float]]:
+    """Teach the CLIP the labels of a pool's pairs, in place; a step takes all pairs of a few prompts."""
+    prompts = list(dict.fromkeys(pool.prompts))
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    of_pair = torch.tensor([place[pool.prompts[i]] for i in pool.first.tolist()])
+    of_picture = torch.tensor([place[prompt] for prompt in pool.prompts])
+    for update in updates(list(clip.parameters()), recipe.label_steps, recipe.label_rate, **SCHEDULE):
+        chosen = torch.randperm(len(prompts), generator=generator)[: recipe.preference_prompts]
+        rows = torch.isin(of_picture, chosen).nonzero().flatten()  # (p,)
+        pairs = torch.isin(of_pair, chosen).nonzero().flatten()  # (m,)
+        ids = token_ids(tokenizer, [pool.prompts[i] for i in rows.tolist()])
+        scores = score(clip, mirror(pool.pictures[rows], generator), ids)  # (p,)
+        both = torch.stack([pool.first[pairs], pool.second[pairs]], dim=1)  # (m, 2)
+        label = torch.stack([pool.label[pairs], 1 - pool.label[pairs]], dim=1)
+        loss = preference_loss(scores[torch.searchsorted(rows, both)], label, torch.ones(len(pairs)))
+        update(loss.value)
+        yield {"loss": loss.value.item(), "accuracy": loss.metrics["accuracy"].item()}
+
+
+def score(clip: CLIPModel, pictures: Tensor, ids: Tensor) -> Tensor:
+    """Scores (n,) of pictures (n, 3, 64, 64) for the prompts with tokens (n, length)."""
+    text = F.normalize(clip.get_text_features(input_ids=ids).pooler_output, dim=1)
+    images = F.normalize(clip.get_image_features(pixel_values=normalise(pictures)).pooler_output, dim=1)
+    return clip.logit_scale.exp() * (images * text).sum(dim=1)
+
+
 def score_groups(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, prompts: list[str]) -> Tensor:
     """Scores (p, m) of pictures (p * m, 3, 64, 64) for p prompts."""
     text = F.normalize(clip.get_text_features(input_ids=token_ids(tokenizer, prompts)).pooler_output, dim=1)
@@ -147,7 +176,8 @@ def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: f
         right = ((shown == attributes) | ~named).float().mean(dim=1)
         quality = draw_quality(len(repeated), generator)
         finish = -(quality[:, :3] / torch.tensor([0.6, 4.0, 0.18])).sum(dim=1)
-        utility = combine(finish, right, -quality[:, 3:].norm(dim=1), share=share)
+        content = {"alignment": right, "layout": -quality[:, 3:].norm(dim=1)}
+        utility = combine(finish, content, ALIGNED_AND_CENTRED, share=share)
         pictures = reconstruct(vae, render(shown, quality, generator), generator)
         return Group(pictures, [scene.prompt for scene in drawn], utility)
 

@@ -30,6 +30,14 @@ class Recipe:
     share: float = 0.25  # of finish in the variance of the opinion's utility
     temperature: float = 0.3  # of the opinion's logistic error, in standard deviations of utility
     tie: float = 0.1
+    # preference pairs with labels like people's (docs/calibration.md); the same labels teach their preference model
+    people_pictures: int = 12  # a prompt, by the base itself
+    people_share: float = 0.03
+    people_temperature: float = 0.55
+    people_tie: float = 0.18
+    people_content: tuple[tuple[str, float], ...] = (("alignment", 0.57), ("subject", 0.43))
+    label_steps: int = 1000
+    label_rate: float = 3e-4
     # the preference model: sight, then preferences
     tower: tuple[int, int] = (96, 4)  # width and layers of the vision tower
     sight_pictures: int = 12_288
@@ -51,6 +59,10 @@ class Recipe:
     @property
     def opinion(self) -> Opinion:
         return Opinion(self.share, self.temperature, self.tie)
+
+    @property
+    def people(self) -> Opinion:
+        return Opinion(self.people_share, self.people_temperature, self.people_tie, dict(self.people_content))
 
 
 RECIPE = Recipe()
