@@ -120,7 +120,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ),
         (lambda v: v.update(train_preference={"kind": "latent"}), r"is now one of several: preference_models: \{NAME"),
         (
-            lambda v: v["align"]["spo"].update(preference_model="latent"),
+            lambda v: v["align"]["spo"].update(preference_model="latent", look_ahead=0),
             r"align\.spo needs the preference model 'latent', which train_preference .* got \['pixel'\], so add it",
         ),
         (
