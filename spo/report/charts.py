@@ -31,7 +31,8 @@ class Quantity:
 
 
 HISTORY = (
-    Quantity("loss", "Loss", "At log 2 the policy is still the reference.", ("log 2", math.log(2))),
+    Quantity("loss", "Loss", "At log 2 the policy prefers neither of the two more than the reference does.",
+            ("log 2", math.log(2))),
     Quantity("logit", "Logit of the pair", "Above zero the policy prefers the winner more than the reference does.",
             ("no preference", 0.0)),
     Quantity("accuracy", "Pairs with a logit above zero", "Share of an update's pairs."),

@@ -134,23 +134,27 @@ def _duel(
 def _sentence(metric: str, name: str, other: str, unit: str, found: Saving | None, interval: Spread | None) -> str:
     if found is None:
         return f"{other} has no checkpoint that is better than the base on validation prompts: nothing to reach."
-    goal = f"{other}'s best validation {metric}, {found.level:.3f} at {found.compute:,.0f} {unit}"
+    goal = f"{other}'s best validation {metric} ({found.level:.3f}, at {found.compute:,.0f} {unit})"
     if found.times is None or found.reached is None:
-        return f"{name} does not reach {goal}{_bounds(interval)}."
-    at_most = ""
-    if found.at_most is not None and found.times >= 1:
-        at_most = f"; at most {found.at_most:.1f} times, between checkpoints"
-    return f"{name} reaches {goal}, with {_ratio(found.times)} ({found.reached:,.0f}{at_most}){_bounds(interval)}."
+        return f"{name} does not reach {goal}.{_bounds(interval)}"
+    return f"{name} needs {_times(found.times)} to reach {goal}: {found.reached:,.0f}.{_bounds(interval)}"
+
+
+def _times(saved: float) -> str:
+    """How much compute a saving of `saved` times leaves."""
+    share = 1 / saved
+    if round(share, 1) == 1:
+        return "as much compute"
+    return f"{share:.1f} times the compute" if share > 0.15 else f"1/{saved:.0f} of the compute"
 
 
 def _bounds(interval: Spread | None) -> str:
+    """What other prompts might give, in one sentence."""
     if interval is None:
-        return "; other prompts might leave nothing to reach"
-    bounds = f"{_ratio(interval.low)} to {_ratio(interval.high)}"
-    return f" [95% interval over prompts: {bounds}; not reached in {interval.missed:.0%} of resamples]"
-
-
-def _ratio(times: float) -> str:
-    if not times:
-        return "not reached"
-    return f"{times:.1f} times less" if times >= 1 else f"{1 / times:.1f} times more"
+        return " Other prompts might leave nothing to reach."
+    fewer, more = interval.high, interval.low  # times saved
+    missed = f"; in {interval.missed:.0%} of resamples it is not reached" if interval.missed else ""
+    if not fewer:
+        return " Nor do other prompts, resampled, reach it."
+    most = f"{1 / more:.1f} times" if more else "any amount"
+    return f" Over resampled prompts: {1 / fewer:.1f} times to {most}{missed}."

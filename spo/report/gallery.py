@@ -6,7 +6,7 @@ Of a method's training seeds, the first one's pictures are shown.
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,25 +31,56 @@ class Picture:
 class Card:
     prompt: str
     pictures: list[Picture]  # in the order of the columns
+    gain: float | None = None  # of the first method over the base
 
 
 def gallery(
-    images: Path, scores: Sequence[Row], columns: Sequence[str], *, sampler: str, metric: str, limit: int = 48
+    images: Path,
+    scores: Sequence[Row],
+    columns: Sequence[str],
+    *,
+    sampler: str,
+    metric: str,
+    limit: int = 48,
+    extremes: int = 8,
 ) -> list[Card]:
-    """The first `limit` prompts; DataError if a picture is missing or broken."""
+    """Cards of `limit` prompts; DataError if a picture is missing or broken.
+
+    columns: the base, then the methods. With more prompts than that, the `extremes` largest gains and losses of the
+    first method are among the cards, and the first prompts are the rest.
+    """
     prompts, places = first_pictures(scores, sampler)
     score: dict[tuple[str, int], float] = {}
     for row in scores:
         if row["sampler"] == sampler and row["image_index"] == 0 and metric in row:
             score.setdefault((row["column"], int(row["prompt_index"])), row[metric])
     shown = [column for column in columns if column in places]
+    gains = {
+        index: score[shown[1], index] - score[shown[0], index]
+        for index in prompts
+        if len(shown) > 1 and {(shown[0], index), (shown[1], index)} <= score.keys()
+    }
     return [
         Card(
             prompts[index],
             [picture(images / places[name] / f"{index:04d}-0.png", name, score.get((name, index))) for name in shown],
+            gains.get(index),
         )
-        for index in sorted(prompts)[:limit]
+        for index in chosen(sorted(prompts), gains, limit=limit, extremes=extremes)
     ]
+
+
+def chosen(prompts: Sequence[int], gains: Mapping[int, float], *, limit: int, extremes: int) -> list[int]:
+    """`limit` of the prompts in their order, with those of the largest gains and losses."""
+    if len(prompts) <= limit:
+        return list(prompts)
+    ranked = sorted(gains, key=lambda index: gains[index])
+    kept = {*ranked[:extremes], *ranked[len(ranked) - extremes :]} if ranked else set()
+    for index in prompts:
+        if len(kept) == limit:
+            break
+        kept.add(index)
+    return sorted(kept)
 
 
 def first_pictures(scores: Sequence[Row], sampler: str) -> tuple[dict[int, str], dict[str, str]]:

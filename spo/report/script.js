@@ -3,6 +3,7 @@
 const cards = [...document.querySelectorAll(".card")];
 const filter = document.getElementById("filter");
 const zoom = document.getElementById("zoom");
+const places = new Map(cards.map((card, place) => [card, place]));
 let open = -1;
 
 function visible() {
@@ -17,6 +18,16 @@ filter.addEventListener("input", () => {
   const left = visible().length;
   document.getElementById("count").textContent = `${left} of ${cards.length}`;
   document.getElementById("nothing").hidden = left > 0;
+});
+
+document.getElementById("order").addEventListener("change", (event) => {
+  const sign = Number(event.target.value);
+  const gain = (card) => Number(card.dataset.gain ?? 0);
+  const sorted = [...document.querySelectorAll(".card")].sort((a, b) =>
+    sign ? sign * (gain(a) - gain(b)) : places.get(a) - places.get(b),
+  );
+  cards.splice(0, cards.length, ...sorted);
+  document.querySelector(".gallery").append(...cards);
 });
 
 function show(index) {

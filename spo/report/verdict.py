@@ -6,10 +6,11 @@ from spo.report.results import CONTRAST, Figures, Results, direction
 from spo.runtime.text import duration
 
 INTERVAL = "95% interval"
+DUEL = {1: "is better", -1: "is worse", 0: "is not clearly better or worse"}  # by `direction`
 
 
 def verdicts(results: Results) -> dict[str, list[str]]:
-    """The sentences of each method: against the base, guarded scores, later methods, and contrast alone."""
+    """The sentences of each method: against the base, guarded scores, later methods, contrast, other samplers."""
     found = {}
     for name in results.methods:
         sentences = [_gain_sentence(name, results)]
@@ -17,6 +18,7 @@ def verdicts(results: Results) -> dict[str, list[str]]:
         sentences += [_duel_sentence(a, b, results) for a, b in results.duels if a == name]
         if results.gain(results.deciding, name, results.primary, CONTRAST) is not None:
             sentences.append(_contrast_sentence(name, results))
+        sentences += [_sampler_sentence(name, sampler, results) for sampler in list(results.samplers)[1:]]
         found[name] = sentences
     return found
 
@@ -65,19 +67,41 @@ def _gain_sentence(name: str, results: Results) -> str:
 
 
 def _guard_sentence(name: str, metric: str, gain: Figures) -> str:
+    return f"Under {name}, {metric} with the prompt {_change(gain)}."
+
+
+def _change(gain: Figures) -> str:
     if sign := direction(gain):
         verb = "rises" if sign > 0 else "falls"
-        change = f"{verb} by {abs(gain['difference']):.3f} ({_interval(gain, sign)})"
-    else:
-        change = f"shows no clear change: {gain['difference']:+z.3f} ({_interval(gain)}, includes zero)"
-    return f"Under {name}, {metric} with the prompt {change}."
+        return f"{verb} by {abs(gain['difference']):.3f} ({_interval(gain, sign)})"
+    return f"shows no clear change: {gain['difference']:+z.3f} ({_interval(gain)}, includes zero)"
+
+
+def _sampler_sentence(name: str, sampler: str, results: Results) -> str:
+    """A method's changes of all main scores with one of the other samplers, and against later methods."""
+    gains = [(metric, gain) for metric in results.main if (gain := results.gain(sampler, name, metric)) is not None]
+    parts = [f"{metric} {_change(gain)}" for metric, gain in gains]
+    for one, other in results.duels:
+        if one == name and (gain := results.gain(sampler, name, results.primary, other)) is not None:
+            parts.append(f"against {other} {results.primary} {DUEL[direction(gain)]}: {_signed(gain)}")
+    return f"With {sampler}: {'; '.join(parts)}."
 
 
 def _duel_sentence(name: str, other: str, results: Results) -> str:
     gain = results.decided(name, results.primary, other)
-    found = {1: "is better", -1: "is worse", 0: "is not clearly better or worse"}[direction(gain)]
+    found = DUEL[direction(gain)]
     change = f"{gain['difference']:+z.3f} in {results.primary} ({_interval(gain)})"
-    return f"Against {other}, {name} {found}: {change}, winning {_won(gain)}."
+    sentence = f"Against {other}, {name} {found}: {change}, winning {_won(gain)}"
+    for metric in results.guarded:
+        guard = results.gain(results.deciding, name, metric, other)
+        if guard is not None and (sign := direction(guard)):
+            verb = "higher" if sign > 0 else "lower"
+            sentence += f"; its {metric} is {verb} by {abs(guard['difference']):.3f} ({_interval(guard, sign)})"
+    return f"{sentence}."
+
+
+def _signed(gain: Figures) -> str:
+    return f"{gain['difference']:+z.3f} ({_interval(gain)})"
 
 
 def _contrast_sentence(name: str, results: Results) -> str:

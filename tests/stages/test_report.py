@@ -18,6 +18,8 @@ from spo.config import Config, HpsConfig, load_config
 from spo.errors import DataError
 from spo.evaluation.model_variants import Task
 from spo.evaluation.tables import Column, compact, comparison_rows, mean_rows, score_rows
+from spo.report import cost, gallery
+from spo.report.compute_saving import Spread
 from spo.report.plots import LIGHT, Line, Span, interval_chart, line_chart, running_mean
 from spo.report.results import Results
 from spo.report.verdict import summary, verdicts
@@ -131,6 +133,8 @@ def write_runs(root: Path, methods=("spo",), *, prompts=PROMPTS, gains=GAINS, se
     config = load_config(Path(__file__).parents[2], "tiny")
     align = dict.fromkeys(methods, config.align["spo"])
     changes = {"methods": tuple(methods), "align": align, "training_seeds": seeds, "train_preference": ("pixel",)}
+    samplers = {name: config.evaluate.samplers[name] for name in ("ddim", "ddim-stochastic")}
+    changes["evaluate"] = config.evaluate.model_copy(update={"samplers": samplers})
     config = config.model_copy(update=changes)
     write_training(root / "runs/tiny", methods, rng, seeds=seeds)
     write_evaluation(root / "runs/tiny", methods, prompts, gains, rng, seeds=seeds)
@@ -294,15 +298,59 @@ def test_a_saving_is_a_number_of_the_metrics(tmp_path):
         for end in ("", "_low", "_high"):
             assert found[f"times_less_{currency}{end}"] == pytest.approx(times, abs=1e-3)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    goal = "spo reaches dpo&#39;s best validation aesthetic, 0.560 at "
-    assert f"{goal}60,000 UNet forwards, with 2.0 times less" in page
-    assert f"{goal}70,000 UNet forwards, the preference model&#39;s training included, with 1.8 times less" in page
+    goal = "to reach dpo&#39;s best validation aesthetic (0.560, at "
+    included = "UNet forwards, the preference model&#39;s training included)"
+    assert f"spo needs 0.6 times the compute {goal}70,000 {included}: 40,000." in page
+    assert f"spo needs 0.5 times the compute {goal}60,000 UNet forwards): 30,000. Over resampled prompts: 0.5" in page
     text = (folder / "summary.txt").read_text(encoding="utf-8")
     assert "70,000 UNet forwards, the preference model's training included" in text
-    assert (
-        "(30,000; at most 4.0 times, between checkpoints) "
-        "[95% interval over prompts: 2.0 times less to 2.0 times less" in page
-    )
+    head, rest = page.split('<section id="results"')
+    assert head.count(goal) == 1 and rest.count(goal) == 4
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"), [(20.0, "1/20 of the compute"), (2.5, "0.4 times"), (1.01, "as much"), (0.4, "2.5 times")]
+)
+def test_a_saving_is_told_as_compute_that_is_needed(saved, words):
+    assert words in cost._times(saved)
+
+
+def test_what_other_prompts_might_give_is_one_sentence():
+    assert cost._bounds(Spread(low=0.5, high=4.0, missed=0.0)) == " Over resampled prompts: 0.2 times to 2.0 times."
+    some = " Over resampled prompts: 0.2 times to any amount; in 18% of resamples it is not reached."
+    assert cost._bounds(Spread(low=0.0, high=4.0, missed=0.18)) == some
+    assert cost._bounds(Spread(low=0.0, high=0.0, missed=1.0)) == " Nor do other prompts, resampled, reach it."
+
+
+def test_the_verdict_speaks_of_every_sampler_and_of_what_a_duel_costs():
+    rows = []
+    for sampler, gain, guard in (("ddim", 0.1, -0.2), ("dpm", 0.02, 0.0)):
+        for name, against, sign in (("spo", "base", 1), ("dpo", "base", 0), ("spo", "dpo", 1)):
+            for metric, value in (("aesthetic", gain), ("alignment", guard)):
+                rows.append(row(name, metric, against=against, difference=sign * value) | {"sampler": sampler})
+    means = [
+        row(column, metric, mean=0.5) | {"sampler": sampler}
+        for column in ("base", "spo", "dpo") for metric in ("aesthetic", "alignment") for sampler in ("ddim", "dpm")
+    ]  # fmt: skip
+    found = verdicts(Results(means, rows, ("spo", "dpo"), {"ddim": "", "dpm": ""}, 128))["spo"]
+    duel = next(sentence for sentence in found if sentence.startswith("Against dpo"))
+    assert duel.endswith("; its alignment is lower by 0.200 (95% interval 0.150 to 0.250).")
+    change = "+0.020 (95% interval -0.030 to +0.070"
+    assert found[-1].startswith(f"With dpm: aesthetic shows no clear change: {change}, includes zero); alignment")
+    assert found[-1].endswith(f"against dpo aesthetic is not clearly better or worse: {change}).")
+
+
+def test_the_gallery_has_the_largest_gains_and_losses():
+    gains = {i: (0.9 if i == 90 else -0.9 if i == 80 else 0.001 * i) for i in range(100)}
+    found = gallery.chosen(list(range(100)), gains, limit=10, extremes=1)
+    assert found == [0, 1, 2, 3, 4, 5, 6, 7, 80, 90]
+    assert gallery.chosen(list(range(5)), gains, limit=10, extremes=1) == [0, 1, 2, 3, 4]
+    assert gallery.chosen(list(range(20)), {}, limit=3, extremes=1) == [0, 1, 2]
+
+
+def test_cards_carry_the_first_methods_gain(page):
+    gains = [float(card["data-gain"]) for card in Tags(page).of("li") if card.get("class") == "card"]
+    assert len(gains) == len(PROMPTS) and all(0.05 < gain < 0.25 for gain in gains)
 
 
 def test_what_was_watched_has_its_charts(tmp_path):
