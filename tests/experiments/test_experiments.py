@@ -9,18 +9,21 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from torch import Generator
 
-from experiments import dpo_curve, methods, share_sweep
+from experiments import best_of, calibration, dpo_curve, methods, share_sweep
 from experiments.pictures import Pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
 from spo.config import load_config
 from spo.data.preferences import read_pairs
-from spo.stages import align, prepare, train_preference
+from spo.stages import align, evaluate, prepare, train_preference
 from spo.tracking import NullTracker
 from spo.workspace import Prepared
 from spo.world.opinion import Opinion
+from spo.world.pretraining.pairs import compare_all, write_comparisons
+from spo.world.pretraining.recipe import RECIPE
 from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
 from tests.test_pipeline import jpeg, make_project
 
@@ -89,6 +92,38 @@ def test_the_curve_has_every_checkpoint_of_both_methods_and_is_not_made_twice(pr
     monkeypatch.setattr(align, "run", no_training)
     assert dpo_curve.main(command) == 0
     assert (project / "curve.csv").read_bytes() == first
+
+
+def test_the_best_of_n_is_compared_with_the_base_and_with_each_method(project: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(project)
+    assert best_of.main(["--nums", "2", "--out", "best.csv"]) == 1
+    assert "run `python -m spo evaluate`" in capsys.readouterr().err
+    evaluate.run(load_config(), root=Path(), tracker=NullTracker())
+    assert best_of.main(["--nums", "2", "4", "--out", "best.csv"]) == 0
+    table = rows(project / "best.csv")
+    assert [(row["column"], row["against"]) for row in table] == [
+        ("best of 2", "base"), ("spo", "best of 2"), ("best of 4", "base"), ("spo", "best of 4")]  # fmt: skip
+    for row in table:
+        assert float(row["aesthetic_low"]) <= float(row["aesthetic_difference"]) <= float(row["aesthetic_high"])
+
+
+def test_the_calibration_is_a_table_of_the_pairs_it_is_given(tmp_path, capsys) -> None:
+    generator = Generator().manual_seed(0)
+    scenes = [scene for scene in all_scenes()[:4] for _ in range(6)]
+    pictures = render(draw_attributes(scenes, generator), draw_quality(len(scenes), generator), generator)
+    index = torch.arange(4).repeat_interleave(6)
+    prompts = [scene.prompt for scene in all_scenes()[:4]]
+    (tmp_path / "tiny-people").mkdir()
+    pool = compare_all(pictures, index, prompts, RECIPE.people, generator)
+    write_comparisons(pool, tmp_path / "tiny-people" / "pairs.parquet")
+    assert calibration.main([str(tmp_path / "tiny-people")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].count("|") == 5 and "Pick-a-Pic" in lines[0]
+    ties = (pool.label == 0.5).float().mean().item()
+    assert lines[-2] == f"| ties | 0.120 | 0.11 to 0.13 | {ties:.3f} |"
+    assert lines[-1].endswith("| 60 of 24 pictures |")
+    assert calibration.main([str(tmp_path / "mine")]) == 1
+    assert "no shipped pairs" in capsys.readouterr().err
 
 
 def test_the_curve_says_what_to_run_first(project: Path, monkeypatch, capsys) -> None:
