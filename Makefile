@@ -3,6 +3,7 @@
 # make bench          measure time and memory       make format   format the code
 # make test-portable  numerical tests as on other   make clean    remove caches
 #                     processors                    make soak     tests that take hours
+# make full-size      a round with Stable Diffusion v1.5's shapes on the CPU; needs 12 GB of memory
 PYTHON ?= python3
 TEST_PROCESSES ?= 3
 VENV := .venv
@@ -15,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: repro test test-portable bench soak lint ui format clean
+.PHONY: repro test test-portable full-size bench soak lint ui format clean
 
 repro: $(STAMP)
 	@$(BIN)/python -m spo repro
@@ -25,6 +26,9 @@ test: $(STAMP)
 
 test-portable: $(STAMP)  # only numerical tests; the others do not depend on the processor
 	TEST_PROCESSES=$(TEST_PROCESSES) $(BIN)/python tests/portable.py
+
+full-size: $(STAMP)  # random weights; minutes, and 8.5 GB of the temporary folder
+	SPO_FULL_SIZE=1 $(BIN)/python -m pytest tests/full_size -s
 
 bench: $(STAMP)  # on the CPU; docs/performance.md has the commands for a GPU
 	$(BIN)/python -m bench.profile_step --size tiny

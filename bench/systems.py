@@ -293,7 +293,8 @@ def make_system(
     """The system of a size with one batch of `prompts`; float32 on the CPU, bfloat16 on a GPU."""
     config = load_config(profile="tiny") if size == "tiny" else None
     settings = config.align["spo"].model_dump() if config else SHAPES[size].settings
-    settings = SpoConfig(**{**settings, "epochs": 1, "rollouts_per_epoch": 1, "checkpoints": 1, "threshold": 0.0})
+    once = {"epochs": 1, "rollouts_per_epoch": 1, "checkpoints": 1, "threshold": 0.0}
+    settings = SpoConfig(**{**settings, **once, "look_ahead": 0})  # as the published way
     changes = {"prompts_per_rollout": prompts, "micro_batch_size": micro_batch_size}
     settings = settings.model_copy(update={name: value for name, value in changes.items() if value is not None})
     with torch.random.fork_rng():
