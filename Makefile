@@ -3,7 +3,7 @@
 # make bench          measure time and memory       make format   format the code
 # make test-portable  numerical tests as on other   make clean    remove caches
 #                     processors                    make soak     tests that take hours
-# make full-size      a round with Stable Diffusion v1.5's shapes on the CPU; needs 12 GB of memory
+# make full-size      a round with Stable Diffusion v1.5's shapes on the CPU: takes minutes
 PYTHON ?= python3
 TEST_PROCESSES ?= 3
 VENV := .venv

@@ -1,15 +1,17 @@
 """One round of SPO with Stable Diffusion v1.5 and PickScore at their full sizes, random weights, on a CPU.
 
-`make full-size` runs it. It writes 8.5 GB to the temporary folder and takes minutes.
+`make full-size` runs it. It writes 8.5 GB to the temporary folder and takes four minutes on one core. What a process
+owns is its resident memory without mapped files: most weights stay in their files, and the system may drop such pages.
 """
 
 import os
-import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -18,8 +20,8 @@ from diffusers import StableDiffusionPipeline
 from bench.systems import PIPELINES, SHAPES, make_preference
 from spo.preference.checkpoint import save_preference_model
 
-pytestmark = pytest.mark.skipif(not os.environ.get("SPO_FULL_SIZE"), reason="needs 12 GB; `make full-size` runs it")
-RESOLUTION, MOST_BYTES = 256, 12e9
+pytestmark = pytest.mark.skipif(not os.environ.get("SPO_FULL_SIZE"), reason="takes minutes; `make full-size` runs it")
+RESOLUTION, MOST_OWNED = 256, 6e9  # bytes
 PROFILE = {
     "model": {"family": "sd15", "path": "model", "resolution": RESOLUTION},
     "sampling": {"steps": 3},
@@ -67,15 +69,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def spo(root: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "spo", *arguments], cwd=root, check=True)
+def spo(root: Path, *arguments: str) -> int:
+    """Run a command; the most memory that it owned, in bytes."""
+    owned = 0
+    with subprocess.Popen([sys.executable, "-m", "spo", *arguments], cwd=root) as process:
+        while process.poll() is None:
+            memory = psutil.Process(process.pid).memory_info()
+            owned = max(owned, memory.rss - memory.shared)
+            time.sleep(0.1)
+    assert process.returncode == 0
+    return owned
 
 
 def test_a_round_of_full_size_fits_and_plain_diffusers_loads_its_lora(project: Path) -> None:
     spo(project, "prepare")
-    spo(project, "align", "spo")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    assert peak < MOST_BYTES, f"{peak / 1e9:.1f} GB"
+    owned = spo(project, "align", "spo")
+    assert 1e9 < owned < MOST_OWNED, f"{owned / 1e9:.1f} GB"
     [checkpoint] = (project / "runs/own/align/spo/seed-0/checkpoints").iterdir()
     pipeline = StableDiffusionPipeline.from_pretrained(project / "model").to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -90,4 +99,4 @@ def test_a_round_of_full_size_fits_and_plain_diffusers_loads_its_lora(project: P
     after = paint()
     assert after.isfinite().all()
     assert (after - before).abs().max() > 1e-3
-    print(f"peak memory {peak / 1e9:.1f} GB")
+    print(f"owned {owned / 1e9:.1f} GB at most")
