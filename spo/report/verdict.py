@@ -36,7 +36,10 @@ def basis(results: Results) -> str:
 
 
 def summary(results: Results, savings: Sequence[str], seconds: Mapping[str, float], *, lines: int = 10) -> str:
-    """At most `lines` lines for a terminal: the verdict, a table with intervals, and the time taken."""
+    """At most `lines` lines for a terminal: the verdict, a table with intervals, and the time taken.
+
+    Of the first method's comparisons with others, the last one is told: the baseline is named last.
+    """
     width = max(len(column) for column in results.columns)
     heads = "  ".join(f"{metric:<24}" for metric in results.main)
     table = [f"{'':{width}}  {heads}".rstrip()]
@@ -47,7 +50,7 @@ def summary(results: Results, savings: Sequence[str], seconds: Mapping[str, floa
     first, *others = verdicts(results).values()
     duels = [sentence for sentence in first[1:] if sentence.startswith("Against")]
     rest = [sentence for sentence in first[1:] if sentence not in duels]
-    sentences = [first[0], *duels[:1], *savings[:1], *rest[:1], *(other[0] for other in others), *rest[1:]]
+    sentences = [first[0], *duels[-1:], *savings[-1:], *rest[:1], *(other[0] for other in others), *rest[1:]]
     room = max(1, lines - len(table) - len(took))
     return "\n".join([*sentences[:room], *table, *took][:lines]) + "\n"
 

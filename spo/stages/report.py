@@ -9,7 +9,7 @@ from pathlib import Path
 from spo.config import Config
 from spo.errors import DataError
 from spo.report.charts import all_charts
-from spo.report.cost import duels, numbers
+from spo.report.cost import duels, leading, numbers
 from spo.report.gallery import gallery
 from spo.report.inputs import Inputs, read_inputs
 from spo.report.page import page
@@ -45,7 +45,8 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
     studies = read_studies(config, root)
     html = page(config, inputs, results, charts, cards, costs, studies, facts=environment(root))
     write_text(folder / "report.html", html)
-    write_text(folder / "summary.txt", summary(results, [cost.sentence for cost in costs], inputs.seconds))
+    savings = [cost.sentence for cost in leading(costs) if cost.method == results.methods[0]]
+    write_text(folder / "summary.txt", summary(results, savings, inputs.seconds))
     write_json(folder / "metrics.json", measured)
     tracker.log_metrics(measured)
     for name in ("report.html", "summary.txt"):
