@@ -2,7 +2,7 @@
 
     python -m experiments.methods [--methods spo spo_blind d3po ...] [--factors 1 0.5] [--seed 0] [--quick]
 
-A trial trains a method with its own learning rate times a factor. The pipeline's rule chooses a checkpoint of each
+The ablations are the profile's SPO with one setting changed (ABLATIONS). A trial trains a method with its own learning rate times a factor. The pipeline's rule chooses a checkpoint of each
 trial on the validation prompts, and then a trial of each method; its checkpoint is measured on the test prompts,
 against the base and against the first method. The tables of trials and of methods are rewritten after every trial. A
 killed run resumes. Several runs with different --methods and --out may run at once; a run with all methods then makes
@@ -29,6 +29,23 @@ from spo.tracking import NullTracker
 from spo.workspace import Workspace
 
 Row = dict[str, Any]
+ABLATIONS: dict[str, dict[str, Any]] = {  # of SPO: the paper's, and ours without its look-ahead
+    "spo_from_win": {"continue_from": "win"},
+    "spo_from_lose": {"continue_from": "lose"},
+    "spo_random_pair": {"pairing": "random"},
+    "spo_blind": {"scoring": {"timestep": 0}},
+    "spo_2_candidates": {"candidates": 2},
+    "spo_8_candidates": {"candidates": 8},
+    "spo_no_look_ahead": {"look_ahead": 0},
+}
+
+
+def with_ablations(config: Config) -> Config:
+    """The profile with the ablations of its method `spo` beside its own methods."""
+    if (spo := config.align.get("spo")) is None:
+        return config
+    made = {name: type(spo).model_validate({**spo.model_dump(), **changes}) for name, changes in ABLATIONS.items()}
+    return config.model_copy(update={"align": {**config.align, **made}})
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one epoch, two checkpoints, four prompts: does it run?")
     options = parser.parse_args(arguments)
     set_up_libraries()
-    config = load_config()
+    config = with_ablations(load_config())
     methods = options.methods or list(config.align)
     if unknown := [name for name in methods if name not in config.align]:
         raise SpoError(f"profile {config.profile} has no method {unknown}; it has {sorted(config.align)}")
