@@ -22,10 +22,14 @@ stages:
   report:
     cmd: sh report.sh runs/${profile}
     deps: [report.sh, "runs/${profile}/train/model"]
-    outs: ["runs/${profile}/report/report.html": {cache: false}, "runs/${profile}/report/summary.txt": {cache: false}]
+    outs:
+      - runs/${profile}/report/report.html
+      - runs/${profile}/report/summary.txt: {cache: false}
+      - runs/${profile}/evaluate/samples.png: {cache: false}
     metrics: ["runs/${profile}/report/metrics.json": {cache: false}]
 """,
-    "report.sh": "mkdir -p $1/report; cd $1/report; n=$(cat ../train/model)\n"
+    "report.sh": "mkdir -p $1/report $1/evaluate; cd $1/report; n=$(cat ../train/model)\n"
+    "echo $n pictures > ../evaluate/samples.png\n"
     'echo "{\\"prompts\\": $n}" > metrics.json\n'
     "echo '<html>' > report.html; echo \"SPO learned from $n prompts.\" > summary.txt\n",
 }
@@ -101,10 +105,11 @@ def test_a_new_prompt_is_trained_on_stored_and_proposed(retrain: Retrain, tmp_pa
             "diff --git a/.github/workflows/evil.yml b/.github/workflows/evil.yml\nnew file mode 100644\n"
             "--- /dev/null\n+++ b/.github/workflows/evil.yml\n@@ -0,0 +1 @@\n+on: push\n"
         )
-    assert retrain.script("propose.sh").endswith("https://github.com/o/r/pull/8\n")
+    assert retrain.script("propose.sh", GITHUB_REPOSITORY="o/r").endswith("https://github.com/o/r/pull/8\n")
     branch = f"retrain/{head[:12]}"
     changed = shell(f"git diff --name-only {head} {branch}", retrain.origin).split()
-    assert changed == ["dvc.lock", "runs/tiny/report/metrics.json", "runs/tiny/report/summary.txt"]
+    figures = ["report/metrics.json", "report/summary.txt"]
+    assert changed == ["dvc.lock", "runs/tiny/evaluate/samples.png", *(f"runs/tiny/{name}" for name in figures)]
     asked = retrain.log.read_text()
     for request in (
         f"api repos/{{owner}}/{{repo}}/commits/{head}/pulls",
@@ -115,6 +120,9 @@ def test_a_new_prompt_is_trained_on_stored_and_proposed(retrain: Retrain, tmp_pa
     ):
         assert request in asked
     assert asked.count("SPO learned from 2 prompts.") == 2
+    proposed = shell(f"git rev-parse {branch}", retrain.origin).strip()
+    picture = f"https://github.com/o/r/blob/{proposed}/runs/tiny/evaluate/samples.png?raw=true"
+    assert asked.count(f"![The base above, then each method]({picture})") == 2
 
     elsewhere = tmp_path / "elsewhere"
     shell(f"git clone -q --branch {branch} {retrain.origin} {elsewhere} && cd {elsewhere} && dvc pull -q", tmp_path)
