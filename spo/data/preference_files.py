@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 HUB = "hub:"
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
-ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "about.json")  # no rows
+LABELLED_HERE = "about.json"  # in a folder of `python -m spo label`, whose files have the names of people
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", LABELLED_HERE)  # no rows
 FILE_BUFFER, HUB_BUFFER = 2**20, 2**23  # bytes of a column read at once; the hub answers slowly
 ROWS_AT_ONCE = 16
 _SHARD = re.compile(r"-\d+-of-\d+\.(parquet|jsonl?)$")
@@ -71,6 +72,8 @@ def preference_files(path: Path, split: str) -> tuple[list[Path], list[Path]]:
     files = _rows_within(path.iterdir()) or _rows_within(path.rglob("*"))
     if not files:
         raise DataError(f"preference folder {path} holds no {' or '.join(SUFFIXES)} file")
+    if (path / LABELLED_HERE).is_file():
+        return files, []
     within = _of_split(split)
     found = [file for file in files if within.search(f"/{file.relative_to(path).as_posix()}")]
     if not found and ((path / "dataset_dict.json").is_file() or any(_SHARD.search(file.name) for file in files)):

@@ -231,6 +231,15 @@ class TestSplits:
         with pytest.raises(DataError, match=r"no file of split 'all', but .*test-0.*; set prepare\.preferences\.split"):
             list(read_preferences(str(snapshot), split="all"))
 
+    @pytest.mark.parametrize("name", ["train", "train-er", "test"])
+    def test_names_of_people_are_no_splits(self, tmp_path: Path, name: str) -> None:
+        for annotator in (name, "anna"):
+            (tmp_path / annotator).mkdir()
+            write_jsonl(tmp_path / annotator, [pair(caption=annotator)]).rename(tmp_path / f"{annotator}.jsonl")
+        (tmp_path / "about.json").write_text("{}")
+        items = list(read_preferences(str(tmp_path)))
+        assert [item.caption for item in items if isinstance(item, PreferencePair)] == ["anna", name]
+
     def test_what_save_to_disk_writes_is_read(self, tmp_path: Path) -> None:
         for name in ("train", "test"):
             (tmp_path / name).mkdir()
