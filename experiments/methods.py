@@ -2,11 +2,11 @@
 
     python -m experiments.methods [--methods spo spo_blind d3po ...] [--factors 1 0.5] [--seed 0] [--quick]
 
-The ablations are the profile's SPO with one setting changed (ABLATIONS). A trial trains a method with its own learning rate times a factor. The pipeline's rule chooses a checkpoint of each
-trial on the validation prompts, and then a trial of each method; its checkpoint is measured on the test prompts,
-against the base and against the first method. The tables of trials and of methods are rewritten after every trial. A
-killed run resumes. Several runs with different --methods and --out may run at once; a run with all methods then makes
-the complete table.
+The ablations are the profile's SPO with one setting changed (ABLATIONS). A trial trains a method with its own learning
+rate times a factor. The pipeline's rule chooses a checkpoint of each trial on the validation prompts, and then a trial
+of each method; its checkpoint is measured on the test prompts, against the base and against the first method. The
+tables of trials and of methods are rewritten after every trial. A killed run resumes. Several runs with different
+--methods and --out may run at once; a run with all methods then makes the complete table.
 """
 
 import argparse
