@@ -149,6 +149,18 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             r"align\.spo\.threshold rises with the steps' std",
         ),
         (
+            lambda v: v["align"]["spo"].update(late={"preference_model": "none", "at_most": 250}),
+            r"align\.spo\.late\.preference_model='none' is none of \['latent', 'pixel'\]",
+        ),
+        (
+            lambda v: v["align"]["spo"].update(look_ahead=0, late={"preference_model": "latent", "at_most": 250}),
+            r"align\.spo needs the preference model 'latent', which train_preference .* got \['pixel'\], so add it",
+        ),
+        (
+            lambda v: v["align"]["spo"].update(late={"preference_model": "pixel", "at_most": 1000}),
+            r"align\.spo\.late\.at_most: Input should be less than 1000",
+        ),
+        (
             lambda v: v["align"]["lpo"].update(look_ahead=1),
             r"align\.lpo\.look_ahead=1 needs a preference model that scores the predicted x_0; 'latent' scores noisy",
         ),

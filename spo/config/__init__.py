@@ -9,6 +9,7 @@ from spo.config.align import (
     D3poConfig,
     DiffusionDpoConfig,
     GrpoConfig,
+    LateConfig,
     LoraConfig,
     MethodConfig,
     OptimizerConfig,

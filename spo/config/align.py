@@ -72,6 +72,11 @@ class AlignConfig(Section):
         """The preference model that scores the method's samples; None if it needs none."""
         return None
 
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """All preference models that score the method's samples, `scorer` first."""
+        return () if self.scorer is None else (self.scorer,)
+
     def sampling(self, sampling: SamplingConfig) -> SamplingConfig:
         """The sampler of the policy, from the profile's sampler."""
         return sampling
@@ -181,6 +186,13 @@ class PairConfig(SampledConfig):
         return super().miniature(examples=examples, prompts=prompts) | {"threshold": 0.0}
 
 
+class LateConfig(Section):
+    """Another preference model, which scores the candidates at times up to `at_most` (spo/preference/by_time.py)."""
+
+    preference_model: Name  # a key of the profile's preference_models
+    at_most: Annotated[float, Field(ge=0, lt=1000)]
+
+
 class SpoConfig(PairConfig):
     """SPO (paper section 4; published settings for SD 1.5 as defaults)."""
 
@@ -191,6 +203,11 @@ class SpoConfig(PairConfig):
     continue_from: Literal["random", "win", "lose"] = "random"
     look_ahead: Annotated[int, Field(ge=0)] = 0  # steps without noise before a candidate is scored; published: 0
     pairing: Literal["best_worst", "random"] = "best_worst"
+    late: LateConfig | None = None  # None, as published: one preference model scores at all times
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        return (*super().scorers, *([self.late.preference_model] if self.late else []))
 
     @property
     def pairs_at_random(self) -> bool:  # type: ignore[override]

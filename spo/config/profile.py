@@ -67,22 +67,24 @@ class Config(Section):
                 raise ValueError(f"align.{name}.{problem}")
             if not isinstance(method, SampledConfig):
                 continue
-            scorer = method.preference_model
-            if scorer not in self.preference_models:
-                known = sorted(self.preference_models)
-                raise ValueError(f"align.{name}.preference_model={scorer!r} is none of {known}")
-            if problem := self.preference_models[scorer].unfit(method.scoring):
+            keys = ("preference_model", "late.preference_model")
+            for key, scorer in zip(keys, method.scorers, strict=False):
+                if scorer not in self.preference_models:
+                    known = sorted(self.preference_models)
+                    raise ValueError(f"align.{name}.{key}={scorer!r} is none of {known}")
+                if name in self.methods and scorer not in self.train_preference:
+                    raise ValueError(
+                        f"align.{name} needs the preference model {scorer!r}, which train_preference in params.yaml "
+                        f"does not name; got {[*self.train_preference]}, so add it"
+                    )
+                ahead = getattr(method, "look_ahead", 0)
+                if ahead and not self.preference_models[scorer].reads_x_0:
+                    raise ValueError(
+                        f"align.{name}.look_ahead={ahead} needs a preference model that scores the predicted x_0; "
+                        f"{scorer!r} scores noisy latents, so set it to 0"
+                    )
+            if problem := self.preference_models[method.scorer].unfit(method.scoring):
                 raise ValueError(f"align.{name}.scoring.{problem}")
-            if isinstance(method, SpoConfig) and method.look_ahead and not self.preference_models[scorer].reads_x_0:
-                raise ValueError(
-                    f"align.{name}.look_ahead={method.look_ahead} needs a preference model that scores the predicted "
-                    f"x_0; {scorer!r} scores noisy latents, so set it to 0"
-                )
-            if name in self.methods and scorer not in self.train_preference:
-                raise ValueError(
-                    f"align.{name} needs the preference model {scorer!r}, which train_preference in params.yaml does "
-                    f"not name; got {[*self.train_preference]}, so add it"
-                )
         for name, preference in self.preference_models.items():
             if self.prepare.preferences is None and not preference.is_trained:
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
@@ -193,6 +194,12 @@ class Candidates:
         self.text = text  # the scorer's `encode` of the b prompts
         self._predict_x_0 = predict_x_0
         self._decode = decode
+
+    def with_text(self, text: Any) -> "Candidates":
+        """The same candidates with another scorer's text."""
+        other = copy(self)
+        other.text = text
+        return other
 
     @cached_property
     def x_0(self) -> Tensor:

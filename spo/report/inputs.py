@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ class PreferenceModel:
     def cost(self) -> dict[str, float]:
         """Seconds and unet_forwards of its training."""
         return {name: self.metrics[name] for name in ("unet_forwards", "seconds") if name in self.metrics}
+
+
+def total_cost(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of costs, of what all of them name."""
+    found = list(costs)
+    shared = [name for name in found[0] if all(name in cost for cost in found)] if found else []
+    return {name: sum(cost[name] for cost in found) for name in shared}
 
 
 @dataclass(frozen=True)

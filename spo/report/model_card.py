@@ -71,7 +71,7 @@ def _results(config: Config, method: str, root: Path) -> list[str]:
 def _training(config: Config, method: str) -> list[str]:
     section = config.align[method]
     settings: dict[str, Section] = {"sampling": config.sampling, method: section}
-    if name := section.scorer:
+    for name in section.scorers:
         settings[f"preference model {name}"] = config.preference_models[name]
     plain: dict[str, Any] = {"seed": config.seed}
     plain |= {key: value.model_dump(mode="json", exclude_unset=True) for key, value in settings.items()}

@@ -38,6 +38,7 @@ def page(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     html.filters |= {"signed": signed, "plain": plain, "duration": duration, "percent": "{:.0%}".format, "minus": minus}
+    scorers = {name: ", ".join(section.scorers) for name, section in config.align.items()}
     left_out = [s for metric in config.evaluate.metrics for s in metric.scores if s not in results.metrics]
     return html.get_template("template.html.j2").render(
         profile=config.profile,
@@ -59,7 +60,13 @@ def page(
             if row.get("chosen") == 1
         ],
         training=[
-            {"method": name, "seed": seed, "scorer": config.align[name].scorer, **metrics, **per_pair(metrics)}
+            {
+                "method": name,
+                "seed": seed,
+                "scorer": scorers[name],
+                **metrics,
+                **per_pair(metrics),
+            }
             for name, runs in inputs.training.items()
             for seed, metrics in zip(config.training_seeds, runs, strict=True)
         ],

@@ -17,6 +17,7 @@ from spo.models.generate import generate, image_seed
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.load import build, load_tiny_vae
 from spo.models.lora import add_lora
+from spo.preference.by_time import ByTime
 from spo.runtime import distributed
 from spo.runtime.checkpoint import StateStore
 from spo.runtime.device import best_device
@@ -26,7 +27,7 @@ from spo.tracking import Tracker
 from spo.training.align import align
 from spo.training.history import Cost
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
-from spo.training.preference_scorer import LoadedPreference
+from spo.training.preference_scorer import LoadedPreference, load_scorer
 from spo.training.watch import Watch
 from spo.workspace import Workspace
 
@@ -44,7 +45,7 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
         add_lora(policy.network.module, settings.lora, seed=seed)
     start = time.perf_counter()
     preference = LoadedPreference(config, config.scorer_of(name), root, policy)
-    method = build_method(settings, build_inputs(config, policy, preference, root=root), seed=seed)
+    method = build_method(settings, build_inputs(config, name, policy, preference, root=root), seed=seed)
     cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, preference, root=root)
     work_dir = store.folder / "output"  # DVC removes the outputs of a stage before it runs again
@@ -70,9 +71,10 @@ def state_store(config: Config, name: str, seed: int, root: Path) -> StateStore:
         settings |= {"pairs": fingerprint_of_pairs(workspace.prepared.pairs_file("train"))}
         settings |= {"labels": config.labels.model_dump(mode="json")}
         inputs |= {"labels": config.labels.model}
-    if method.scorer is not None:
-        prompts, model = workspace.prepared.prompts_file("train"), workspace.preference_model(method.scorer)
-        inputs |= {"prompts": prompts, "preference_model": model}
+    if method.scorers:
+        inputs |= {"prompts": workspace.prepared.prompts_file("train")}
+        keys = ("preference_model", "late_preference_model")
+        inputs |= dict(zip(keys, map(workspace.preference_model, method.scorers), strict=False))
     settings |= {"inputs": fingerprints(inputs)}
     return StateStore(workspace.state("align", name, f"seed-{seed}"), settings)
 
@@ -82,14 +84,20 @@ def build_policy(config: Config, name: str) -> LatentDiffusion:
     return build(config.model, config.align[name].sampling(config.sampling), best_device())
 
 
-def build_inputs(config: Config, policy: LatentDiffusion, preference: LoadedPreference, *, root: Path) -> Inputs:
-    """The data and models that a method may learn from."""
+def build_inputs(
+    config: Config, name: str, policy: LatentDiffusion, preference: LoadedPreference, *, root: Path
+) -> Inputs:
+    """The data and models that the method `name` may learn from."""
     workspace = Workspace(config, root)
+    late = getattr(config.align[name], "late", None)
 
     def scorer(scoring: ScoringConfig) -> Scorer:
         if scoring.tiny_vae is not None:
             policy.autoencoder.preview = load_tiny_vae(scoring.tiny_vae, policy)
-        return preference.scorer(scoring)
+        first = preference.scorer(scoring)
+        if late is None:
+            return first
+        return ByTime(first, load_scorer(config, late.preference_model, root, policy), at_most=late.at_most)
 
     def pairs() -> LabelledPairs:
         return load_pairs(workspace.prepared.pairs_file("train"), policy, config, cache=workspace.latents_cache)

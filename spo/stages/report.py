@@ -11,7 +11,7 @@ from spo.errors import DataError
 from spo.report.charts import all_charts
 from spo.report.cost import duels, leading, numbers
 from spo.report.gallery import gallery
-from spo.report.inputs import Inputs, read_inputs
+from spo.report.inputs import Inputs, read_inputs, total_cost
 from spo.report.page import page
 from spo.report.results import CONTRAST, Results
 from spo.report.studies import read_studies
@@ -35,9 +35,9 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
         inputs.validation_scores,
         tolerance=evaluate.guard_tolerance,
         preference_cost={
-            name: inputs.preference_models[scorer].cost
+            name: total_cost(inputs.preference_models[scorer].cost for scorer in scorers)
             for name in config.methods
-            if (scorer := config.align[name].scorer) is not None
+            if (scorers := config.align[name].scorers)
         },
     )
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}

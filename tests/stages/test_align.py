@@ -99,7 +99,9 @@ def test_method_and_watch_share_one_preference_model(project: Path, config: Conf
     with contextlib.chdir(project):
         policy = align.build_policy(config, "spo")
         preference = preference_of(config, policy)
-        method = align.build_inputs(config, policy, preference, root=Path()).load_scorer(ScoringConfig(timestep=7))
+        method = align.build_inputs(config, "spo", policy, preference, root=Path()).load_scorer(
+            ScoringConfig(timestep=7)
+        )
         watch = preference.scorer()
     assert isinstance(method, PreferenceScorer) and isinstance(watch, PreferenceScorer)
     assert method.model is watch.model

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from spo.config import Config, ScoringConfig, load_config
+from spo.config import Config, LateConfig, PixelPreferenceConfig, ScoringConfig, load_config
 from spo.core.noise import KeyedNoise
 from spo.core.rollout import rollout
 from spo.errors import ConfigError, ModelError
@@ -91,6 +91,27 @@ def test_a_step_costs_one_pass_of_the_policy_and_half_passes_of_the_model(config
     assert sum(segment.unet_forwards for segment in segments) == len(prompts) * policy.num_trainable
     assert policy.network.forwards == policy.num_trainable * len(prompts) * (2 + k * 2 / 2)
     assert policy.autoencoder.decodes == 0
+
+
+@pytest.mark.slow
+def test_a_pixel_model_may_score_the_last_steps(project: Path, config: Config, tmp_path: Path) -> None:
+    pixel = {"start_from": "clip", "steps": 1, "batch_size": 4, "evaluate_timesteps": [501]}
+    models = {**config.preference_models, "pixel": PixelPreferenceConfig(**pixel)}
+    late = LateConfig(preference_model="pixel", at_most=500)
+    changes = {"late": late, "scoring": ScoringConfig(), "threshold": 0.0}
+    both = {"late": config.align["spo"].model_copy(update=changes)}
+    config = config.model_copy(update={"preference_models": models, "align": {**config.align, **both}})
+    train_preference.run(config, "pixel", tracker=NullTracker())
+    align.run(config, "late", 0, tracker=NullTracker())
+    workspace = Workspace(config)
+    cost, policy = metrics(workspace.aligned("late", 0)), align.build_policy(config, "late")
+    scored_at = [*policy.timesteps.tolist(), 0][1 : policy.num_trainable + 1]
+    late_steps = sum(t <= 500 for t in scored_at)
+    prompts = len(workspace.prepared.prompts("train"))
+    assert 0 < late_steps < len(scored_at)
+    assert cost["vae_decodes"] == prompts * 3 * late_steps  # candidates of the last steps alone
+    inputs = align.state_store(config, "late", 0, Path()).made_by["inputs"]
+    assert {"preference_model", "late_preference_model"} <= set(inputs)
 
 
 @pytest.mark.slow
