@@ -64,8 +64,8 @@ def load_pairs(
     if "pictures" not in found:
         quantities["pictures"] = lambda images, _: base.autoencoder.encode(images).cpu()
     if labels.model and "score" not in found:
-        judge = PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
-        quantities["score"] = partial(_score, judge=judge)
+        labeller = PreferenceScorer(load_clip(labels.model, processor=labels.processor), device=base.device)
+        quantities["score"] = partial(_score, labeller=labeller)
     if quantities:
         options: dict[str, Any] = {"size": config.model.size, "device": base.device}
         made, members = measure(stored, num_pairs, quantities, **options, label=f"encode {path.stem} pairs")
@@ -114,9 +114,9 @@ def fingerprint_of_pairs(path: Path) -> str:
     return f"{fingerprint(path)} {short_hash(read)}"
 
 
-def _score(images: Tensor, captions: Sequence[str], judge: PreferenceScorer) -> Tensor:
+def _score(images: Tensor, captions: Sequence[str], labeller: PreferenceScorer) -> Tensor:
     """A clean-image model's scores (n,) of images (n, 3, H, W)."""
-    return judge.score_images(images, judge.encode(captions), torch.zeros(len(images), dtype=torch.long)).cpu()
+    return labeller.score_images(images, labeller.encode(captions), torch.zeros(len(images), dtype=torch.long)).cpu()
 
 
 def measure(
