@@ -174,6 +174,6 @@ def test_a_named_sampler_keeps_its_settings_but_those_that_are_given(config):
     changed = choose_sampler(config, "ddim-stochastic", **given | {"steps": 7})[1]
     assert changed == own.model_copy(update={"steps": 7})
     with pytest.raises(
-        ConfigError, match=r"'ddpm' is not in evaluate.samplers; use one of \['ddim', 'ddim-stochastic'\]"
+        ConfigError, match=r"'ddpm' is not in evaluate.samplers; use one of \['ddim', 'ddim-stochastic', 'dpm-solver'\]"
     ):
         choose_sampler(config, "ddpm", **given)
