@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from spo.runtime.exit_codes import exit_code
 from spo.runtime.processes import run_group
 from spo.runtime.stopping import SIGNALS, Stopped, stoppable, uninterrupted
 
@@ -72,6 +73,16 @@ def test_a_signal_that_came_in_a_destructor_ends_the_run_all_the_same() -> None:
             done.append("step")
         done.append("after")
     assert done == ["dropped", "step"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_came_in_a_last_destructor_is_still_the_commands_end() -> None:
+    class Object:
+        def __del__(self) -> None:
+            send(signal.SIGINT)
+
+    assert exit_code(lambda: print(Object() is None)) == 130
+    assert exit_code(lambda: None) == 0
 
 
 def test_what_is_saved_because_of_a_signal_is_not_ended_by_it_again() -> None:
