@@ -6,7 +6,7 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 
 from spo.errors import SpoError, is_disk_full, is_out_of_memory, one_line
-from spo.runtime.stopping import Stopped, stoppable
+from spo.runtime.stopping import Stopped, stoppable, uninterrupted
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
@@ -17,7 +17,9 @@ def exit_code(command: Callable[[], int | None]) -> int:
     """
     try:
         with stoppable():
-            return command() or 0
+            code = command() or 0
+            with uninterrupted():
+                return code  # unless Python dropped a signal, which is then raised
     except SpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

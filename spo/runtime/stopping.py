@@ -6,8 +6,7 @@ with stoppable():              # around a command: the signals raise Stopped
             ...
 
 Python drops an exception that is raised in a destructor or a weak reference's callback, and a signal may come there.
-So a signal is remembered, and the next `uninterrupted` raises its Stopped again where it was dropped, at the latest the
-end of `stoppable`.
+So a signal is remembered, and the next `uninterrupted` raises its Stopped again where it was dropped.
 """
 
 import signal
@@ -54,14 +53,11 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, _handle)
     try:
         yield
-        dropped = _State.received
     finally:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
         _State.received = None
-    if dropped is not None:
-        raise Stopped(dropped)
 
 
 @contextmanager
