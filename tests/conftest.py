@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,8 @@ for name, value in {
     os.environ.setdefault(name, value)
 for name in ("MLFLOW_TRACKING_URI", "SPO_PIPELINE_RUN", "RANK"):  # a developer's own must not reach the tests
     os.environ.pop(name, None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with & by a script; commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402  (reads OMP_NUM_THREADS as it is imported)
 
