@@ -8,9 +8,8 @@ each method of the last `python -m spo evaluate` is better by.
 """
 
 import argparse
-import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,26 @@ import torch
 from torch import Tensor
 
 from bench.measure import at_least, mistakes_in_one_line
-from experiments.workbench import cells
-from spo.config import Config, ScoringConfig, load_config
-from spo.errors import SpoError
-from spo.evaluation.image_scorer import ImageScorer
+from experiments.workbench import CheckpointScorer, cells
+from spo.config import Config, load_config
+from spo.evaluation.image_scorer import ImageScorer, joined
 from spo.evaluation.model_variants import BASE, ModelVariant, tasks
-from spo.evaluation.statistics import paired_difference
 from spo.metrics.metric import Scores
 from spo.models.generate import from_bytes
+from spo.report.inputs import read_csv
 from spo.runtime.files import write_csv
 from spo.runtime.libraries import set_up_libraries
-from spo.training.preference_scorer import LoadedPreference
+from spo.training.preference_scorer import load_scorer
 from spo.workspace import Workspace
 
 Row = dict[str, Any]
 
 
-def best_of(config: Config, preference_model: str, nums: Sequence[int], *, root: Path) -> dict[int, Scores]:
+def best_of(config: Config, preference_model: str, nums: Sequence[int], images: ImageScorer) -> dict[int, Scores]:
     """Scores (prompts,) by name of the best of N pictures of each test prompt, for each N; 1 is the base's own."""
-    evaluate, most = config.evaluate, max(nums)
+    evaluate, root, most = config.evaluate, Path(), max(nums)
     wanted = tasks(Workspace(config, root).prepared, "test", evaluate.num_prompts, most, evaluate.seed)
-    images = ImageScorer(config, root)
-    preference = LoadedPreference(config, preference_model, root, images.model).scorer(ScoringConfig())
+    preference = load_scorer(config, preference_model, root, images.model)
     now = torch.zeros((), dtype=torch.long)
     preferred: list[Tensor] = []
     seen: list[Scores] = []
@@ -48,33 +45,22 @@ def best_of(config: Config, preference_model: str, nums: Sequence[int], *, root:
         preferred.append(preference.score_images(from_bytes(batch.images), text, now).cpu())
         seen.append(batch.scores)
     by_prompt = torch.cat(preferred).view(-1, most)  # (prompts, most)
-    scores = {name: torch.cat([part[name] for part in seen]).view(-1, most) for name in seen[0]}
+    scores = {name: each.view(-1, most) for name, each in joined(seen).items()}
     chosen = {num: by_prompt[:, :num].argmax(dim=1, keepdim=True) for num in (1, *nums)}
     return {num: {name: each.gather(1, best)[:, 0] for name, each in scores.items()} for num, best in chosen.items()}
 
 
-def evaluated(config: Config, names: Sequence[str], *, root: Path) -> dict[str, Scores]:
+def evaluated(config: Config, names: Sequence[str]) -> dict[str, Scores]:
     """Scores (prompts,) of each method's first picture and training seed, by the last evaluation."""
-    file = Workspace(config, root).evaluate / "scores.csv"
-    if not file.is_file():
-        raise SpoError(f"{file} is missing; run `python -m spo evaluate`")
-    with file.open(newline="", encoding="utf-8") as opened:
-        rows = [row for row in csv.DictReader(opened) if row["sampler"] == config.evaluate.deciding]
-    first, seed = [row for row in rows if row["image_index"] == "0"], float(config.training_seeds[0])
+    columns = ("sampler", "column", "training_seed", "prompt_index", "image_index")
+    table = read_csv(Workspace(config, Path()).evaluate / "scores.csv", "evaluate", columns)
+    rows = [row for row in table if row["sampler"] == config.evaluate.deciding and row["image_index"] == 0]
     found = {}
     for method in config.methods:
-        own = [row for row in first if row["column"] == method and float(row["training_seed"]) == seed]
-        own.sort(key=lambda row: int(row["prompt_index"]))
-        found[method] = {name: torch.tensor([float(row[name]) for row in own]) for name in names}
+        own = [row for row in rows if row["column"] == method and row["training_seed"] == config.training_seeds[0]]
+        own.sort(key=lambda row: row["prompt_index"])
+        found[method] = {name: torch.tensor([row[name] for row in own]) for name in names}
     return found
-
-
-def compared(one: Scores, other: Scores, names: Sequence[str], samples: int) -> Mapping[str, Any]:
-    prompts = range(len(one[names[0]]))
-    differences = {
-        name: paired_difference(one[name].numpy(), other[name].numpy(), prompts, samples=samples) for name in names
-    }
-    return cells(differences, names)
 
 
 @mistakes_in_one_line
@@ -85,23 +71,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/best_of.csv"))
     options = parser.parse_args(arguments)
     set_up_libraries()
-    config, root = load_config(), Path()
-    names, samples = (config.evaluate.primary, *config.evaluate.guarded), config.evaluate.bootstrap_samples
-    methods = evaluated(config, names, root=root)
-    best = best_of(config, options.preference_model, options.nums, root=root)
+    config = load_config()
+    names = (config.evaluate.primary, *config.evaluate.guarded)
+    methods = evaluated(config, names)
+    scorer = CheckpointScorer(config, Path())
+    best = best_of(config, options.preference_model, options.nums, scorer.image_scorer)
+
+    def row(column: str, one: Scores, against: str, other: Scores) -> Row:
+        changes = scorer.differences({name: one[name] for name in names}, other, "test")
+        return {"column": column, "against": against, **cells(changes, names)}
+
     rows: list[Row] = []
     for num in options.nums:
         label = f"best of {num}"
-        rows.append({"column": label, "against": BASE, **compared(best[num], best[1], names, samples)})
-        for method, scores in methods.items():
-            rows.append({"column": method, "against": label, **compared(scores, best[num], names, samples)})
+        rows.append(row(label, best[num], BASE, best[1]))
+        rows += [row(method, scores, label, best[num]) for method, scores in methods.items()]
     write_csv(options.out, rows)
-    for row in rows:
+    for each in rows:
         changes = ", ".join(
-            f"{name} {row[f'{name}_difference']:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}]"
+            f"{name} {each[f'{name}_difference']:+.3f} [{each[f'{name}_low']:+.3f}, {each[f'{name}_high']:+.3f}]"
             for name in names
         )
-        print(f"{row['column']} minus {row['against']}: {changes}")
+        print(f"{each['column']} minus {each['against']}: {changes}")
     print(options.out)
     return 0
 

@@ -1,4 +1,4 @@
-"""Make the models and data of profiles `tiny` and `tiny-flow` again: base models, preference model, prompts, pairs.
+"""Make the models and data of the profiles `tiny*` again: base models, preference models, prompts, pairs.
 
 The results are in git and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it, in about three hours on
 two CPU cores. Finished parts are cached in .cache/pretrain, so a killed run continues with the next part. The recipe is
@@ -21,7 +21,7 @@ from spo.world.scenes import all_scenes
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
-    """Write data/base/tiny, tiny-flow and tiny-preference, data/preferences/tiny and data/prompts/world.txt."""
+    """Write the folders data/base/tiny* and data/preferences/tiny*, and data/prompts/world.txt."""
     torch.set_flush_denormal(True)
     data, work = root / "data", root / ".cache" / "pretrain"
     prompts = [scene.prompt for scene in all_scenes()]
@@ -37,8 +37,9 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     people = parts.load_pool(
         _once(work / "people-pool", lambda folder: parts.make_people_pool(folder, denoiser / "final", prompts))
     )
+    sight = preference / parts.SIGHT
     of_people = _once(
-        work / "people-preference", lambda folder: parts.make_people_preference(folder, vae, people, config)
+        work / "people-preference", lambda folder: parts.make_people_preference(folder, sight, people, config)
     )
     flow = _once(work / "flow", lambda folder: parts.make_flow(folder, denoiser / "final", preference))
 
@@ -57,7 +58,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         shutil.copytree(flow, folder)
         write_text(folder / "README.md", cards.flow(RECIPE, figures["flow"]))
     with atomic_path(data / "base" / "tiny-preference") as folder:
-        shutil.copytree(preference, folder, ignore=shutil.ignore_patterns("accuracy.json"))
+        shutil.copytree(preference, folder, ignore=shutil.ignore_patterns("accuracy.json", parts.SIGHT))
         write_text(folder / "README.md", cards.preference(RECIPE, figures["preference"]))
     with atomic_path(data / "preferences" / "tiny") as folder:
         folder.mkdir()

@@ -29,6 +29,8 @@ def test_a_fresh_clone_reproduces_without_a_remote_and_then_has_nothing_to_do(ra
     tracked = [line for line in shell("git ls-files", ran).splitlines() if line.startswith("runs/")]
     assert "runs/tiny/report/summary.txt" in tracked and "runs/tiny/evaluate/comparisons.csv" in tracked
     assert not [line for line in tracked if line.endswith((".html", "history.csv", "/scores.csv"))]  # DVC's
+    metrics = [line for line in tracked if line.startswith("runs/tiny/") and line.endswith("metrics.json")]
+    assert metrics == ["runs/tiny/evaluate/metrics.json", "runs/tiny/report/metrics.json"]
     assert (ran / "runs/tiny/report/report.html").is_file()
     assert max((ran / line).stat().st_size for line in tracked) < 300_000
     before = (ran / "dvc.lock").read_bytes()

@@ -37,6 +37,7 @@ from spo.world.pretraining.recipe import RECIPE, Recipe
 from spo.world.pretraining.vae import finish_vae, new_vae, train_vae
 from spo.world.scenes import Scene, all_scenes
 
+SIGHT = "sight"  # folder of the CLIP that sees and prefers nothing, within the preference model's
 PREFERENCE_SCALE = 10.0  # of the cosine, where the preferences start
 
 
@@ -147,6 +148,7 @@ def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, c
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
     prompts = training_prompts(config)
     clip, tokenizer = train_to_see(vae, prompts, RECIPE, random)
+    save_clip(clip, tokenizer, folder / SIGHT)
     taught = load_file(lessons / "lessons.safetensors")
     own = torch.tensor([prompt in prompts for prompt in pool.prompts]).nonzero().flatten()
     shown = [pool.prompts[i] for i in own.tolist()]
@@ -160,14 +162,13 @@ def make_preference(folder: Path, vae_folder: Path, lessons: Path, pool: Pool, c
     write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, set(prompts)))
 
 
-def make_people_preference(folder: Path, vae_folder: Path, pool: Pool, config: Config) -> None:
-    """The preference model that learns from the labels of the pool's training prompts, and from nothing else."""
-    vae, random = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False), generator(4)
+def make_people_preference(folder: Path, sight: Path, pool: Pool, config: Config) -> None:
+    """A CLIP that can see learns the labels of the pool's training prompts, and nothing else."""
     prompts = training_prompts(config)
-    clip, tokenizer = train_to_see(vae, prompts, RECIPE, random)
+    clip, tokenizer = CLIPModel.from_pretrained(sight).train(), CLIPTokenizer.from_pretrained(sight)
     torch.nn.init.constant_(clip.logit_scale, math.log(PREFERENCE_SCALE))
     taught = pool.of(set(prompts))
-    _run(learn_labels(clip, tokenizer, taught, RECIPE, random), RECIPE.label_steps, "labels")
+    _run(learn_labels(clip, tokenizer, taught, RECIPE, generator(10)), RECIPE.label_steps, "labels")
     save_clip(clip.eval(), tokenizer, folder)
     write_json(folder / "accuracy.json", _held_out_accuracy(clip, tokenizer, pool, set(prompts)))
 

@@ -137,8 +137,9 @@ def learn_labels(
         chosen = torch.randperm(len(prompts), generator=generator)[: recipe.preference_prompts]
         rows = torch.isin(of_picture, chosen).nonzero().flatten()  # (p,)
         pairs = torch.isin(of_pair, chosen).nonzero().flatten()  # (m,)
-        ids = token_ids(tokenizer, [pool.prompts[i] for i in rows.tolist()])
-        scores = score(clip, mirror(pool.pictures[rows], generator), ids)  # (p,)
+        shown = [prompts[i] for i in chosen.tolist()]
+        prompt_of = (of_picture[rows, None] == chosen).int().argmax(dim=1)  # (p,)
+        scores = score(clip, tokenizer, mirror(pool.pictures[rows], generator), shown, prompt_of)  # (p,)
         both = torch.stack([pool.first[pairs], pool.second[pairs]], dim=1)  # (m, 2)
         label = torch.stack([pool.label[pairs], 1 - pool.label[pairs]], dim=1)
         loss = preference_loss(scores[torch.searchsorted(rows, both)], label, torch.ones(len(pairs)))
@@ -146,18 +147,17 @@ def learn_labels(
         yield {"loss": loss.value.item(), "accuracy": loss.metrics["accuracy"].item()}
 
 
-def score(clip: CLIPModel, pictures: Tensor, ids: Tensor) -> Tensor:
-    """Scores (n,) of pictures (n, 3, 64, 64) for the prompts with tokens (n, length)."""
-    text = F.normalize(clip.get_text_features(input_ids=ids).pooler_output, dim=1)
+def score(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, prompts: list[str], prompt_of: Tensor) -> Tensor:
+    """Scores (n,) of pictures (n, 3, 64, 64), each for the prompt at its place prompt_of (n,) in `prompts`."""
+    text = F.normalize(clip.get_text_features(input_ids=token_ids(tokenizer, prompts)).pooler_output, dim=1)
     images = F.normalize(clip.get_image_features(pixel_values=normalise(pictures)).pooler_output, dim=1)
-    return clip.logit_scale.exp() * (images * text).sum(dim=1)
+    return clip.logit_scale.exp() * (images * text[prompt_of]).sum(dim=1)
 
 
 def score_groups(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, prompts: list[str]) -> Tensor:
     """Scores (p, m) of pictures (p * m, 3, 64, 64) for p prompts."""
-    text = F.normalize(clip.get_text_features(input_ids=token_ids(tokenizer, prompts)).pooler_output, dim=1)
-    images = F.normalize(clip.get_image_features(pixel_values=normalise(pictures)).pooler_output, dim=1)
-    return clip.logit_scale.exp() * (images.unflatten(0, (len(prompts), -1)) * text[:, None]).sum(dim=-1)
+    prompt_of = torch.arange(len(prompts)).repeat_interleave(len(pictures) // len(prompts))
+    return score(clip, tokenizer, pictures, prompts, prompt_of).unflatten(0, (len(prompts), -1))
 
 
 def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: float) -> Callable[[Generator], Group]:
