@@ -110,7 +110,7 @@ class PlainPath:
         policy = self.policy
         cond = Conditioning(self.cond)[row]
         with torch.autocast(self.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
-            inputs = policy.network._inputs(cond, True)
+            inputs = policy.network._inputs(x_t, cond, True)
             output = unet(x_t.repeat(2, 1, 1, 1).to(policy.dtype), t.repeat(2), **inputs).sample.float()
         negative, positive = output.chunk(2)
         return negative + policy.sampler.guidance_scale * (positive - negative)

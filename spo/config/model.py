@@ -27,6 +27,7 @@ class ModelConfig(Section):
     vae: str | None = None  # another VAE, e.g. madebyollin/sdxl-vae-fp16-fix
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     resolution: Positive | tuple[Positive, Positive]  # pixels: the side of a square, or height and width
+    bucket_step: Positive | None = None  # pixels: labelled pairs keep their aspect, with sides in multiples of it
     t5: bool = True  # of sd3: false leaves out the largest text encoder, 4.7 billion weights
     t5_tokens: Positive | None = None  # of a prompt, for sd3 and flux; None: the pipeline's, 256 and 512 (schnell: 256)
     keep_prompts: bool = False  # encode each prompt once and keep the result in the CPU's memory

@@ -131,12 +131,27 @@ class Steps(Rows):
     advantage: Tensor  # (n,)
 
 
+class Latents(Protocol):
+    """Latents (m, c, h, w), in memory or in files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Those at index (...), int: (..., c, h, w)."""
+        ...
+
+
 @dataclass(frozen=True)
 class LabelledPairs:
-    """n preference pairs of m encoded pictures with their labels; a picture that several pairs share is stored once."""
+    """n preference pairs of encoded pictures with their labels; a picture that several pairs share is stored once.
 
-    pictures: Tensor  # (m, c, h, w): latents
-    members: Tensor  # (n, 2) int: the pictures of each pair
+    Pairs whose latents have one size make a bucket; there are several only where pictures keep their aspect.
+    """
+
+    pictures: Mapping[int, Latents]  # by bucket
+    bucket: Tensor  # (n,) int
+    members: Tensor  # (n, 2) int: the pictures of each pair, of its bucket
     label: Tensor  # (n, 2)
     weight: Tensor  # (n,)
     captions: Sequence[str]  # n
@@ -144,20 +159,32 @@ class LabelledPairs:
     def __len__(self) -> int:
         return len(self.label)
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """c, h, w"""
-        return tuple(self.pictures.shape[1:])
+    def latent_shape(self, index: Tensor) -> tuple[int, ...]:
+        """c, h, w of the pairs at `index` (k,), which are of one bucket."""
+        return tuple(self._of(index).shape[1:])
 
-    def latents(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Latents (k, 2, c, h, w) of the pairs at `index` (k,), of all if there is none."""
-        return self.pictures[self.members[index]]
+    def latents(self, index: Tensor | None = None) -> Tensor:
+        """Latents (k, 2, c, h, w), float32, of the pairs at `index` (k,), which are of one bucket; None: of all."""
+        index = torch.arange(len(self)) if index is None else index
+        return self._of(index)[self.members[index]].float()
+
+    def by_bucket(self, index: Tensor) -> list[Tensor]:
+        """The positions in `index` (k,) of the pairs of each bucket that occurs there."""
+        bucket = self.bucket[index]
+        return [(bucket == each).nonzero().flatten() for each in bucket.unique().tolist()]
+
+    def _of(self, index: Tensor) -> Latents:
+        buckets = self.bucket[index].unique().tolist()
+        if len(buckets) != 1:
+            raise ValueError(f"pairs of buckets {buckets} have latents of different sizes; take those of one bucket")
+        return self.pictures[buckets[0]]
 
     @classmethod
     def of(cls, latents: Tensor, label: Tensor, weight: Tensor, captions: Sequence[str]) -> Self:
         """Pairs of latents (n, 2, c, h, w), none of which is in two pairs."""
         members = torch.arange(2 * len(latents)).view(-1, 2)
-        return cls(latents.flatten(0, 1), members, label, weight, captions)
+        bucket = torch.zeros(len(latents), dtype=torch.long)
+        return cls({0: latents.flatten(0, 1)}, bucket, members, label, weight, captions)
 
 
 class Noise(Protocol):

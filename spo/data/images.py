@@ -7,7 +7,7 @@ import warnings
 from contextlib import nullcontext
 
 import numpy as np
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, features
 
 from spo.data.rows import RowError
 
@@ -19,6 +19,7 @@ SIGNATURES = {  # of formats that people have and that Pillow does not read
     "AVIF": rb"....ftypavi",
     "SVG": rb"\s*(<\?xml[^>]*>\s*)?<svg",
 }
+TURNED = (5, 6, 7, 8)  # EXIF's orientations that swap height and width
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 LARGE_PIXELS = 16_000_000  # from this size on, one picture is decoded at a time, in all threads together
@@ -59,6 +60,14 @@ def decode_image(data: object) -> Image.Image:
         raise _unknown(data) from None
     except Exception as error:  # on broken bytes Pillow's readers raise nearly anything
         raise RowError("image broken", f"{type(error).__name__}: {error}") from None
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Height and width of an undamaged picture when it is upright; only its head is read."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in TURNED
+    return (width, height) if turned else (height, width)
 
 
 def _unknown(data: bytes) -> RowError:

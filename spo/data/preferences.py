@@ -5,17 +5,19 @@
 `spo.data.images.decode_image` decodes them.
 """
 
+import hashlib
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Self
+from typing import Self, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -198,12 +200,54 @@ class PreferencePairs:
         return type(self), (self.path,)
 
     @cached_property
-    def captions(self) -> list[str]:
+    def captions(self) -> "Captions":
         """Every pair's caption, read without the images."""
-        return self._file.read(columns=["caption"], use_threads=False).column(0).to_pylist()
+        return Captions.of(self._file.read(columns=["caption"], use_threads=False).column(0))
 
     @cached_property
-    def labels(self) -> list[tuple[float, float]]:
-        """Every pair's labels, read without the images."""
+    def labels(self) -> np.ndarray:
+        """Every pair's labels (n, 2), float64, read without the images."""
         table = self._file.read(columns=["label_0", "label_1"], use_threads=False)
-        return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+        return np.stack([column.to_numpy() for column in table.columns], axis=1)
+
+
+class Captions(Sequence[str]):
+    """Strings in one Arrow array, without a Python object for each."""
+
+    def __init__(self, array: pa.Array):
+        self._array = array
+
+    @classmethod
+    def of(cls, strings: "Sequence[str] | pa.ChunkedArray") -> "Captions":
+        if isinstance(strings, Captions):
+            return strings
+        if isinstance(strings, pa.ChunkedArray):
+            return cls(strings.cast(pa.large_string()).combine_chunks())
+        return cls(pa.array(strings, pa.large_string()))
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Captions": ...
+
+    def __getitem__(self, index: int | slice) -> "str | Captions":
+        return Captions(self._array[index]) if isinstance(index, slice) else self._array[index].as_py()
+
+    def take(self, rows: np.ndarray) -> "Captions":
+        """Those at rows (k,), int."""
+        return Captions(self._array.take(pa.array(rows)))
+
+    def codes(self) -> np.ndarray:
+        """A number (n,) for each: equal ones have the same, counted from 0 in the order in which they first appear."""
+        return self._array.dictionary_encode().indices.to_numpy()
+
+    def digest(self) -> str:
+        """A hash of all of them in their order."""
+        found = hashlib.blake2b(digest_size=12)
+        for each in self:
+            found.update(f"{each}\0".encode())
+        return found.hexdigest()

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-WORKERS = min(8, max(2, os.cpu_count() or 1))
+WORKERS = max(2, os.cpu_count() or 1)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], *, depth: int) -> Iterator[R]:

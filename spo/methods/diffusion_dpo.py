@@ -57,12 +57,10 @@ class DiffusionDpo:
             raise ValueError(f"all of {len(label)} pairs are ties; Diffusion-DPO needs decided ones")
         self.config = config
         self.policy = policy
-        self.pictures = pairs.pictures
-        self.members = pairs.members[decided]  # (p, 2)
+        self.pairs = pairs
         self.decided = decided  # (p,)
         self.win = label[decided].argmax(dim=1)  # (p,)
         self.margin = (label[decided, 0] - label[decided, 1]).abs()  # (p,)
-        self.captions = [pairs.captions[i] for i in decided.tolist()]
         self.seed = seed
 
     @classmethod
@@ -71,32 +69,43 @@ class DiffusionDpo:
 
     @property
     def rounds_per_epoch(self) -> int:
-        whole = -(-len(self.decided) // self.config.batch_size)
+        whole = sum(-(-len(places) // self.config.batch_size) for places in self.pairs.by_bucket(self.decided))
         return min(self.config.updates_per_epoch or whole, whole)
 
     def collect(self, epoch: int, *, skip: int = 0) -> Iterator[Round[NoisedPairs]]:
-        """The pairs of each update; an epoch visits every decided pair once, in its own order."""
-        generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
-        order = torch.randperm(len(self.decided), generator=generator)
-        for index in order.split(self.config.batch_size)[skip : self.rounds_per_epoch]:
+        """The pairs of each update; an epoch visits every decided pair once, in its own order.
+
+        The pairs of an update are of one bucket.
+        """
+        for index in self._updates(epoch)[skip : self.rounds_per_epoch]:
             pairs = self._noised(epoch, index)
             margins = self.margin[index].tolist()
             yield Round(pairs, [Tally(t, 1, 1, m) for t, m in zip(pairs.t.tolist(), margins, strict=True)])
+
+    def _updates(self, epoch: int) -> list[Tensor]:
+        """The decided pairs of each update of an epoch."""
+        generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
+        order = torch.randperm(len(self.decided), generator=generator)
+        buckets = self.pairs.by_bucket(self.decided[order])
+        updates = [index for places in buckets for index in order[places].split(self.config.batch_size)]
+        if len(buckets) > 1:
+            updates = [updates[i] for i in torch.randperm(len(updates), generator=generator).tolist()]
+        return updates
 
     def _noised(self, epoch: int, index: Tensor) -> NoisedPairs:
         """The pairs at `index` (n,) with their random numbers, on the policy's device."""
         noise = KeyedNoise(self.seed, epoch, index.tolist())
         device = self.policy.timesteps.device
-        win = self.win[index]
-        both = torch.stack([win, 1 - win], dim=1)  # (n, 2)
-        x_0 = self.pictures[self.members[index].gather(1, both)]  # (n, 2, c, h, w)
+        rows, win = self.decided[index], self.win[index]
+        latents = self.pairs.latents(rows)  # (n, 2, c, h, w)
+        x_0 = torch.where(win.view(-1, 1, 1, 1, 1) == 0, latents, latents.flip(1))
         t = noise.choice(TIMESTEP, self.policy.sampler.schedule.num_timesteps)
         dropped = (noise.choice(DROPOUT, FINE) / FINE < self.config.empty_captions).tolist()
-        captions = ["" if drop else self.captions[i] for i, drop in zip(index.tolist(), dropped, strict=True)]
+        captions = ["" if drop else self.pairs.captions[i] for i, drop in zip(rows.tolist(), dropped, strict=True)]
         starts = range(0, len(captions), ENCODED_AT_A_TIME)
         cond = Conditioning.cat([self.policy.encode(captions[i : i + ENCODED_AT_A_TIME]) for i in starts])
         normal = noise.normal(NOISE, tuple(x_0.shape[2:]))
-        return NoisedPairs(x_0=x_0.float().to(device), noise=normal.to(device), t=t.to(device), cond=cond)
+        return NoisedPairs(x_0=x_0.to(device), noise=normal.to(device), t=t.to(device), cond=cond)
 
     def loss(self, pairs: NoisedPairs) -> Loss:
         """-log sigmoid(-beta / 2 ((error_w - error_w_ref) - (error_l - error_l_ref))) (the paper's section 4, with

@@ -27,10 +27,9 @@ class FluxNetwork(FlowNetwork):
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=self.device, **self.text_options)
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
 
-    def _inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:
+    def _inputs(self, x_t: Tensor, cond: Conditioning, guided: bool) -> dict[str, Any]:
         embeds = cond.tensors["prompt_embeds"]
-        _, height, width = self.latent_shape
-        rows, columns = height // self.patch_size, width // self.patch_size
+        rows, columns = (side // self.patch_size for side in x_t.shape[-2:])
         places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))  # (patches, 3)
         return {
             "encoder_hidden_states": embeds,

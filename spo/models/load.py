@@ -69,6 +69,8 @@ def assemble(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) 
     multiple = pipeline.vae_scale_factor * family.patch_size
     if any(side % multiple for side in config.size):
         raise ModelError(f"model.resolution={config.resolution} must be a multiple of {multiple}")
+    if config.bucket_step and config.bucket_step % multiple:
+        raise ModelError(f"model.bucket_step={config.bucket_step} must be a multiple of {multiple}")
     network = family(
         pipeline,
         resolution=config.resolution,

@@ -144,7 +144,7 @@ class Network(ABC):
             x_t, t = x_t.repeat(2, 1, 1, 1), t.repeat(2)
         self.forwards += len(x_t)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self._output(x_t.to(self.dtype), t, self._inputs(cond, guided), guidance_scale).float()
+            output = self._output(x_t.to(self.dtype), t, self._inputs(x_t, cond, guided), guidance_scale).float()
         if not guided:
             return output
         negative, positive = output.chunk(2)
@@ -155,8 +155,8 @@ class Network(ABC):
         return self.module(x_t, timestep=t, **inputs).sample
 
     @abstractmethod
-    def _inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:
-        """The network's keyword arguments; if guided, the negative half first."""
+    def _inputs(self, x_t: Tensor, cond: Conditioning, guided: bool) -> dict[str, Any]:
+        """The network's keyword arguments for latents x_t (b, c, h, w); if guided, the negative half first."""
 
     @staticmethod
     def _halves(cond: Conditioning, name: str, guided: bool) -> Tensor:

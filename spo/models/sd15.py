@@ -15,5 +15,5 @@ class StableDiffusionNetwork(Network):
         embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
 
-    def _inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:
+    def _inputs(self, x_t: Tensor, cond: Conditioning, guided: bool) -> dict[str, Any]:
         return {"encoder_hidden_states": self._halves(cond, "prompt_embeds", guided)}

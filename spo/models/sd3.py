@@ -20,7 +20,7 @@ class StableDiffusion3Network(FlowNetwork):
         )
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
 
-    def _inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:
+    def _inputs(self, x_t: Tensor, cond: Conditioning, guided: bool) -> dict[str, Any]:
         return {
             "encoder_hidden_states": self._halves(cond, "prompt_embeds", guided),
             "pooled_projections": self._halves(cond, "pooled_embeds", guided),

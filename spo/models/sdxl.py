@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo.config import sides
 from spo.core.types import Conditioning
 from spo.models.network import Network
 
@@ -28,9 +27,9 @@ class StableDiffusionXLNetwork(Network):
             return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
         return empty
 
-    def _inputs(self, cond: Conditioning, guided: bool) -> dict[str, Any]:
+    def _inputs(self, x_t: Tensor, cond: Conditioning, guided: bool) -> dict[str, Any]:
         pooled = self._halves(cond, "pooled_embeds", guided)
-        size = sides(self.resolution)
+        size = [side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:]]
         time_ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=self.device)
         return {
             "encoder_hidden_states": self._halves(cond, "prompt_embeds", guided),

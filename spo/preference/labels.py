@@ -1,8 +1,8 @@
 """Labels of preference pairs: the shares (label_0, label_1) of each pair, (0.5, 0.5) for a tie."""
 
-from collections import Counter
 from collections.abc import Sequence
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -36,8 +36,8 @@ def pseudo_labels(scores: Tensor, *, tie_margin: float) -> Tensor:
 
 def prompt_weights(prompts: Sequence[str]) -> Tensor:
     """Weights (n,): 1 / (examples with this prompt), so that all prompts count the same."""
-    counts = Counter(prompts)
-    return torch.tensor([1 / counts[prompt] for prompt in prompts])
+    code = torch.tensor(pa.array(prompts, pa.large_string()).dictionary_encode().indices.to_numpy()).long()
+    return 1 / code.bincount()[code]
 
 
 def pairwise_accuracy(scores: Tensor, labels: Tensor) -> tuple[float, int]:

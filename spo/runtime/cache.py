@@ -21,6 +21,12 @@ def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(whole, temporary, metadata={ORDER: json.dumps(list(whole)), CHECKSUM: tensor_hash(whole)})
 
 
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors, memory-mapped and not compared with the checksum. Raises OSError if the file is missing."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def kept(path: Path) -> dict[str, Tensor] | None:
     """The tensors in the order in which they were written; None if the file is missing or damaged."""
     try:

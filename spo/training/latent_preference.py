@@ -112,7 +112,7 @@ class LatentPreferenceTraining(PreferenceTraining):
     def noise(self, pairs: LabelledPairs, index: Tensor, generator: Generator) -> Tensor:
         """Standard normal (n, 2, c, h, w) for the pairs at `index` (n,), or (n, 1, c, h, w) for both images."""
         images = 2 if self.config.noise_per == "image" else 1
-        return torch.randn(len(index), images, *pairs.latent_shape, generator=generator)
+        return torch.randn(len(index), images, *pairs.latent_shape(index), generator=generator)
 
     def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor, *, clean: bool = False) -> Tensor:
         """Scores (n, 2) of the pairs at `index` (n,), noised to times t (n,); a prompt is encoded once for both images.

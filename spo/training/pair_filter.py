@@ -6,6 +6,7 @@ above -.5 and its gaps in CLIPScore and VQAScore are above 0: 168,539 of 511,840
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from spo.config import Config, PairFilter
 from spo.core.types import LabelledPairs
-from spo.data.preferences import PreferencePairs
+from spo.data.buckets import bucket_sizes
+from spo.data.preferences import Captions, PreferencePairs
 from spo.errors import DataError
 from spo.metrics.metric import build_metrics, score
 from spo.preference.labels import prompt_weights
 from spo.runtime import distributed
-from spo.runtime.cache import keep, kept
-from spo.runtime.hashing import fingerprints, json_hash
-from spo.training.pairs import fingerprint_of_pairs, measure
+from spo.runtime.hashing import fingerprints
+from spo.training.measure import Quantity, measure
+from spo.training.pairs import kept_in
 
 
 def consistent(label: Tensor, gaps: Mapping[str, Tensor], settings: PairFilter) -> Tensor:
@@ -43,7 +45,7 @@ def filter_pairs(
 
     DataError if no decided pair passes.
     """
-    keep_pair = consistent(pairs.label, _gaps(path, len(pairs), settings, config, device, cache=cache), settings)
+    keep_pair = consistent(pairs.label, _gaps(path, settings, config, device, cache=cache), settings)
     decided = pairs.label[:, 0] != pairs.label[:, 1]
     counts = {
         "decided": int(decided.sum()),
@@ -56,34 +58,30 @@ def filter_pairs(
         print(text.format(**counts), file=sys.stderr, flush=True)
     if not counts["decided_kept"]:
         raise DataError(f"{path}: no decided pair passes the filter with gaps {settings.gaps}; lower the gaps")
-    captions = [caption for caption, kept_ in zip(pairs.captions, keep_pair.tolist(), strict=True) if kept_]
-    members, label = pairs.members[keep_pair], pairs.label[keep_pair]
-    return LabelledPairs(pairs.pictures, members, label, prompt_weights(captions), captions), counts
+    rows = keep_pair.nonzero().flatten()
+    captions = Captions.of(pairs.captions).take(rows.numpy())
+    kept = {name: getattr(pairs, name)[rows] for name in ("bucket", "members", "label")}
+    return replace(pairs, **kept, weight=prompt_weights(captions), captions=captions), counts
 
 
-def _gaps(
-    path: Path, num_pairs: int, settings: PairFilter, config: Config, device: torch.device, *, cache: Path
-) -> dict[str, Tensor]:
-    """For each score that the filter names, that of image 0 less that of image 1 (n,); cached."""
+def _gaps(path: Path, settings: PairFilter, config: Config, device: torch.device, *, cache: Path) -> dict[str, Tensor]:
+    """For each score that the filter names, that of image 0 less that of image 1 (n,); the scores are kept."""
     models = fingerprints({source: source for metric in settings.metrics for source in metric.sources})
     metrics_settings = [metric.model_dump(mode="json") for metric in settings.metrics]
     names = sorted({*settings.gaps, *settings.ties})
-    key = json_hash([fingerprint_of_pairs(path), num_pairs, config.model.size, metrics_settings, models, names])
-    file = cache / f"{path.stem}-gaps-{key}.safetensors"
-    if distributed.gather_objects(file.exists())[0] and (cached := kept(file)) is not None:
-        return cached
-    metrics = build_metrics(settings.metrics, device, needed=names)
+    folder = kept_in(cache, path, config, what="metrics", of=[metrics_settings, models, names])
 
-    def scores(images: Tensor, captions: Sequence[str]) -> Tensor:
-        found = score(metrics, images, captions)
-        return torch.stack([found[name].float() for name in names], dim=1)  # (n, scores)
+    def scoring() -> Quantity:
+        metrics = build_metrics(settings.metrics, device, needed=names)
+
+        def scores(images: Tensor, captions: Sequence[str]) -> Tensor:
+            found = score(metrics, images, captions)
+            return torch.stack([found[name].float() for name in names], dim=1)  # (n, scores)
+
+        return scores
 
     stored, label = PreferencePairs(path), f"filter {path.stem} pairs"
-    measured, members = measure(
-        stored, num_pairs, {"score": scores}, size=config.model.size, device=device, label=label
-    )
-    both = measured["score"][members]  # (n, 2, scores)
-    made = {name: both[:, 0, i] - both[:, 1, i] for i, name in enumerate(names)}
-    if distributed.is_main():
-        keep(file, made)
-    return made
+    sizes, rows = bucket_sizes(config.model.size, config.model.bucket_step), torch.arange(len(stored))
+    found = measure(stored, rows, {folder: scoring}, sizes=sizes, device=device, label=label)
+    both = found[folder].of_pairs()  # (n, 2, scores)
+    return {name: both[:, 0, i] - both[:, 1, i] for i, name in enumerate(names)}

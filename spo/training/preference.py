@@ -69,7 +69,7 @@ class StepAwareTraining(PreferenceTraining):
 
     def noise(self, pairs: LabelledPairs, index: Tensor, generator: Generator) -> Tensor:
         """Standard normal (n, 1, c, h, w) for the pairs at `index` (n,): one for both images."""
-        return torch.randn(len(index), 1, *pairs.latent_shape, generator=generator)
+        return torch.randn(len(index), 1, *pairs.latent_shape(index), generator=generator)
 
     def scores(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor, *, clean: bool = False) -> Tensor:
         """Scores (n, 2) of the pairs at `index` (n,), noised to timesteps t (n,); one UNet call for both images.

@@ -109,8 +109,7 @@ class PreferenceTraining(ABC):
         generator = Generator().manual_seed(epoch_seed(seed, step))
         index = torch.randint(len(pairs), (self.config.batch_size,), generator=generator)
         t = self.times(len(index), generator)
-        noise = self.noise(pairs, index, generator)
-        measured = self._accumulate(pairs, index, t, noise)
+        measured = self._accumulate(pairs, index, t, generator)
         norm = self.updater.clip_gradient()
         row = {**distributed.add_up(measured), "grad_norm": norm.item()}
         self._no_gradient.see(row["grad_norm"] == 0)
@@ -119,21 +118,28 @@ class PreferenceTraining(ABC):
             return None
         return {**row, "logit_scale": self.logit_scale.exp().item()}
 
-    def _accumulate(self, pairs: LabelledPairs, index: Tensor, t: Tensor, noise: Tensor) -> dict[str, float]:
-        """Add up the gradients of this process's share of a batch, in micro-batches; its part of the measurements."""
-        share = torch.arange(len(index))[distributed.share(len(index))]
+    def _accumulate(self, pairs: LabelledPairs, index: Tensor, t: Tensor, generator: Generator) -> dict[str, float]:
+        """Add up the gradients of this process's share of a batch, in micro-batches; its part of the measurements.
+
+        The pairs of a micro-batch are of one bucket. The share is weighted, so this changes no result.
+        """
+        share = distributed.share(len(index))
         weight = pairs.weight[index]
         measured: dict[str, float] = {}
-        for rows in share.split(self.config.micro_batch_size or max(1, len(share))):
-            part = float(weight[rows].sum() / weight.sum())  # of the batch, that is in these rows
-            if not len(rows) or part == 0:
-                continue
-            scores = self.scores(pairs, index[rows], t[rows], noise[rows])
-            device = scores.device
-            loss = preference_loss(scores, pairs.label[index[rows]].to(device), weight[rows].to(device))
-            self.updater.backward(loss.value * part)
-            for name, value in (("loss", loss.value), ("accuracy", loss.metrics["accuracy"])):
-                measured[name] = measured.get(name, 0.0) + value.item() * part
+        for places in pairs.by_bucket(index):
+            noise = self.noise(pairs, index[places], generator)  # of all processes, so that each draws the same
+            own = ((places >= share.start) & (places < share.stop)).nonzero().flatten()
+            for some in own.split(self.config.micro_batch_size or max(1, len(own))):
+                rows = places[some]
+                part = float(weight[rows].sum() / weight.sum())  # of the batch, that is in these rows
+                if not len(rows) or part == 0:
+                    continue
+                scores = self.scores(pairs, index[rows], t[rows], noise[some])
+                device = scores.device
+                loss = preference_loss(scores, pairs.label[index[rows]].to(device), weight[rows].to(device))
+                self.updater.backward(loss.value * part)
+                for name, value in (("loss", loss.value), ("accuracy", loss.metrics["accuracy"])):
+                    measured[name] = measured.get(name, 0.0) + value.item() * part
         return measured
 
     def _rate_share(self, step: int) -> float:
@@ -150,14 +156,13 @@ class PreferenceTraining(ABC):
         """
         generator = Generator().manual_seed(seed)
         self.model.eval()
-        parts = [
-            self.scores(
-                pairs,
-                index,
-                torch.full((len(index),), timestep),
-                self.noise(pairs, index, generator),
-                clean=timestep == 0,
-            )
-            for index in torch.arange(len(pairs)).split(self.config.batch_size)
-        ]
-        return pairwise_accuracy(torch.cat(parts).cpu(), pairs.label)
+        scores = torch.empty(len(pairs), 2)
+        t = torch.full((len(pairs),), timestep)
+        for batch in torch.arange(len(pairs)).split(self.config.batch_size):
+            for places in pairs.by_bucket(batch):
+                noise = self.noise(pairs, batch[places], generator)
+                for some in torch.arange(len(places)).split(self.config.micro_batch_size or len(places)):
+                    index = batch[places[some]]
+                    found = self.scores(pairs, index, t[index], noise[some], clean=timestep == 0)
+                    scores[index] = found.float().cpu()
+        return pairwise_accuracy(scores, pairs.label)

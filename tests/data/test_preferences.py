@@ -386,8 +386,8 @@ def test_prepared_pairs_come_back_in_order_and_by_index(tmp_path: Path) -> None:
     found = PreferencePairs(tmp_path / "a.parquet")
     assert len(found) == 150
     assert [found[i] for i in (149, 0, 64, 63, 128)] == [pairs[i] for i in (149, 0, 64, 63, 128)]
-    assert found.captions == [item.caption for item in pairs]
-    assert found.labels == [(item.label_0, item.label_1) for item in pairs]
+    assert list(found.captions) == [item.caption for item in pairs]
+    assert found.labels.tolist() == [[item.label_0, item.label_1] for item in pairs]
     for index in (-1, 150):
         with pytest.raises(IndexError, match="of 150"):
             found[index]
@@ -413,7 +413,7 @@ def test_a_prepared_file_has_the_layout_of_pick_a_pic_and_can_be_prepared_again(
 
 def test_no_pairs_are_an_empty_file(tmp_path: Path) -> None:
     prepared(tmp_path / "a.parquet", 0)
-    assert list(read_pairs(tmp_path / "a.parquet")) == PreferencePairs(tmp_path / "a.parquet").captions == []
+    assert list(read_pairs(tmp_path / "a.parquet")) == list(PreferencePairs(tmp_path / "a.parquet").captions) == []
 
 
 def caption_of(pairs: PreferencePairs, index: int) -> str:

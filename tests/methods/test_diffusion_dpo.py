@@ -94,3 +94,24 @@ def test_captions_follow_their_pairs(policy: LatentDiffusion) -> None:
         i = next(i for i in range(len(latents)) if (latents[i] == x_0[0]).all(dim=(1, 2, 3)).any())
         expected = policy.encode([captions[i]]).tensors["prompt_embeds"][0]
         torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_of_several_sizes_are_each_visited_once_with_one_size_in_an_update(policy: LatentDiffusion) -> None:
+    pairs, (channels, height, width) = data(policy), policy.latent_shape
+    wide = torch.randn(6, channels, height, 2 * width, generator=torch.Generator().manual_seed(8))
+    bucket = torch.tensor([0, 1, 0, 1, 1, 0])
+    members = pairs.members.clone()
+    members[bucket == 1] = torch.arange(6).view(3, 2)
+    several = replace(pairs, pictures={0: pairs.pictures[0], 1: wide}, bucket=bucket, members=members)
+    method = DiffusionDpo(make_method("diffusion_dpo", policy).config, policy, several)
+    rounds = list(method.collect(0))
+    assert len(rounds) == method.rounds_per_epoch == 3  # of the 2 and 3 decided pairs, two at a time
+    seen = [tuple(pair[:, 0, 0, 0].tolist()) for round_ in rounds for pair in round_.examples.x_0]
+    decided = [i for i, (a, b) in enumerate(LABELS) if a != b]
+    wanted = {tuple(several.latents(torch.tensor([i]))[0, :, 0, 0, 0].tolist()) for i in decided}
+    assert len(seen) == 5 and {frozenset(pair) for pair in seen} == {frozenset(pair) for pair in wanted}
+    assert {round_.examples.x_0.shape[-1] for round_ in rounds} == {width, 2 * width}
+    for round_ in rounds:
+        assert method.loss(round_.examples).value.isfinite()
+    skipped = list(method.collect(0, skip=1))
+    assert torch.equal(skipped[0].examples.x_0, rounds[1].examples.x_0)

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 from spo.config import (
     GrpoConfig,
@@ -29,6 +31,7 @@ from spo.config import (
 )
 from spo.core.noise import KeyedNoise
 from spo.core.types import LabelledPairs, Pairs, Steps
+from spo.data.preferences import PairWriter, PreferencePair, PreferencePairs
 from spo.methods.grpo import Grpo
 from spo.methods.spo import Spo
 from spo.models.lora import add_lora
@@ -38,9 +41,10 @@ from spo.runtime import distributed
 from spo.tracking import NullTracker
 from spo.training.align import align
 from spo.training.latent_preference import LatentPreferenceTraining
+from spo.training.measure import Measured, measure
 from spo.training.preference import StepAwareTraining
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
-from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline, shake
+from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 from tests.training.steps import PlainSteps, assert_same_up_to_rounding, flat
 from tests.training.test_preference import make_pairs
 
@@ -131,6 +135,27 @@ def train_latent(pipeline: Path) -> dict[str, Any]:
     return {"rows": rows, "gradients": optimizer.gradients, "moved": moved}
 
 
+def measure_pictures(pipeline: Path, file: Path, folder: Path) -> Measured:
+    """The latents of ten pairs in files of three."""
+    base = make_tiny_denoiser("sd15", pipeline)
+    quantities = {folder: lambda: lambda images, _: base.autoencoder.encode(images)}
+    with mock.patch("spo.training.measure.PAIRS_IN_A_FILE", 3):
+        options: dict[str, Any] = {"sizes": [(RESOLUTION, RESOLUTION)], "device": base.device, "label": "encode"}
+        return measure(PreferencePairs(file), torch.arange(10), quantities, **options)[folder]
+
+
+def write_pairs(file: Path) -> None:
+    """Ten pairs; one picture is in two of them."""
+    with PairWriter(file) as writer:
+        for number in range(10):
+            images = []
+            for level in (number % 9, 100 + number):
+                data = BytesIO()
+                Image.new("RGB", (20, 20), (level, 10, 200 - level)).save(data, "PNG")
+                images.append(data.getvalue())
+            writer.write(PreferencePair("a cat", *images, 1.0, 0.0))
+
+
 def collect_steps(pipeline: Path) -> Steps:
     """The examples of an epoch of GRPO."""
     policy = make_tiny_denoiser("sd15", pipeline)
@@ -190,7 +215,7 @@ def planted(fault: str | None) -> Iterator[None]:
             yield
 
 
-def process(rank: int, port: int, pipeline: Path, flow: Path, clip: Path, out: Path) -> None:
+def process(rank: int, port: int, pipeline: Path, flow: Path, clip: Path, pairs: Path, out: Path) -> None:
     """One of two processes: aligns, with each fault, too; then process 1 fails while process 0 waits for it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -205,6 +230,8 @@ def process(rank: int, port: int, pipeline: Path, flow: Path, clip: Path, out: P
                 made[fault]["preference"] = train_preference(pipeline, clip)
     made[None] |= {"latent": train_latent(pipeline), "grpo": collect_steps(pipeline)}
     made[None] |= {"flow": run(flow, out.with_suffix(".flow"), family="sd3")}
+    measured = measure_pictures(pipeline, pairs, pairs.with_name("of-two"))
+    made[None] |= {"measured": (measured.of_pairs(), measured.members)}
     torch.save(made, out)
     if rank == 1:
         sys.exit(3)
@@ -228,13 +255,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory):
         port = free.getsockname()[1]
     spawn = multiprocessing.get_context("spawn")
     files = [folder / f"rank-{rank}.pt" for rank in range(2)]
-    common = (port, pipeline, flow, clip)
+    pairs = folder / "pairs.parquet"
+    write_pairs(pairs)
+    common = (port, pipeline, flow, clip, pairs)
     processes = [spawn.Process(target=process, args=(rank, *common, files[rank])) for rank in range(2)]
     for each in processes:
         each.start()
     alone = {"align": run(pipeline, folder / "alone"), "preference": train_preference(pipeline, clip)}
     alone |= {"latent": train_latent(pipeline), "grpo": collect_steps(pipeline)}
     alone |= {"flow": run(flow, folder / "alone-flow", family="sd3")}
+    measured = measure_pictures(pipeline, pairs, folder / "of-one")
+    alone |= {"measured": (measured.of_pairs(), measured.members)}
     for each in processes:
         each.join(SECONDS)
     codes = [each.exitcode for each in processes]
@@ -286,6 +317,13 @@ def test_two_processes_train_the_preference_model_of_one(outcomes, kind: str):
     assert_same_steps(alone[kind], *both)
     for ours, theirs in zip(alone[kind]["rows"], both[0]["rows"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-6)
+
+
+def test_two_processes_measure_the_pictures_of_one_and_share_their_files(outcomes):
+    alone, both, _ = outcomes
+    for other in both:
+        assert_same_up_to_rounding(alone["measured"][0], other[None]["measured"][0])
+        assert torch.equal(alone["measured"][1], other[None]["measured"][1])
 
 
 def test_two_processes_collect_the_steps_of_one_in_its_order(outcomes):

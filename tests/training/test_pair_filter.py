@@ -64,7 +64,7 @@ def stored_pairs(config: Config, root: Path) -> tuple[LabelledPairs, Path]:
 def middle_gap(config: Config, pairs: LabelledPairs, path: Path, cache: Path) -> float:
     """A gap that half of the pairs exceed."""
     settings = PairFilter(metrics=ORACLE, gaps={"aesthetic": 0.0})
-    gaps = pair_filter._gaps(path, len(pairs), settings, config, torch.device("cpu"), cache=cache)["aesthetic"]
+    gaps = pair_filter._gaps(path, settings, config, torch.device("cpu"), cache=cache)["aesthetic"]
     return ((pairs.label[:, 0] - pairs.label[:, 1]).sign() * gaps).median().item()
 
 

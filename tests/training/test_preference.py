@@ -179,3 +179,33 @@ def test_half_precision_trains_float32_weights(training, dtype):
     assert first
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
     assert half.updater.scaler.get_scale() == {"bfloat16": 1.0, "float16": 2.0**16}[dtype]
+
+
+def test_a_batch_of_several_sizes_has_the_loss_of_its_parts(training):
+    pairs, (channels, height, width) = make_pairs(training, 8), training.base.latent_shape
+    wide = torch.randn(8, channels, height, 2 * width, generator=Generator().manual_seed(8))
+    bucket = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])
+    members = pairs.members.clone()
+    members[bucket == 1] = torch.arange(8).view(4, 2)
+    weight = torch.arange(1.0, 9.0)
+    several = replace(pairs, pictures={0: pairs.pictures[0], 1: wide}, bucket=bucket, members=members, weight=weight)
+    index, t = torch.arange(8), torch.arange(8) * 100
+    whole = training._accumulate(several, index, t, Generator().manual_seed(0))
+    gradient = flat_gradient(training)
+    generator = Generator().manual_seed(0)
+    total = 0.0
+    for places in several.by_bucket(index):
+        part = float(weight[places].sum() / weight.sum())
+        total += part * training._accumulate(several, places, t[places], generator)["loss"]
+    assert whole["loss"] == pytest.approx(total, rel=1e-4)
+    assert gradient.norm() > 0
+    accuracy, count = training.accuracy(several, 501, seed=0)
+    assert count == 8 and 0 <= accuracy <= 1
+
+
+def flat_gradient(training: StepAwareTraining) -> torch.Tensor:
+    """The gradients of the model, which are then removed."""
+    parameters = [each for each in training.model.parameters() if each.grad is not None]
+    found = torch.cat([each.grad.flatten() for each in parameters])
+    training.updater.optimizer.zero_grad()
+    return found
