@@ -50,6 +50,13 @@ def test_both_halves_of_the_guidance_in_one_call_equal_two_calls(denoiser):
     torch.testing.assert_close(denoiser.predict(x_t, T, cond), away + 5 * (towards - away), atol=2e-5, rtol=1e-5)
 
 
+def test_latents_of_another_size_are_predicted_as_by_a_model_of_that_resolution(denoiser, family, tiny_folder):
+    other = make_tiny_denoiser(family, tiny_folder(family), resolution=(RESOLUTION, RESOLUTION // 2))
+    cond, x_t = denoiser.encode(PROMPTS), draw_latents(other, 3)
+    assert x_t.shape[1:] != denoiser.latent_shape
+    assert torch.equal(denoiser.predict(x_t, T, cond), other.predict(x_t, T, cond))
+
+
 def test_forwards_count_every_sample_and_half(denoiser):
     cond, x_t = denoiser.encode(PROMPTS), draw_latents(denoiser, 3)
     denoiser.predict(x_t, T, cond)
