@@ -32,7 +32,7 @@ def wrap(
 
     Args:
         pipeline: of Stable Diffusion v1.5, SDXL, SD3 or FLUX
-        resolution: in pixels: the side of a square, or height and width
+        resolution: in pixels: the side of a square, or width and height
         sampling: the sampler in training
     """
     family = next((name for name, kind in PIPELINES.items() if type(pipeline) is kind), None)

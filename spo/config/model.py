@@ -10,8 +10,9 @@ FLOW = "FlowMatchEulerDiscreteScheduler"  # diffusers' sampler of flow models
 
 
 def sides(resolution: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width; a number is the side of a square."""
-    return (resolution, resolution) if isinstance(resolution, int) else resolution
+    """Height and width of a resolution: the side of a square, or width and height as people write them (1024 x 768)."""
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    return height, width
 
 
 class ModelConfig(Section):
@@ -26,7 +27,7 @@ class ModelConfig(Section):
     variant: str | None = None  # e.g. fp16
     vae: str | None = None  # another VAE, e.g. madebyollin/sdxl-vae-fp16-fix
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    resolution: Positive | tuple[Positive, Positive]  # pixels: the side of a square, or height and width
+    resolution: Positive | tuple[Positive, Positive]  # pixels: the side of a square, or width and height
     bucket_step: Positive | None = None  # pixels: labelled pairs keep their aspect, with sides in multiples of it
     t5: bool = True  # of sd3: false leaves out the largest text encoder, 4.7 billion weights
     t5_tokens: Positive | None = None  # of a prompt, for sd3 and flux; None: the pipeline's, 256 and 512 (schnell: 256)

@@ -15,7 +15,7 @@ class Autoencoder:
 
     Args:
         vae: already on its device
-        resolution: of images, in pixels: the side of a square, or height and width
+        resolution: of images, in pixels: the side of a square, or width and height
         upcast: run a float16 VAE with `force_upcast` in its config in float32, as the SDXL pipeline does
     """
 

@@ -30,7 +30,7 @@ class Network(ABC):
 
     Args:
         pipeline: already on its device
-        resolution: of images, in pixels: the side of a square, or height and width
+        resolution: of images, in pixels: the side of a square, or width and height
         t5_tokens: of a prompt; None: as many as the pipeline gives T5
         keep_prompts: encode each prompt once and keep its embeddings in the CPU's memory
         offload_text_encoders: to the CPU's memory while they encode no prompt

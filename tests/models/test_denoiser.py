@@ -165,7 +165,7 @@ def test_sampling_with_eta_0_is_the_pipelines_own_call(family, tiny_folder, pred
 
 def test_images_need_not_be_square(family, tiny_folder):
     sampling = SamplingConfig(steps=2, eta=0.0)
-    denoiser = make_tiny_denoiser(family, tiny_folder(family), sampling=sampling, resolution=(16, 8))
+    denoiser = make_tiny_denoiser(family, tiny_folder(family), sampling=sampling, resolution=(8, 16))
     assert denoiser.latent_shape == (4, 8, 4)
     expected = theirs(denoiser.network.pipeline, height=16, width=8)
     torch.testing.assert_close(ours(denoiser), expected, atol=1e-3, rtol=1e-4)
