@@ -30,6 +30,7 @@ class Picture:
 @dataclass(frozen=True)
 class Card:
     prompt: str
+    sampler: str
     pictures: list[Picture]  # in the order of the columns
     gain: float | None = None  # of the first method over the base
 
@@ -44,7 +45,7 @@ def gallery(
     limit: int = 48,
     extremes: int = 8,
 ) -> list[Card]:
-    """Cards of `limit` prompts; DataError if a picture is missing or broken.
+    """Cards of `limit` prompts that have pictures; DataError if one is missing or broken.
 
     columns: the base, then the methods. With more prompts than that, the `extremes` largest gains and losses of the
     first method are among the cards, and the first prompts are the rest.
@@ -63,6 +64,7 @@ def gallery(
     return [
         Card(
             prompts[index],
+            sampler,
             [picture(images / places[name] / f"{index:04d}-0.png", name, score.get((name, index))) for name in shown],
             gains.get(index),
         )

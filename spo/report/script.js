@@ -2,6 +2,7 @@
 
 const cards = [...document.querySelectorAll(".card")];
 const filter = document.getElementById("filter");
+const sampler = document.getElementById("sampler"); // only there if pictures are of several
 const zoom = document.getElementById("zoom");
 const places = new Map(cards.map((card, place) => [card, place]));
 let open = -1;
@@ -10,15 +11,20 @@ function visible() {
   return cards.filter((card) => !card.hidden);
 }
 
-filter.addEventListener("input", () => {
+function choose() {
   const wanted = filter.value.trim().toLowerCase();
+  const ofSampler = cards.filter((card) => !sampler || card.dataset.sampler === sampler.value);
   for (const card of cards) {
-    card.hidden = !card.querySelector(".prompt").textContent.toLowerCase().includes(wanted);
+    const has = card.querySelector(".prompt").textContent.toLowerCase().includes(wanted);
+    card.hidden = !has || !ofSampler.includes(card);
   }
   const left = visible().length;
-  document.getElementById("count").textContent = `${left} of ${cards.length}`;
+  document.getElementById("count").textContent = `${left} of ${ofSampler.length}`;
   document.getElementById("nothing").hidden = left > 0;
-});
+}
+
+filter.addEventListener("input", choose);
+sampler?.addEventListener("change", choose);
 
 document.getElementById("order").addEventListener("change", (event) => {
   const sign = Number(event.target.value);

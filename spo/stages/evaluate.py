@@ -30,14 +30,16 @@ from spo.tracking import Tracker
 from spo.workspace import Workspace
 
 SAMPLE_COLUMNS = 10
+OTHERS_PROMPTS = 16  # of which pictures of the other samplers are kept
 TABLES = ("means.csv", "comparisons.csv", "validation.csv", "validation_scores.csv", "scores.csv")
 Chosen = dict[str, dict[int, ModelVariant]]  # by method and training seed
 
 
 def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
-    """Write images/, lora/, samples.png, metrics.json and five tables to runs/<profile>/evaluate.
+    """Write images/, other_samplers/, lora/, samples.png, metrics.json and five tables to runs/<profile>/evaluate.
 
-    lora/<method> holds the LoRA of the training seed that the rule chooses on the validation prompts.
+    images/ is of the deciding sampler, other_samplers/ of the first prompts with each other one. lora/<method> holds
+    the LoRA of the training seed that the rule chooses on the validation prompts.
     """
     start = time.perf_counter()
     evaluation = Evaluation(config, root)
@@ -46,7 +48,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
     with memory_advice(advice), distributed.written_by_main(atomic_path(target)) as folder:
         folder.mkdir()
         validation, chosen = evaluation.choose()
-        columns, factor = evaluation.compare(chosen, folder / "images")
+        (folder / "other_samplers").mkdir()
+        columns, factor = evaluation.compare(chosen, folder)
         metrics = evaluation.write_tables(folder, columns, validation)
         for name, variant in evaluation.release(validation, chosen).items():
             assert variant.checkpoint is not None
@@ -104,13 +107,13 @@ class Evaluation:
     def compare(self, chosen: Chosen, folder: Path) -> tuple[list[Column], float]:
         """Score the base, the control, the chosen checkpoints and published LoRAs on the test prompts.
 
-        The deciding sampler's images go to `folder`. Returns the columns, sampler by sampler, and the control's factor
-        of contrast for the deciding sampler.
+        Images go to `folder`. Returns the columns, sampler by sampler, and the control's factor of contrast for the
+        deciding sampler.
         """
         columns: list[Column] = []
         factors: list[float] = []
         for sampler in self.settings.samplers:
-            keep = folder if sampler == self.settings.deciding else None
+            keep = folder / ("images" if sampler == self.settings.deciding else f"other_samplers/{sampler}")
             columns += self._untrained(sampler, keep, factors)
             for name, by_seed in chosen.items():
                 scores = [self._scores(variant, sampler, keep) for variant in by_seed.values()]
@@ -132,28 +135,34 @@ class Evaluation:
         which: dict[str, Any] = {"primary": settings.primary, "guarded": settings.guarded}
         return {**facts, **compact(means, comparisons, sampler=settings.deciding, **which)}
 
-    def _untrained(self, sampler: str, folder: Path | None, factors: list[float]) -> list[Column]:
+    def _untrained(self, sampler: str, folder: Path, factors: list[float]) -> list[Column]:
         base = ModelVariant(BASE)
         batches = list(self.image_scorer.batches(base, self.test, sampler, split="test", images=True))
         factor, control = self.image_scorer.best_contrast(batches)
         factors.append(factor)
-        if folder is not None:
-            for batch in batches:
-                images = from_bytes(batch.images)
-                save_images(images, batch.tasks, folder / BASE)
-                save_images(eight_bits(contrast(images, factor)), batch.tasks, folder / CONTROL)
+        for batch in batches:
+            images = from_bytes(batch.images)
+            self._save(images, batch.tasks, sampler, folder / BASE)
+            self._save(eight_bits(contrast(images, factor)), batch.tasks, sampler, folder / CONTROL)
         own = joined([batch.scores for batch in batches])
         return [
             Column(name, sampler, (None,), _stacked([scores])) for name, scores in ((BASE, own), (CONTROL, control))
         ]
 
-    def _scores(self, variant: ModelVariant, sampler: str, folder: Path | None) -> Scores:
+    def _scores(self, variant: ModelVariant, sampler: str, folder: Path) -> Scores:
         scores = []
-        for batch in self.image_scorer.batches(variant, self.test, sampler, split="test", images=folder is not None):
+        for batch in self.image_scorer.batches(variant, self.test, sampler, split="test", images=True):
             scores.append(batch.scores)
-            if folder is not None:
-                save_images(from_bytes(batch.images), batch.tasks, folder / variant.place)
+            self._save(from_bytes(batch.images), batch.tasks, sampler, folder / variant.place)
         return joined(scores)
+
+    def _save(self, images: Tensor, tasks: Sequence[Task], sampler: str, folder: Path) -> None:
+        """PNG files <prompt index>-<image index>.png; of other samplers only the first image of the first prompts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for image, task in zip(images, tasks, strict=True):
+            is_first = task.prompt_index < OTHERS_PROMPTS and task.image_index == 0
+            if is_first or sampler == self.settings.deciding:
+                to_picture(image).save(folder / f"{task.prompt_index:04d}-{task.image_index}.png")
 
     def _validation_row(self, variant: ModelVariant) -> Row:
         scores = self.image_scorer.scores(variant, self.validation, self.settings.deciding, split="validation")
@@ -181,13 +190,6 @@ class Evaluation:
         settings = self.settings
         which: dict[str, Any] = {"primary": settings.primary, "guarded": settings.guarded}
         return choose_checkpoint(candidates, base, tolerance=settings.guard_tolerance, **which)
-
-
-def save_images(images: Tensor, tasks: Sequence[Task], folder: Path) -> None:
-    """PNG files <prompt index>-<image index>.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for image, task in zip(images, tasks, strict=True):
-        to_picture(image).save(folder / f"{task.prompt_index:04d}-{task.image_index}.png")
 
 
 def _stacked(of_seeds: Sequence[Scores]) -> Scores:

@@ -28,6 +28,9 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
     results = results_of(config, inputs)
     evaluate, shown = config.evaluate, [column for column in results.columns if column != CONTRAST]
     cards = gallery(inputs.images, inputs.scores, shown, sampler=evaluate.deciding, metric=evaluate.primary)
+    for sampler, folder in inputs.other_samplers.items():
+        own = [row for row in inputs.scores if (folder / shown[0] / f"{row['prompt_index']:04.0f}-0.png").exists()]
+        cards += gallery(folder, own, shown, sampler=sampler, metric=evaluate.primary)
     charts = all_charts(results, inputs)
     costs = duels(
         results,
@@ -43,7 +46,8 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
     measured = {"pipeline_seconds": round(sum(inputs.seconds.values()), 1), **numbers(costs)}
     folder = Workspace(config, root).report
     studies = read_studies(config, root)
-    html = page(config, inputs, results, charts, cards, costs, studies, facts=environment(root))
+    facts = {**environment(root), "MLflow": tracker.address}
+    html = page(config, inputs, results, charts, cards, costs, studies, facts=facts)
     write_text(folder / "report.html", html)
     savings = [cost.sentence for cost in leading(costs) if cost.method == results.methods[0]]
     write_text(folder / "summary.txt", summary(results, savings, inputs.seconds))

@@ -55,6 +55,7 @@ def start(
     if sender.send():
         url = run_url(root, sender.state["experiment"], sender.state["parent"])
         print(f"tracked at {url}" if url else f"tracked in {masked(store(root))}; `make ui` shows it", flush=True)
+        tracker.address = url or f"run {sender.state['parent']} of {experiment_name(config)}; `make ui` shows it"
         send_unsent(root)
     elif (problem := sender.problem) is not None and not is_temporary(root, problem):
         journal.remove()

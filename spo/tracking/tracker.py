@@ -21,6 +21,8 @@ PARENT = "pipeline run"  # stands for the pipeline's run in the journal
 class Tracker:
     """Receives a stage's reports. A failure is reported once and never ends the stage."""
 
+    address = "not tracked"  # where people find the pipeline's run
+
     @property
     def pipeline(self) -> "Tracker":
         """The tracker of the pipeline's run, which the stage belongs to."""

@@ -154,11 +154,12 @@ def test_every_column_has_the_same_prompts_and_every_score(folder):
 
 
 def test_scores_can_be_had_again_from_the_kept_images(folder):
+    samplers = {row["sampler"] for row in read(folder / "scores.csv")}
+    assert len(samplers) == 2
     for row in read(folder / "scores.csv"):
-        if row["sampler"] != "ddim":
-            continue
+        kept = folder / ("images" if row["sampler"] == "ddim" else f"other_samplers/{row['sampler']}")
         place = row["column"] + (f"/seed-{row['training_seed']}" if row["training_seed"] else "")
-        picture = Image.open(folder / "images" / place / f"{int(row['prompt_index']):04d}-0.png")
+        picture = Image.open(kept / place / f"{int(row['prompt_index']):04d}-0.png")
         pixels = torch.tensor(list(picture.tobytes()), dtype=torch.uint8).view(RESOLUTION, RESOLUTION, 3)
         again = oracle_scores(from_bytes(pixels).permute(2, 0, 1)[None], [row["prompt"]])
         assert float(row["aesthetic"]) == pytest.approx(again["aesthetic"].item(), abs=1e-3)  # there in a batch

@@ -120,11 +120,12 @@ def write_evaluation(runs: Path, methods, prompts, gains, rng, *, seeds, images:
                                                "alignment": row["alignment"]}
         for row in validation for i in range(6)])  # fmt: skip
     for place in ("base", *(f"{name}/seed-{seeds[0]}" for name in methods)):
-        (folder / "images" / place).mkdir(parents=True)
-        for task in wanted:
-            pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            name = f"{task.prompt_index:04d}-{task.image_index}.png"
-            Image.fromarray(pixels).save(folder / "images" / place / name)
+        for parent, indices in (("images", range(len(prompts))), ("other_samplers/ddim-stochastic", range(2))):
+            (folder / parent / place).mkdir(parents=True)
+            for task in (task for task in wanted if task.prompt_index in indices):
+                pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+                name = f"{task.prompt_index:04d}-{task.image_index}.png"
+                Image.fromarray(pixels).save(folder / parent / place / name)
 
 
 def write_runs(root: Path, methods=("spo",), *, prompts=PROMPTS, gains=GAINS, seeds=(0,)) -> Config:
@@ -197,8 +198,24 @@ def test_method_names_are_escaped_in_charts_too():
 
 def test_gallery_shows_every_prompt_in_every_column_with_words(page):
     images = Tags(page).of("img")
-    assert [image["alt"].split(":")[0] for image in images] == ["base", "spo", "dpo"] * len(PROMPTS)
+    assert [image["alt"].split(":")[0] for image in images] == ["base", "spo", "dpo"] * (len(PROMPTS) + 2)
     assert all(image["width"] == "64" and image["class"] == "pixels" for image in images)
+
+
+def test_pictures_of_another_sampler_are_there_and_hidden_at_first(page):
+    cards = [attrs for attrs in Tags(page).of("li") if attrs.get("class") == "card"]
+    assert [card["data-sampler"] for card in cards] == ["ddim"] * len(PROMPTS) + ["ddim-stochastic"] * 2
+    assert ["hidden" in card for card in cards] == [False] * len(PROMPTS) + [True] * 2
+    assert f"{len(PROMPTS)} of {len(PROMPTS)}</output>" in page
+
+
+def test_the_page_says_where_its_run_is_tracked(tmp_path):
+    config = write_runs(tmp_path)
+    tracker = Tracker()
+    tracker.address = "https://mlflow.example/#/experiments/1/runs/2"
+    report.run(config, root=tmp_path, tracker=tracker)
+    page = (tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")
+    assert f'<a href="{tracker.address}">' in page
 
 
 def test_charts_have_words_and_tables_scopes(page):
@@ -350,7 +367,7 @@ def test_the_gallery_has_the_largest_gains_and_losses():
 
 def test_cards_carry_the_first_methods_gain(page):
     gains = [float(card["data-gain"]) for card in Tags(page).of("li") if card.get("class") == "card"]
-    assert len(gains) == len(PROMPTS) and all(0.05 < gain < 0.25 for gain in gains)
+    assert len(gains) == len(PROMPTS) + 2 and all(0.05 < gain < 0.25 for gain in gains)
 
 
 def test_what_was_watched_has_its_charts(tmp_path):
