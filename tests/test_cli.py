@@ -327,7 +327,7 @@ def test_repro_runs_dvc_with_this_python_and_one_pipeline_run(
     calls = repro_with(0, monkeypatch)
     (project / "runs/tiny/report").mkdir(parents=True)
     (project / "runs/tiny/report/summary.txt").write_text("SPO wins.\n")
-    assert main(["repro"]) == 0
+    assert main(["repro", "--jobs", "1"]) == 0
     [call] = calls
     assert call["command"] == [sys.executable, "-m", "dvc", "repro"]
     assert call["env"]["SPO_PIPELINE_RUN"]
@@ -355,7 +355,7 @@ def test_repro_that_fails_is_code_1(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repro_with(255, monkeypatch)
-    assert main(["repro"]) == 1
+    assert main(["repro", "--jobs", "1"]) == 1
     assert capsys.readouterr().err.startswith("error: the pipeline stopped (dvc's exit code 255)")
 
 

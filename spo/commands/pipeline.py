@@ -21,19 +21,34 @@ from spo.runtime.processes import child_environment, run_group
 from spo.workspace import Workspace
 
 
-def repro(force: Annotated[bool, typer.Option("--force", help="Run all stages, changed or not.")] = False) -> None:
+def repro(
+    force: Annotated[bool, typer.Option("--force", help="Run all stages, changed or not.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Preference models, then alignments, at once (default: by the cores; 1 with a GPU)."),
+    ] = None,
+) -> None:
     """Run the stages that have changed, in order.
 
     At the end it says where the results are.
     """
     from spo import tracking
+    from spo.commands.side_by_side import fitting_jobs, items_of, run_side_by_side
 
     workspace, store = Workspace(load_config()), tracking.masked(tracking.store())
     require_repository(Path())
     require_all(workspace.config, Path())
     environment = {tracking.PIPELINE_RUN: uuid.uuid4().hex, **child_environment()}
     start = time.monotonic()
-    code = run_group([sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])], environment)
+    jobs = fitting_jobs(workspace.config) if jobs is None else jobs
+    groups = items_of(workspace.config) if jobs > 1 else []
+    if not force:  # `dvc repro` does the rest
+        groups = groups[: max((i + 1 for i, items in enumerate(groups) if len(items) > 1), default=0)]
+    code = 0
+    for items in groups:
+        code = code or run_side_by_side(items, jobs=jobs, environment=environment, force=force)
+    options = ["--force"] if force and not groups else []
+    code = code or run_group([sys.executable, "-m", "dvc", "repro", *options], environment)
     if code:
         raise SpoError(f"the pipeline stopped (dvc's exit code {code}); the lines above name the stage and the cause")
     summary = (workspace.report / "summary.txt").read_text(encoding="utf-8").strip()
