@@ -29,7 +29,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear"] = "constant"  # linear: the rate falls to 0 over the rounds
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    eight_bit: bool = False
+    eight_bit: bool = False  # Adam's moments take 8 bits each, which needs bitsandbytes
 
 
 class WatchConfig(Section):

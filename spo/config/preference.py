@@ -101,6 +101,7 @@ class TrainPreferenceConfig(Section, ABC):
     weight_decay: Annotated[float, Field(ge=0)] = 0.3
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    eight_bit: bool = False  # Adam's moments take 8 bits each, which needs bitsandbytes
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     evaluate_timesteps: tuple[Annotated[int, Field(ge=0)], ...] = (0, 251, 501, 701, 951)  # SPO's table of accuracies
     evaluate_pairs: Positive = 512  # validation pairs for the accuracy, at most
@@ -133,7 +134,10 @@ class TrainPreferenceConfig(Section, ABC):
 
     def memory_remedy(self) -> str:
         now = self.micro_batch_size or self.batch_size
-        return f"set the preference model's micro_batch_size below {now}, or train in bfloat16"
+        return (
+            f"set the preference model's micro_batch_size below {now}, model.gradient_checkpointing or the preference "
+            "model's eight_bit to true, or train in bfloat16"
+        )
 
 
 class PixelPreferenceConfig(TrainPreferenceConfig):
@@ -209,9 +213,6 @@ class LatentPreferenceConfig(TrainPreferenceConfig):
             if getattr(scoring, key) is not None:
                 return f"{key}={getattr(scoring, key)!r} needs a preference model of kind pixel"
         return None
-
-    def memory_remedy(self) -> str:
-        return f"{super().memory_remedy()}, or set model.gradient_checkpointing to true"
 
 
 class CustomPreferenceConfig(TrainPreferenceConfig):

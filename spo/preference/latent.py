@@ -105,6 +105,8 @@ class LatentPreferenceModel(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         self.unet.enable_gradient_checkpointing()
+        for encoder in self.text_encoders:
+            encoder.activation_checkpointing_enable()
 
     @property
     def num_text_encoders(self) -> int:

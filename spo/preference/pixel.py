@@ -6,11 +6,12 @@ timestep of the predicted x_0. It starts as the identity, so the model starts as
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel
 
 FREQUENCIES = 128  # each as a cosine and a sine, so the sinusoidal embedding has width 256
@@ -64,6 +65,7 @@ class StepAwareCLIP(nn.Module):
             _identity_modulation(width, parts=6, gates=(2, 5)) for _ in clip.vision_model.encoder.layers
         )
         self.final_modulation = _identity_modulation(width, parts=2)
+        self.gradient_checkpointing = False
 
     @classmethod
     def from_clip(cls, clip: CLIPModel, *, generator: Generator | None = None) -> Self:
@@ -72,6 +74,11 @@ class StepAwareCLIP(nn.Module):
         `generator`: a CPU generator for the timestep embedder's weights, which have no effect before training.
         """
         return cls(clip, generator=generator).to(device=clip.device, dtype=clip.dtype)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """In training keep only the input of each layer of both towers, and compute the rest again for gradients."""
+        self.gradient_checkpointing = True
+        self.clip.activation_checkpointing_enable()
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Unit features (b, d), float32, of token ids (b, length)."""
@@ -95,10 +102,10 @@ class StepAwareCLIP(nn.Module):
         tower = self.clip.vision_model
         x = tower.pre_layrnorm(tower.embeddings(pixels))
         for layer, modulation in zip(tower.encoder.layers, modulations.layers, strict=True):
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.unsqueeze(-2).chunk(6, -1)
-            attention, _ = layer.self_attn(_modulate(layer.layer_norm1(x), shift_1, scale_1), attention_mask=None)
-            x = x + gate_1 * attention
-            x = x + gate_2 * layer.mlp(_modulate(layer.layer_norm2(x), shift_2, scale_2))
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(_modulated_layer, layer, x, modulation, use_reentrant=False)
+            else:
+                x = _modulated_layer(layer, x, modulation)
         shift, scale = modulations.final.chunk(2, -1)
         pooled = _modulate(tower.post_layernorm(x[:, 0]), shift, scale)
         return F.normalize(self.clip.visual_projection(pooled).float(), dim=-1)
@@ -116,6 +123,14 @@ def _identity_modulation(width: int, *, parts: int, gates: tuple[int, ...] = ())
     for gate in gates:
         nn.init.ones_(layer.bias[gate * width : (gate + 1) * width])
     return layer
+
+
+def _modulated_layer(layer: Any, x: Tensor, modulation: Tensor) -> Tensor:
+    """A layer of the vision tower on x (n, tokens, width) under the modulation (n or 1, 6 * width)."""
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.unsqueeze(-2).chunk(6, -1)
+    attention, _ = layer.self_attn(_modulate(layer.layer_norm1(x), shift_1, scale_1), attention_mask=None)
+    x = x + gate_1 * attention
+    return x + gate_2 * layer.mlp(_modulate(layer.layer_norm2(x), shift_2, scale_2))
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

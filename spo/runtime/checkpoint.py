@@ -192,10 +192,21 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
+        for name, value in _flat(values).items():
             kind: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
             kind[f"optimizer.{index}.{name}"] = value
     return tensors, numbers
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's state as bitsandbytes also takes it: its own `state_dict` puts the 8-bit tensors a level deeper.
+
+    Its tables (qmap1, qmap2) are one tensor for all parameters; they are copied, since a file cannot share tensors.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return {name: value.clone() if name.startswith("qmap") else value for name, value in flat.items()}
 
 
 def unpack_optimizer(

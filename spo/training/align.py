@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Generic
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from spo.config import AlignConfig, OptimizerConfig, SafetyConfig
-from spo.errors import ConfigError, TrainingError
+from spo.errors import TrainingError
 from spo.methods.method import E, Method, Round
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.policy import save_policy
@@ -85,7 +85,12 @@ class _Alignment(Generic[E]):
 
     def __post_init__(self) -> None:
         config = self.config.optimizer
-        optimizer = build_optimizer(self.policy.network.parameters(), config)
+        optimizer = adamw(
+            self.policy.network.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            eight_bit=config.eight_bit,
+        )
         guard = FiniteGuard(self.safety.max_skipped_in_a_row, REMEDY)
         self.updater = Updater(optimizer, guard, dtype=self.policy.dtype, max_grad_norm=config.max_grad_norm)
 
@@ -257,20 +262,6 @@ def save_checkpoint(policy: LatentDiffusion, cost: Cost, folder: Path) -> None:
     checkpoint = folder / f"step-{cost.rounds:06d}"
     save_policy(policy.network, checkpoint)
     write_json(checkpoint / "cost.json", asdict(cost))
-
-
-def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, with 8-bit states if the configuration says so; ConfigError without bitsandbytes."""
-    rate, decay = config.learning_rate, config.weight_decay
-    if not config.eight_bit:
-        return adamw(parameters, lr=rate, weight_decay=decay)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ConfigError(
-            "optimizer.eight_bit=true needs bitsandbytes and a GPU; `pip install -e .[gpu]`, or set it to false"
-        ) from None
-    return AdamW8bit(parameters, lr=rate, weight_decay=decay)
 
 
 def rate_share(update: int, done: float, config: OptimizerConfig) -> float:

@@ -50,6 +50,8 @@ class StepAwareTraining(PreferenceTraining):
                 preprocessing=settings.preprocessing,
                 generator=Generator().manual_seed(config.seed),
             )
+        if config.model.gradient_checkpointing:
+            preference.model.enable_gradient_checkpointing()
         return cls(base, preference, settings, config.safety)
 
     def save(self, folder: Path) -> None:

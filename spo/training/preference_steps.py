@@ -47,7 +47,7 @@ class PreferenceTraining(ABC):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.updater = Updater(
-            adamw(list(self.model.parameters()), weight_decay=config.weight_decay),
+            adamw(list(self.model.parameters()), weight_decay=config.weight_decay, eight_bit=config.eight_bit),
             FiniteGuard(safety.max_skipped_in_a_row, REMEDY),
             dtype=self.dtype,
             max_grad_norm=config.max_grad_norm,

@@ -216,15 +216,28 @@ def test_saving_takes_a_twentieth_of_the_time_at_most(store: StateStore, monkeyp
     assert len(saved) >= 3
 
 
-def weights_after(steps: int, *, interrupted: bool) -> Tensor:
+class Nested(torch.optim.AdamW):
+    """Its `state_dict` puts the tensors a level deeper, and one is shared by all parameters, as in bitsandbytes."""
+
+    table = torch.ones(3)
+
+    def state_dict(self) -> dict[str, Any]:
+        whole = super().state_dict()
+        for index, each in whole["state"].items():
+            moments = {name: each[name] for name in ("exp_avg", "exp_avg_sq")}
+            whole["state"][index] = {"step": each["step"], "moments": {**moments, "qmap1": self.table}}
+        return whole
+
+
+def weights_after(steps: int, *, interrupted: bool, kind: Any = torch.optim.AdamW) -> Tensor:
     """AdamW over a small problem; if interrupted, half-way a new optimiser takes over what the old one had."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 4)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    optimizer = kind(layer.parameters(), lr=0.1)
     for step in range(steps):
         if interrupted and step == steps // 2:
             tensors, numbers = pack_optimizer(optimizer)
-            optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+            optimizer = kind(layer.parameters(), lr=0.1)
             unpack_optimizer(optimizer, tensors, json.loads(json.dumps(numbers)))
         optimizer.zero_grad()
         layer(torch.ones(2, 4) * step).square().mean().backward()
@@ -232,8 +245,21 @@ def weights_after(steps: int, *, interrupted: bool) -> Tensor:
     return layer.weight.detach()
 
 
-def test_an_optimiser_that_is_put_back_goes_on_to_the_bit() -> None:
-    assert torch.equal(weights_after(6, interrupted=True), weights_after(6, interrupted=False))
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Nested])
+def test_an_optimiser_that_is_put_back_goes_on_to_the_bit(kind: Any) -> None:
+    assert torch.equal(weights_after(6, interrupted=True, kind=kind), weights_after(6, interrupted=False, kind=kind))
+
+
+def test_a_table_that_parameters_share_can_be_saved(store: StateStore) -> None:
+    layer = torch.nn.Linear(4, 4)
+    optimizer = Nested(layer.parameters(), lr=0.1)
+    layer(torch.ones(2, 4)).mean().backward()
+    optimizer.step()
+    tensors, numbers = pack_optimizer(optimizer)
+    store.save(State(1, tensors, numbers))
+    saved = store.load()
+    assert saved is not None and saved.tensors.keys() == tensors.keys()
+    assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_fingerprint_tells_contents_apart(tmp_path: Path) -> None:

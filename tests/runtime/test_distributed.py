@@ -94,7 +94,7 @@ def run(pipeline: Path, folder: Path, *, family: str = "sd15") -> dict[str, Any]
     method.collect = recorded
     optimizer = PlainSteps(policy.network.parameters(), config.optimizer.learning_rate)
     folder.mkdir()
-    with mock.patch("spo.training.align.build_optimizer", return_value=optimizer):
+    with mock.patch("spo.training.align.adamw", return_value=optimizer):
         metrics = align(method, policy, config, folder, NullTracker())
     return {
         "metrics": {name: value for name, value in metrics.items() if name != "seconds"},

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from spo.config import AlignConfig, LoraConfig, OptimizerConfig, OracleConfig, SafetyConfig, SamplerConfig, WatchConfig
 from spo.core.types import Loss
-from spo.errors import ConfigError, TrainingError
+from spo.errors import TrainingError
 from spo.methods.method import Examples, Method
 from spo.models.generate import generate
 from spo.models.latent_diffusion import LatentDiffusion
@@ -27,7 +27,7 @@ from spo.runtime.checkpoint import Saver, StateStore
 from spo.runtime.stopping import Stopped, stoppable
 from spo.tracking import NullTracker
 from spo.training import align as loop
-from spo.training.align import align, build_optimizer, rate_share
+from spo.training.align import align, rate_share
 from spo.training.watch import Watch
 from tests.methods.tiny import METHODS, PROMPTS, make_method
 from tests.models.tiny import make_tiny_denoiser, make_tiny_pipeline
@@ -128,11 +128,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(pipeline, tmp_p
 def test_pairs_in_small_parts_train_as_they_do_at_once(pipeline, tmp_path, monkeypatch, name):
     made = []
 
-    def plain(parameters, config):
-        made.append(PlainSteps(parameters, config.learning_rate))
+    def plain(parameters, *, lr, **_):
+        made.append(PlainSteps(parameters, lr))
         return made[-1]
 
-    monkeypatch.setattr("spo.training.align.build_optimizer", plain)
+    monkeypatch.setattr("spo.training.align.adamw", plain)
     unclamped = {} if name == "diffusion_dpo" else {"clip_range": None}
     optimizer = OptimizerConfig(learning_rate=1.0, max_grad_norm=1e-3)
     for run, size in {"whole": None, "parts": 1}.items():
@@ -183,17 +183,6 @@ def test_training_raises_what_the_scorer_prefers(pipeline, tmp_path):
     scores = [float(row["score"]) for row in rows(tmp_path / "run" / "history.csv")]
     third = len(scores) // 3
     assert sum(scores[-third:]) / third > sum(scores[:third]) / third
-
-
-def test_eight_bit_adam_says_what_it_lacks():
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match="needs bitsandbytes"):
-            build_optimizer([], OptimizerConfig(eight_bit=True))
-    else:
-        weight = torch.nn.Parameter(torch.zeros(2))
-        assert type(build_optimizer([weight], OptimizerConfig(eight_bit=True))).__name__ == "AdamW8bit"
 
 
 @pytest.mark.parametrize("name", METHODS)

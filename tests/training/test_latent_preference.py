@@ -158,6 +158,18 @@ def test_gradient_checkpointing_changes_no_gradient(base: LatentDiffusion):
     assert rows[0] is not None and rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
+def test_gradient_checkpointing_computes_the_layers_of_the_text_encoders_twice(base: LatentDiffusion):
+    if isinstance(base.network, FlowNetwork):
+        pytest.skip("the text encoders of a flow model's preference model are not trained")
+    training, calls = make_training(base), []
+    training.model.enable_gradient_checkpointing()
+    for encoder in training.model.text_encoders:
+        layers = getattr(encoder, "text_model", encoder).encoder.layers
+        layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert training.step(make_pairs(), 0, seed=0) is not None
+    assert len(calls) == 2 * len(training.model.text_encoders)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(base: LatentDiffusion):
     training, pairs = make_training(base), make_pairs()
     training.updater.guard.most_in_a_row = 2

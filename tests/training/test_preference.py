@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Generator
 
-from spo.config import PixelPreferenceConfig, SamplingConfig
+from spo.config import PixelPreferenceConfig, SamplingConfig, load_config
 from spo.errors import TrainingError
 from spo.preference.checkpoint import load_clip
 from spo.preference.score import PreferenceScorer
 from spo.training.preference import LabelledPairs, StepAwareTraining, predicted_images
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline
+from tests.training.steps import assert_same_up_to_rounding
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,64 @@ def test_at_t_0_the_images_themselves_are_scored(training, monkeypatch):
     accuracy, count = training.accuracy(pairs, 0, seed=0)
     sided = (expected[:, 0] > expected[:, 1]) == (pairs.label[:, 0] > pairs.label[:, 1])
     assert (accuracy, count) == (pytest.approx(sided.float().mean().item()), len(pairs))
+
+
+def gradients_of_a_step(training: StepAwareTraining) -> tuple[dict[str, float], torch.Tensor]:
+    """The measurements and the gradient of the first step; the pairs weigh differently."""
+    pairs = replace(make_pairs(training), weight=torch.linspace(0.2, 1.0, 16))
+    training.updater.optimizer.zero_grad = lambda: None  # keep the gradients of the step
+    row = training.step(pairs, 0, seed=0)
+    assert row is not None
+    return row, torch.cat([p.grad.flatten() for p in training.model.parameters() if p.grad is not None])
+
+
+def started(training: StepAwareTraining, folder: Path, **settings) -> StepAwareTraining:
+    """A training of the same base and start, with some other settings."""
+    config = training.config.model_copy(update=settings)
+    preference = load_clip(folder, generator=Generator().manual_seed(0))
+    with torch.no_grad():  # so that the timestep has an effect and every weight a gradient
+        for layer in (*preference.model.layer_modulation, preference.model.final_modulation):
+            layer.weight.normal_(std=0.02, generator=Generator().manual_seed(1))
+    return StepAwareTraining(training.base, preference, config)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_micro_batches_make_the_step_of_the_whole_batch(training, folders, size):
+    one, ours = gradients_of_a_step(started(training, folders[1]))
+    other, theirs = gradients_of_a_step(started(training, folders[1], micro_batch_size=size))
+    assert other == pytest.approx(one, rel=1e-3)
+    assert_same_up_to_rounding(ours, theirs)
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_computes_each_layer_twice(training, folders):
+    plain, checkpointed = started(training, folders[1]), started(training, folders[1])
+    checkpointed.model.enable_gradient_checkpointing()
+    calls = []
+    for each in (plain, checkpointed):
+        clip, count = each.model.clip, {"vision": 0, "text": 0}
+        calls.append(count)
+        for name, tower in (("vision", clip.vision_model), ("text", clip.text_model)):
+
+            def counted(*_, name=name, count=count):
+                count[name] += 1
+
+            tower.encoder.layers[0].mlp.register_forward_pre_hook(counted)
+    one, ours = gradients_of_a_step(plain)
+    other, theirs = gradients_of_a_step(checkpointed)
+    assert calls == [{"vision": 1, "text": 1}, {"vision": 2, "text": 2}]
+    assert other == pytest.approx(one, rel=1e-4)
+    assert_same_up_to_rounding(ours, theirs)
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_the_profile_switches_gradient_checkpointing_on(training, folders, switched):
+    config = load_config(Path(__file__).parents[2], "tiny")
+    settings = {
+        "model": config.model.model_copy(update={"gradient_checkpointing": switched}),
+        "preference_models": {"pixel": training.config.model_copy(update={"start_from": str(folders[1])})},
+    }
+    started = StepAwareTraining.start(training.base, config.model_copy(update=settings), "pixel")
+    assert started.model.gradient_checkpointing == switched
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
