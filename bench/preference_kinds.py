@@ -17,7 +17,7 @@ from typing import Any
 from bench.markdown import table
 from bench.measure import RESULTS, PeakMemory, at_least, clock, machine, save
 from bench.ours import OurPath
-from bench.systems import FULL_SIZE, SHAPES, make_system
+from bench.systems import DEVICES, SHAPES, device_of, make_system
 from spo.runtime.libraries import set_up_libraries
 
 KINDS = ("pixel", "latent")
@@ -29,11 +29,9 @@ ROWS = {  # figure and unit
 }
 
 
-def run_one(size: str, kind: str) -> dict[str, Any]:
-    """The costs of a batch with a preference model of this kind."""
-    import torch
-
-    device = torch.device("cuda" if size in FULL_SIZE else "cpu")
+def run_one(size: str, kind: str, on: str | None = None) -> dict[str, Any]:
+    """The costs of a batch with a preference model of this kind, on a device or the size's own."""
+    device = device_of(size, on)
     set_up_libraries()
     path = OurPath(make_system(size, device), seed=0, kind=kind)
     with PeakMemory(device) as memory:
@@ -54,16 +52,18 @@ def run_one(size: str, kind: str) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.preference_kinds", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("tiny", *SHAPES), default="tiny")
+    parser.add_argument("--device", choices=DEVICES, help="(default: cuda for a full size, else cpu)")
     parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)  # of the process that runs one batch
     options = parser.parse_args()
     if options.kind:
-        print(json.dumps(run_one(options.size, options.kind)))
+        print(json.dumps(run_one(options.size, options.kind, options.device)))
         return 0
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(options.repeats):
         for kind, found in runs.items():
             command = [sys.executable, "-m", "bench.preference_kinds", "--size", options.size, "--kind", kind]
+            command += ["--device", options.device] if options.device else []
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found.append(json.loads(output.splitlines()[-1]))
     medians = {

@@ -3,6 +3,7 @@
     python -m bench.profile_step --size tiny        # the embedded default
     python -m bench.profile_step --size small       # Stable Diffusion v1.5 in small
     python -m bench.profile_step --size sd15        # full size, random weights, on a GPU; sdxl likewise
+    python -m bench.profile_step --size sd15 --device cpu --prompts 1 --micro-batch-size 1     # the same on the CPU
 
 Runs `spo.training.align.align` itself for one batch and times what it calls. On a CPU seconds are of this process's
 CPU time; on a GPU of the wall clock, waiting for the GPU between sections, which costs a little.
@@ -21,7 +22,7 @@ from bench.flops import batch_flops
 from bench.markdown import table
 from bench.measure import RESULTS, PeakMemory, Stopwatch, clock, machine, matmul_rate, save
 from bench.ours import OurPath
-from bench.systems import FULL_SIZE, SHAPES, make_system
+from bench.systems import DEVICES, SHAPES, device_of, make_system
 from spo.runtime.libraries import set_up_libraries
 
 SECTIONS = (
@@ -37,9 +38,12 @@ SECTIONS = (
 REST = "everything else"
 
 
-def profile(size: str, **changes: Any) -> dict[str, Any]:
-    """Seconds by section of one batch, its peak of memory, and where they are known, operations and their floor."""
-    device = torch.device("cuda" if size in FULL_SIZE else "cpu")
+def profile(size: str, *, device: torch.device | None = None, **changes: Any) -> dict[str, Any]:
+    """Seconds by section of one batch, its peak of memory, and where they are known, operations and their floor.
+
+    device: None for that of the size, a GPU for a full one.
+    """
+    device = device or device_of(size)
     path = OurPath(make_system(size, device, **changes), seed=0)
     watch = Stopwatch(device)
     with PeakMemory(device) as memory, attached(watch, path):
@@ -131,6 +135,7 @@ def show(result: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SHAPES, "tiny"], default="small")
+    parser.add_argument("--device", choices=DEVICES, help="(default: cuda for a full size, else cpu)")
     parser.add_argument("--prompts", type=int, help="of the batch (default: the size's own)")
     parser.add_argument("--steps", type=int, help="of the sampler (default: the size's own)")
     parser.add_argument("--micro-batch-size", type=int, help="pairs that go through the UNet at a time in updates")
@@ -140,7 +145,7 @@ def main() -> int:
     options = parser.parse_args()
     set_up_libraries()
     changes = {"prompts": options.prompts, "steps": options.steps, "micro_batch_size": options.micro_batch_size}
-    result = profile(options.size, **changes)
+    result = profile(options.size, device=device_of(options.size, options.device), **changes)
     print(show(result))
     save(options.out or RESULTS / f"profile_step-{options.size}.json", result)
     return 0

@@ -2,6 +2,7 @@
 
     python -m bench.spo_step                        # Stable Diffusion v1.5 in small, on the CPU
     python -m bench.spo_step --size sd15            # full size, random weights, on a GPU; sdxl likewise
+    python -m bench.spo_step --size sd15 --device cpu --prompts 1 --micro-batch-size 1          # the same on the CPU
 
 Each run is a process of its own, so that its peak of memory is its own; the two paths take turns, and ratios are of
 medians. Ends with code 1 where pairs or losses differ.
@@ -23,7 +24,7 @@ from bench.markdown import table
 from bench.measure import RESULTS, PeakMemory, clock, machine, save
 from bench.ours import OurPath
 from bench.plain import PlainPath
-from bench.systems import FULL_SIZE, SHAPES, make_system
+from bench.systems import DEVICES, SHAPES, device_of, make_system
 from spo.models.load import compile_blocks
 from spo.runtime.libraries import set_up_libraries
 
@@ -43,7 +44,8 @@ def main() -> int:
             for name in PATHS:
                 runs[name].append(_in_a_process(name, options, outputs[name]))
                 print(f"{name}: {runs[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
-        least = 0.8 if options.size in FULL_SIZE else 0.98  # of half precision's near-ties some fall otherwise
+        on_gpu = device_of(options.size, options.device).type == "cuda"
+        least = 0.8 if on_gpu else 0.98  # of half precision's near-ties some fall otherwise
         agreement = compare(*(torch.load(outputs[name]) for name in PATHS), least=least)
     result = summary(runs, agreement, options)
     print(show(result))
@@ -53,7 +55,7 @@ def main() -> int:
 
 def run_one(options: argparse.Namespace) -> None:
     """Run one path once; its measurements as JSON on standard output, its pairs and losses in a file."""
-    device = torch.device("cuda" if options.size in FULL_SIZE else "cpu")
+    device = device_of(options.size, options.device)
     set_up_libraries()
     changes = {"prompts": options.prompts, "steps": options.steps, "micro_batch_size": options.micro_batch_size}
     system = make_system(options.size, device, **changes)
@@ -153,6 +155,7 @@ def _in_a_process(path: str, options: argparse.Namespace, out: Path) -> dict[str
     for name in ("prompts", "steps", "micro_batch_size"):
         if (value := getattr(options, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
+    command += ["--device", options.device] if options.device else []
     command += ["--compile"] if options.compile else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -161,6 +164,7 @@ def _in_a_process(path: str, options: argparse.Namespace, out: Path) -> dict[str
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SHAPES, "tiny"], default="small")
+    parser.add_argument("--device", choices=DEVICES, help="(default: cuda for a full size, else cpu)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each path")
     parser.add_argument("--prompts", type=int, help="of the batch (default: the size's own)")
     parser.add_argument("--steps", type=int, help="of the sampler (default: the size's own)")

@@ -3,10 +3,12 @@
 mini    seconds on a CPU: for trying the benchmarks out; mini-sdxl likewise
 tiny    the embedded default, as shipped
 small   Stable Diffusion v1.5 in small: four levels, 6.2 million parameters, 16 x 16 latents
-sd15    Stable Diffusion v1.5 at 512 px with PickScore's CLIP; needs a GPU
-sdxl    Stable Diffusion XL at 1024 px with the same CLIP; needs a GPU
-sd35    Stable Diffusion 3.5 medium at 512 px with the same CLIP and without T5; needs a GPU. mini-sd35 in small
-flux    FLUX.1-dev at 512 px with the same CLIP, and one layer of T5; needs a GPU. mini-flux in small
+sd15    Stable Diffusion v1.5 at 512 px with PickScore's CLIP
+sdxl    Stable Diffusion XL at 1024 px with the same CLIP
+sd35    Stable Diffusion 3.5 medium at 512 px with the same CLIP and without T5. mini-sd35 in small
+flux    FLUX.1-dev at 512 px with the same CLIP, and one layer of T5. mini-flux in small
+
+The last four run on a GPU, or with `--device cpu` slowly on a CPU.
 """
 
 from collections.abc import Callable
@@ -268,6 +270,15 @@ SHAPES = {
     ),
 }
 FULL_SIZE = ("sd15", "sdxl", "sd35", "flux")
+DEVICES = ("cpu", "cuda")
+
+
+def device_of(size: str, named: str | None = None) -> torch.device:
+    """The device that is named, else a GPU for a full size and the CPU for others; SystemExit without that GPU."""
+    device = torch.device(named or ("cuda" if size in FULL_SIZE else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--size {size} runs on a GPU, and there is none here; add --device cpu, which is slow")
+    return device
 
 
 @dataclass(frozen=True)

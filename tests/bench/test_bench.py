@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import preference_kinds
+from bench import preference_kinds, profile_step, spo_step
 from bench.flops import count
 from bench.measure import Stopwatch
 from bench.ours import OurPath
 from bench.plain import PlainPath
 from bench.profile_step import REST, SECTIONS, profile, show
 from bench.spo_step import compare
-from bench.systems import make_system
+from bench.systems import device_of, make_system
 from experiments import figures
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +48,33 @@ def test_the_sections_of_a_profile_are_all_met_and_add_up():
         "updates: reference",
     }
     assert "times the floor" in show(result)
+
+
+def test_a_full_size_runs_on_a_gpu_unless_the_cpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {size: (device_of(size).type, device_of(size, "cpu").type) for size in ("mini", "tiny", "sd15", "sdxl")}
+    assert found == dict.fromkeys(("mini", "tiny"), ("cpu", "cpu")) | dict.fromkeys(("sd15", "sdxl"), ("cuda", "cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="add --device cpu"):
+        device_of("sd15")
+
+
+@pytest.mark.parametrize("size", ["sd15", "sdxl"])
+def test_the_benchmarks_take_the_cpu_for_a_full_size(size, monkeypatch):
+    made = []
+
+    def make(size, device, **_):
+        made.append((size, device.type))
+        raise KeyboardInterrupt  # before anything of that size is made
+
+    command = ["--size", size, "--device", "cpu"]
+    for module, more in ((profile_step, []), (spo_step, ["--path", "ours"]), (preference_kinds, ["--kind", "pixel"])):
+        monkeypatch.setattr(module, "make_system", make)
+        monkeypatch.setattr(module, "set_up_libraries", lambda: None)
+        monkeypatch.setattr("sys.argv", [module.__name__, *command, *more])
+        with pytest.raises(KeyboardInterrupt):
+            module.main()
+    assert made == 3 * [(size, "cpu")]
 
 
 def test_a_section_within_another_is_counted_once(monkeypatch):
