@@ -38,9 +38,14 @@ class Workspace:
     config: Config
     root: Path = Path()
 
+    @property
+    def runs(self) -> Path:
+        """What the profile's stages write."""
+        return self.root / "runs" / self.config.profile
+
     def output(self, stage: str) -> Path:
         """What a stage writes: runs/<profile>/<stage>."""
-        return self.root / "runs" / self.config.profile / stage
+        return self.runs / stage
 
     @property
     def prepared(self) -> Prepared:

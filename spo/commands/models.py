@@ -127,8 +127,8 @@ def write_export(
 ) -> str:
     """Write the model to `out`, whole or not at all, and return a line about it."""
     from spo.evaluation.resolve_model import resolve_model
-    from spo.models import policy
-    from spo.models.load import build
+    from spo.models.lora import copy_lora
+    from spo.models.lora_file import WEIGHTS
     from spo.report.model_card import SAMPLES, model_card
     from spo.runtime.files import atomic_path, write_text
 
@@ -138,18 +138,33 @@ def write_export(
         raise SpoError(
             f"there is nothing to export: {source.description}; run `python -m spo evaluate`, or name a --checkpoint"
         )
-    denoiser = build(config.model, config.sampling, "cpu")
-    policy.load_policy(denoiser.network, source.lora)
     if format != "diffusers":
-        policy.export(denoiser.network, format, out)
+        _load_and_export(config, format, source.lora, out)
         return f"{out}: {format} of {source.description}"
-    evaluated = None if checkpoint else source.name
+    evaluated, lora = None if checkpoint else source.name, Path(source.lora)
     with atomic_path(out) as made:
-        policy.export(denoiser.network, format, made)
+        if (lora / WEIGHTS).is_file() and _is_within(lora, Workspace(config).runs):
+            copy_lora(lora, made)  # a stage of the profile wrote it in this format, for this base
+        else:
+            _load_and_export(config, format, source.lora, made)
         write_text(made / "README.md", model_card(config, evaluated, license=license))
         if evaluated and (samples := Workspace(config).evaluate / SAMPLES).is_file():
             shutil.copyfile(samples, made / SAMPLES)
     return f"{out}: {format} of {source.description}"
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _load_and_export(config: Config, format: Format, lora: str | Path, out: Path) -> None:
+    """Write the profile's base with the LoRA, or that LoRA in another format."""
+    from spo.models import policy
+    from spo.models.load import build
+
+    denoiser = build(config.model, config.sampling, "cpu")
+    policy.load_policy(denoiser.network, lora)
+    policy.export(denoiser.network, format, out)
 
 
 def import_preference_model(

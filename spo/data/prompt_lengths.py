@@ -34,7 +34,7 @@ def cut_prompts(prompts: Sequence[str], config: ModelConfig) -> dict[str, dict[s
         if name == "tokenizer_3" and not (config.t5 and _may_have(source, name)):
             continue
         remedy = "it should be a folder that diffusers' save_pretrained wrote"
-        with hub.loading(f"{name} of {source!r}", source, "model.path", remedy):
+        with hub.loading(f"{name} of {source!r}", source, "model.path", remedy, hub.only("tokenizer*")):
             tokenizer = AutoTokenizer.from_pretrained(source, subfolder=name, revision=config.revision)
         context = (config.t5_tokens or T5[config.family, name]) if is_t5 else tokenizer.model_max_length
         parts = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]

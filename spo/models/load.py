@@ -54,6 +54,8 @@ NETWORKS: dict[str, type[Network]] = {
     "flux": FluxNetwork,
 }
 
+SETTINGS = ("*.json", "*.txt", "*.model")  # and tokenizers
+ONE_PART = hub.only("config.json", "diffusion_pytorch_model.safetensors")
 VARIANTS = 256  # compiled versions of one block: widths, batch sizes, adapter on, off or merged, gradients on or off
 
 
@@ -98,10 +100,10 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
     if config.family == "sd15":
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     if config.vae is not None:
-        with _explained("model.vae", config.vae):
+        with _explained("model.vae", config.vae, ONE_PART):
             parts["vae"] = AutoencoderKL.from_pretrained(config.vae, dtype=dtype, use_safetensors=True)
     load = _load_single_file if config.is_single_file else _load_repository
-    with _explained("model.path", config.path):
+    with _explained("model.path", config.path, files_of(config)):
         pipeline = load(config, dtype, parts)
         _require_whole(pipeline, config.path)
         pipeline.scheduler = plain_scheduler(pipeline.scheduler, config)
@@ -169,7 +171,7 @@ def _load_single_file(config: ModelConfig, dtype: torch.dtype, parts: dict[str, 
     if config.family == "sd3" and not config.t5:
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
     remedy = "it should be a folder that diffusers' save_pretrained wrote, of the kind of the file"
-    with hub.loading(f"model.config={source!r}", source, "model.config", remedy):
+    with hub.loading(f"model.config={source!r}", source, "model.config", remedy, hub.only(*SETTINGS)):
         _checked_index(config, source)
         try:
             pipeline = PIPELINES[config.family].from_single_file(config.path, config=source, dtype=dtype, **parts)
@@ -201,7 +203,7 @@ def compile_blocks(network: Any) -> None:
 
 def load_tiny_vae(path: str, policy: LatentDiffusion) -> AutoencoderTiny:
     """A small autoencoder for the policy's latents, such as madebyollin/taesd or taesdxl; ModelError as above."""
-    with _explained("scoring.tiny_vae", path):
+    with _explained("scoring.tiny_vae", path, ONE_PART):
         vae = AutoencoderTiny.from_pretrained(path, dtype=policy.dtype, use_safetensors=True)
     if vae.config.latent_channels != policy.latent_shape[0]:
         raise ModelError(
@@ -248,8 +250,17 @@ def _require_variant(config: ModelConfig) -> None:
         )
 
 
+def files_of(config: ModelConfig) -> str:
+    """Options of `hf download` for what is read of a repository: one variant of its weights, as .safetensors."""
+    variant = config.variant
+    weights = [f"*/*.{variant}*.safetensors"] if variant else ["*/*model.safetensors", "*/*model-*.safetensors"]
+    unread = ["safety_checker/*", *(["text_encoder_3/*"] if config.family == "sd3" and not config.t5 else [])]
+    revision = f" --revision {config.revision}" if config.revision else ""
+    return hub.only(*SETTINGS, *weights, but=unread) + revision
+
+
 @contextmanager
-def _explained(key: str, path: str) -> Iterator[None]:
+def _explained(key: str, path: str, files: str) -> Iterator[None]:
     """Turn the libraries' errors while loading `path` into a ModelError of one line."""
     if (
         not Path(path).is_dir()
@@ -258,6 +269,6 @@ def _explained(key: str, path: str) -> Iterator[None]:
     ):
         raise ModelError(f"{key}={path!r} is no folder here; put a diffusers model there, or name one on the hub")
     remedy = "it should be a folder that diffusers' save_pretrained wrote, with .safetensors weights"
-    with hub.loading(f"{key}={path!r}", path, key, remedy), warnings.catch_warnings():
+    with hub.loading(f"{key}={path!r}", path, key, remedy, files), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own, on every hub name
         yield

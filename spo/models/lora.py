@@ -1,5 +1,6 @@
 """The policy's LoRA: add, save for diffusers or for web user interfaces, load; and use published LoRAs for a while."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from diffusers.utils import (
 )
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spo.config import LoraConfig
@@ -54,6 +56,20 @@ def save_lora(network: Network, folder: str | Path) -> None:
         layers = converted if not any(".lora_A." in name for name in converted) else layers
     with atomic_path(folder) as temporary:
         network.pipeline.save_lora_weights(temporary, **{f"{network.component}_lora_layers": layers})
+
+
+def copy_lora(source: Path, folder: str | Path) -> None:
+    """Write a LoRA that `save_lora` wrote to another folder, without its network; ModelError if it is damaged."""
+    file = source / WEIGHTS
+    try:
+        good = all(weight.isfinite().all() for weight in load_file(file).values())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read: {one_line(error)}; run the stage that wrote it again") from None
+    if not good:
+        raise ModelError(f"{file} holds values that are not finite; its training failed, use another")
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        shutil.copyfile(file, temporary / WEIGHTS)
 
 
 def save_kohya(network: Network, file: str | Path) -> None:
@@ -112,7 +128,7 @@ def load_lora(network: Network, source: str | Path) -> None:
     missing, also changes a text encoder (which the reference could not undo) or was made for another base model.
     """
     module, prefix = network.module, network.component
-    with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
+    with hub.loading(f"LoRA {source}", source, "its place", EXPECTED, _files("*.safetensors")):
         state = read_lora(network, source)
         others = sorted({name.split(".")[0] for name in state if not name.startswith(f"{prefix}.")})
         if others or not state:
@@ -124,6 +140,10 @@ def load_lora(network: Network, source: str | Path) -> None:
         cast_training_params(module, torch.float32)
         weights = {name.removeprefix(f"{prefix}."): weight for name, weight in state.items()}
         set_peft_model_state_dict(module, weights)  # loading rounded to the base's dtype
+
+
+def _files(weights: str) -> str:
+    return hub.only(weights, "adapter_config.json")
 
 
 @contextmanager
@@ -139,7 +159,7 @@ def published_lora(
     pipeline = network.pipeline
     pipeline.unload_lora_weights()
     try:
-        with hub.loading(f"LoRA {source}", source, "its place", EXPECTED):
+        with hub.loading(f"LoRA {source}", source, "its place", EXPECTED, _files(weight_name or "*.safetensors")):
             state = read_lora(network, source, weight_name, revision)
             if not state:
                 raise ModelError(f"LoRA {source} holds no weights; give one for the same base model")

@@ -55,7 +55,9 @@ def published_network(
     another base model.
     """
     remedy = "it should be a network that diffusers' save_pretrained wrote, with .safetensors weights"
-    with hub.loading(f"network {source}", source, "its place", remedy):
+    place = f"{subfolder}/" if subfolder else ""
+    files = (f"{place}{name}" for name in ("config.json", "*model.safetensors", "*model-*.safetensors"))
+    with hub.loading(f"network {source}", source, "its place", remedy, hub.only(*files)):
         module = type(network.module).from_pretrained(
             str(source), subfolder=subfolder, revision=revision, dtype=network.dtype, use_safetensors=True
         )

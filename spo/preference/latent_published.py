@@ -157,7 +157,7 @@ def _base_folder(base: str | Path) -> Path:
         return Path(base)
     if not hub.is_name(base):
         raise ModelError(f"base model {str(base)!r} is no folder here; name the diffusers model the checkpoint is of")
-    with hub.loading(f"base model {str(base)!r}", base, "its place", ""):
+    with hub.loading(f"base model {str(base)!r}", base, "its place", "", hub.only(*BASE_FILES)):
         return Path(snapshot_download(str(base), allow_patterns=BASE_FILES))
 
 

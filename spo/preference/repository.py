@@ -27,17 +27,18 @@ SAFETENSORS = ["model*.safetensors"]
 PICKLED = ["pytorch_model*.bin"]
 
 
-def fetch(repository: str | Path, patterns: list[str]) -> Path:
+def fetch(repository: str | Path, patterns: list[str], *, later: Sequence[str] = ()) -> Path:
     """The local folder of a repository: itself, or the hub's cache with the files that match `patterns`.
 
-    ModelError if it is neither a folder nor on the hub.
+    later: patterns of what else will be needed of it, for the advice on what to download. ModelError if it is neither a
+    folder nor on the hub.
     """
     folder, name = Path(repository), str(repository)
     if folder.is_dir():
         return folder
     if not hub.is_name(name):
         raise ModelError(f"CLIP model {name!r} is no folder here; put one there, or name one on the hub as OWNER/NAME")
-    with hub.loading(f"CLIP model {name!r}", name, "its place", ""):
+    with hub.loading(f"CLIP model {name!r}", name, "its place", "", hub.only(*patterns, *later)):
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 
@@ -68,7 +69,7 @@ def read_clip(repository: str | Path) -> CLIPModel:
 
 def read_config(repository: str | Path) -> CLIPConfig:
     """The CLIP's configuration; ModelError if it is missing or describes another kind of model."""
-    values = _read_json(repository, "config.json")
+    values = _read_json(repository, "config.json", later=SAFETENSORS)
     if values.get("model_type") != "clip":
         found = f"is a {values.get('model_type')!r} model" if values else "has no config.json"
         raise ModelError(f"{str(repository)!r} {found}; a CLIP model is needed, such as yuvalkirstain/PickScore_v1")
@@ -144,9 +145,9 @@ def read_tokenizer(repository: str | Path, config: CLIPConfig) -> CLIPTokenizer:
     return tokenizer
 
 
-def _read_json(repository: str | Path, name: str) -> dict[str, Any]:
+def _read_json(repository: str | Path, name: str, *, later: Sequence[str] = ()) -> dict[str, Any]:
     """The values of a repository's JSON file; none if it is missing."""
-    path = fetch(repository, SMALL_FILES) / name
+    path = fetch(repository, SMALL_FILES, later=later) / name
     if not path.is_file():
         return {}
     try:

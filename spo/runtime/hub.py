@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,11 @@ def connect() -> bool:
 
 
 @contextmanager
-def loading(what: str, source: str | Path, setting: str, remedy: str) -> Iterator[None]:
+def loading(what: str, source: str | Path, setting: str, remedy: str, files: str = "") -> Iterator[None]:
     """Turn the libraries' errors while they load `source` into a ModelError of one line.
 
-    what: the source in the message; setting: where the user can name another; remedy: what a local one should be.
+    what: the source in the message; setting: where the user can name another; remedy: what a local one should be;
+    files: from `only`, what to download of a repository.
     """
     if is_name(source):
         connect()
@@ -45,18 +46,25 @@ def loading(what: str, source: str | Path, setting: str, remedy: str) -> Iterato
         yield
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
         if is_name(source):
-            raise ModelError(f"{what} {unavailable(source, setting, error)}") from None
+            raise ModelError(f"{what} {unavailable(source, setting, error, files)}") from None
         raise ModelError(f"{what} cannot be loaded: {one_line(error)}; {remedy}") from None
 
 
-def unavailable(name: str | Path, setting: str, error: Exception) -> str:
+def only(*patterns: str, but: Sequence[str] = ()) -> str:
+    """Options of `hf download` for the files of some patterns; * also stands for slashes."""
+    options = [*(f'--include "{pattern}"' for pattern in patterns), *(f'--exclude "{pattern}"' for pattern in but)]
+    return " ".join(options)
+
+
+def unavailable(name: str | Path, setting: str, error: Exception, files: str = "") -> str:
     """Message: why a repository cannot be loaded, and what to download and where to put it."""
     from huggingface_hub import constants
 
     why = "the hub cannot be reached" if constants.is_offline_mode() else f"the hub does not give it: {one_line(error)}"
+    command = f"hf download {name} --local-dir models/{str(name).split('/')[-1]} {files}".rstrip()
     return (
-        f"is no folder here, nor in the hub's cache, and {why}; where there is a network, run `hf download {name} "
-        f"--local-dir models/{str(name).split('/')[-1]}`, bring the folder here and name it in {setting}"
+        f"is no folder here, nor in the hub's cache, and {why}; where there is a network, run `{command}`, bring the "
+        f"folder here and name it in {setting}"
     )
 
 

@@ -1,6 +1,7 @@
 """`python -m spo export`: what users take away, written whole or not at all."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from spo.__main__ import main
 from spo.config import LoraConfig
 from spo.models.lora import add_lora, save_kohya
+from spo.models.lora_file import WEIGHTS
 from spo.models.policy import save_policy
 from spo.preference.checkpoint import load_clip, published_name
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
@@ -100,6 +102,44 @@ def test_a_checkpoint_may_be_named_in_place_of_the_one_that_evaluation_chose(pro
     other, chosen, default = (load_file(tmp_path / f"{name}.safetensors") for name in "abc")
     assert all(torch.equal(chosen[name], default[name]) for name in default)
     assert any(not torch.equal(chosen[name], other[name]) for name in other)
+
+
+def test_a_lora_that_a_stage_wrote_is_copied_for_diffusers_without_its_base(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = project / "runs/own/evaluate/lora/spo"
+    shutil.copytree(own, tmp_path / "elsewhere")  # nobody knows of this one which base it fits
+    assert main(["export", "--format", "diffusers", "--checkpoint", str(tmp_path / "elsewhere"), "--out", "new"]) == 0
+    loaded = load_file(project / "new" / WEIGHTS)
+    shutil.rmtree(project / "new")
+    monkeypatch.setattr("spo.models.load.build", lambda *_: pytest.fail("the base was loaded"))
+    assert main(["export", "--format", "diffusers", "--out", str(tmp_path / "lora")]) == 0
+    assert (tmp_path / "lora" / WEIGHTS).read_bytes() == (own / WEIGHTS).read_bytes()
+    copied = load_file(tmp_path / "lora" / WEIGHTS)
+    assert copied.keys() == loaded.keys()
+    assert all(torch.equal(copied[name], loaded[name]) for name in loaded)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-9]), lambda file: nan(file)])
+def test_a_damaged_lora_is_not_copied(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
+) -> None:
+    damaged = project / "runs/own/damaged"
+    shutil.copytree(project / "runs/own/evaluate/lora/spo", damaged)
+    damage(damaged / WEIGHTS)
+    try:
+        command = ["export", "--format", "diffusers", "--checkpoint", str(damaged), "--out", str(tmp_path / "new")]
+        assert main(command) == 1
+    finally:
+        shutil.rmtree(damaged)
+    error = capsys.readouterr().err
+    assert WEIGHTS in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def nan(file: Path) -> None:
+    weights = load_file(file)
+    save_file({**weights, min(weights): weights[min(weights)] * float("nan")}, file)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Pipelines come from safe files of the right family, and what is wrong is said in one line."""
 
 import re
+import shlex
 from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.utils
 import pytest
 import torch
 from diffusers import (
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ModelError
-from spo.models.load import NETWORKS, PIPELINES, build, load_pipeline, load_tiny_vae
+from spo.models.load import NETWORKS, PIPELINES, build, files_of, load_pipeline, load_tiny_vae
 from spo.models.schedulers import plain_scheduler
 from tests.models.single_file import save_single_file
 from tests.models.tiny import (
@@ -176,6 +178,67 @@ def test_without_network_a_hub_name_says_what_to_download_and_where_to_put_it(mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     said = message("sd15", "someone/no-such-model")
     assert "hf download someone/no-such-model --local-dir models/no-such-model" in said
+
+
+PUBLISHED = [
+    "model_index.json",
+    "README.md",
+    "v1-5-pruned.safetensors",
+    "feature_extractor/preprocessor_config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/merges.txt",
+    "tokenizer/vocab.json",
+    "tokenizer_3/spiece.model",
+    "safety_checker/model.safetensors",
+    "safety_checker/model.fp16.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "text_encoder_3/model-00001-of-00002.safetensors",
+    "text_encoder_3/model.safetensors.index.json",
+    "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/model.onnx",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.fp16.safetensors",
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        (
+            {"family": "sd15"},
+            "text_encoder/model text_encoder_3/model-00001-of-00002 unet/diffusion_pytorch_model "
+            "vae/diffusion_pytorch_model",
+        ),
+        (
+            {"family": "sd3", "t5": False, "variant": "fp16"},
+            "text_encoder/model.fp16 unet/diffusion_pytorch_model.fp16 vae/diffusion_pytorch_model.fp16",
+        ),
+    ],
+)
+def test_what_to_download_is_one_variant_in_one_format_with_all_settings(settings, weights):
+    options = shlex.split(files_of(ModelConfig(path="a/b", resolution=64, revision="main", **settings)))
+    given: dict[str, list[str]] = {"--include": [], "--exclude": [], "--revision": []}
+    for option, value in zip(options[::2], options[1::2], strict=True):
+        given[option].append(value)
+    chosen = list(
+        huggingface_hub.utils.filter_repo_objects(
+            PUBLISHED, allow_patterns=given["--include"], ignore_patterns=given["--exclude"]
+        )
+    )
+    assert [name for name in chosen if "safetensors" in name and "index" not in name] == [
+        f"{name}.safetensors" for name in weights.split()
+    ]
+    assert {"model_index.json", "unet/config.json", "tokenizer/merges.txt", "tokenizer_3/spiece.model"} <= set(chosen)
+    assert not [name for name in chosen if name.endswith((".bin", ".onnx", ".md"))]
+    assert given["--revision"] == ["main"]
 
 
 def test_folder_of_the_other_family_names_the_right_one(family, tiny_folder):

@@ -227,7 +227,7 @@ def test_a_borrowed_lora_that_is_not_there_says_what_to_fetch(make, tmp_path, mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     denoiser = make()
     for source, said in [
-        ("someone/no-such-lora", "run `hf download someone/no-such-lora --local-dir models/no-such-lora`"),
+        ("someone/no-such-lora", 'run `hf download .* models/no-such-lora --include "a.safetensors" --include'),
         (str(tmp_path / "nothing"), "safetensors"),
         (str(tmp_path), "safetensors"),
     ]:

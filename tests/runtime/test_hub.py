@@ -51,6 +51,8 @@ def test_without_an_answer_only_the_cache_is_used(monkeypatch: pytest.MonkeyPatc
     said = hub.unavailable("a/b", "model.path", OSError("x\ny"))
     assert "the hub cannot be reached" in said
     assert "run `hf download a/b --local-dir models/b`, bring the folder here and name it in model.path" in said
+    said = hub.unavailable("a/b", "model.path", OSError(), hub.only("*.json", "c/*", but=["d/*"]))
+    assert 'models/b --include "*.json" --include "c/*" --exclude "d/*"`, bring the folder' in said
 
 
 @pytest.mark.parametrize(
