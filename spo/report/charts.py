@@ -177,7 +177,7 @@ def preference_charts(models: Mapping[str, PreferenceModel]) -> list[Chart]:
     for slot, (name, model) in enumerate(models.items()):
         for state in dict.fromkeys(row["model"] for row in model.accuracy):
             rows = [row for row in model.accuracy if row["model"] == state]
-            accuracy.append(_line(f"{name}, {state}", rows, "accuracy", slot=2 * slot + (state != "trained")))
+            accuracy.append(_line(f"{name}, {state}", rows, "accuracy", slot=2 * slot + (state == "start")))
         if model.candidates:
             candidates.append(_line(name, model.candidates, "agreement", slot=2 * slot))
     return [

@@ -55,7 +55,8 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
         print(f"train_preference {name}: continues from step {saved.number}", file=sys.stderr, flush=True)
         done = Done(**saved.values["done"])
     else:
-        done = Done(accuracy=_accuracies(training, validation, "start", config))
+        name_of_it = "imported" if settings.is_trained else "start"
+        done = Done(accuracy=_accuracies(training, validation, name_of_it, config))
     counts: dict[str, int] = {}
     if store:
         pairs = pairs_of("train")
@@ -92,7 +93,7 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
 class Done:
     """A training's progress and measurements, without its weights."""
 
-    accuracy: list[dict[str, Any]]  # of the start model, later also of the trained one
+    accuracy: list[dict[str, Any]]  # of the imported model, or of the start and later also of the trained one
     history: list[dict[str, float]] = field(default_factory=list)
     step: int = 0
     seconds: float = 0.0  # spent by all processes of the stage when the state was saved

@@ -65,7 +65,7 @@ def test_the_stages_work_from_measuring_to_the_comparison(config: Config) -> Non
     metrics = read_json(workspace.train_preference("mine") / "metrics.json")
     assert metrics["steps"] == metrics["unet_forwards"] == metrics["skipped"] == 0
     rows = rows_of(workspace.train_preference("mine") / "accuracy.csv")
-    assert [(row["timestep"], row["model"]) for row in rows] == [("0", "start"), ("501", "start")]
+    assert [(row["timestep"], row["model"]) for row in rows] == [("0", "imported"), ("501", "imported")]
 
     (Path("data/scorers") / "my_module.py").unlink()  # the run keeps its own copy
     policy = align.build_policy(config, "spo")
