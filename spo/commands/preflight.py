@@ -42,7 +42,8 @@ def show_findings(
     config: Config, root: Path, show: Callable[[Finding], None], stages: Sequence[str] = PIPELINE
 ) -> bool:
     """Pass each finding about `stages` to `show`; returns whether all are good."""
-    found = [finding for finding in findings(config, root) if set(stages) & set(finding.stages)]
+    found = [*findings(config, root), *_sides(config, root)]
+    found = [finding for finding in found if set(stages) & set(finding.stages)]
     for finding in found:
         show(finding)
     return all(finding.good for finding in found)
@@ -73,6 +74,19 @@ def _data(config: Config, root: Path) -> Iterator[Finding]:
     else:
         good, detail = _pairs(root / source, config.prepare.preferences.split)
     yield Finding("prepare.preferences.source", good, f"{source} {detail}", ("prepare",))
+
+
+def _sides(config: Config, root: Path) -> list[Finding]:
+    """A note for each side of the prompts that has fewer than `evaluate` asks for; none if they cannot be read yet."""
+    from spo.data.prompts import read_prompts, split_of
+
+    source = config.prepare.prompts
+    try:
+        prompts, _ = read_prompts(root / source.source, field=source.field, max_prompts=source.max_prompts)
+        shortfalls = split_of(prompts, config).shortfalls(config)
+    except DataError:  # `prepare` tells
+        return []
+    return [Finding(setting, True, f"note: {detail}", ("evaluate",)) for setting, detail in shortfalls.items()]
 
 
 def _prompts(path: Path) -> tuple[bool, str]:

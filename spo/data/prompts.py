@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spo.config import Config
 from spo.data.prompt_files import prompt_rows
 from spo.data.rows import Rejected, RowError, count_reasons, nothing_usable
 from spo.errors import DataError
@@ -20,6 +21,20 @@ class Split:
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+
+    def shortfalls(self, config: Config) -> dict[str, str]:
+        """What becomes of settings that ask for more prompts of a side than there are, by their dotted names."""
+        evaluate, whole = config.evaluate, len(self.train) + len(self.validation) + len(self.test)
+        asked = {
+            "num_prompts": ("test", self.test, evaluate.num_prompts),
+            "num_validation_prompts": ("validation", self.validation, evaluate.num_validation_prompts),
+        }
+        return {
+            f"evaluate.{name}": f"only {len(prompts)} of {whole} prompts fall to {side}, not {number}, and all of them "
+            f"are evaluated; give more prompts, or raise prepare.{side}_fraction"
+            for name, (side, prompts, number) in asked.items()
+            if len(prompts) < number
+        }
 
 
 def check_prompt(value: object) -> str:
@@ -86,3 +101,14 @@ def split_prompts(prompts: Sequence[str], *, seed: int, validation_fraction: flo
             "some for training; give more prompts"
         )
     return Split(tuple(ranked[held_out:]), tuple(ranked[:num_validation]), tuple(ranked[num_validation:held_out]))
+
+
+def split_of(prompts: Sequence[str], config: Config) -> Split:
+    """`split_prompts` by the profile's seed and fractions."""
+    prepare = config.prepare
+    return split_prompts(
+        prompts,
+        seed=config.seed,
+        validation_fraction=prepare.validation_fraction,
+        test_fraction=prepare.test_fraction,
+    )

@@ -13,7 +13,7 @@ from PIL import Image
 from spo.config import Config, SamplerConfig
 from spo.data.images import decode_image
 from spo.data.preferences import PreferencePair, read_preferences
-from spo.data.prompts import read_prompts, split_prompts
+from spo.data.prompts import read_prompts, split_of
 from spo.data.rows import Rejected
 from spo.errors import ModelError
 from spo.evaluation.resolve_model import Source
@@ -37,14 +37,9 @@ def prompts_to_label(config: Config, root: Path = Path()) -> list[str]:
 
     A few choices thus give pairs for both sides. Test prompts are left out.
     """
-    source, settings = config.prepare.prompts, config.prepare
+    source = config.prepare.prompts
     prompts, _ = read_prompts(root / source.source, field=source.field, max_prompts=source.max_prompts)
-    split = split_prompts(
-        prompts,
-        seed=config.seed,
-        validation_fraction=settings.validation_fraction,
-        test_fraction=settings.test_fraction,
-    )
+    split = split_of(prompts, config)
     sides = (split.train, split.validation)
     places = [((i + 0.5) / len(side), prompt) for side in sides for i, prompt in enumerate(side)]
     return [prompt for _, prompt in sorted(places)]

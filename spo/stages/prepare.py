@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from spo.config import Config
 from spo.data.preferences import PairWriter, read_preferences
 from spo.data.prompt_lengths import cut_prompts
-from spo.data.prompts import Split, prompt_hash, read_prompts, split_prompts
+from spo.data.prompts import Split, prompt_hash, read_prompts, split_of
 from spo.data.rows import Rejected, count_reasons
 from spo.errors import DataError, ModelError
 from spo.runtime.files import atomic_path, write_json, write_text
@@ -48,12 +48,9 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> dict[str, A
 def _prepare_prompts(config: Config, root: Path, folder: Path, log: TextIO) -> tuple[Split, dict[str, Any]]:
     source = config.prepare.prompts
     prompts, rejected = read_prompts(root / source.source, field=source.field, max_prompts=source.max_prompts)
-    split = split_prompts(
-        prompts,
-        seed=config.seed,
-        validation_fraction=config.prepare.validation_fraction,
-        test_fraction=config.prepare.test_fraction,
-    )
+    split = split_of(prompts, config)
+    for setting, detail in split.shortfalls(config).items():
+        print(f"warning: {setting}: {detail}", file=sys.stderr, flush=True)
     sides = asdict(split)
     for side, of_side in sides.items():
         write_text(Prepared(folder).prompts_file(side), "".join(f"{prompt}\n" for prompt in of_side))

@@ -67,6 +67,20 @@ def with_setting(project: Path, section: str, **values: object) -> str:
     return "changed"
 
 
+def test_fewer_prompts_than_evaluation_asks_for_are_told_beforehand(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    asked = load_config().evaluate.num_prompts
+    assert main(["check", "--quick"]) == 0
+    assert "note:" not in capsys.readouterr().out
+    profile = with_setting(project, "evaluate", num_prompts=1000)
+    assert main(["check", "--quick", "--profile", profile]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "note:" in line]
+    assert line.startswith("ok    evaluate.num_prompts ") and "fall to test, not 1000, and all of them" in line
+    assert asked < 1000
+
+
 def test_a_missing_file_is_found_before_anything_is_loaded(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +129,7 @@ def test_the_time_of_diffusion_dpo_is_told_from_the_pairs_there_are(tmp_path: Pa
 def test_the_miniature_has_as_many_pairs_at_a_time_as_the_training() -> None:
     """So that what does not fit into memory shows in the first minute."""
     sd15, tiny = (miniature(load_config(ROOT, profile), ROOT) for profile in ("sd15", "tiny"))
-    assert sd15.preference_models["pixel"].batch_size == 64
+    assert sd15.preference_models["pixel"].batch_size == 16  # of batches of 64
     assert sd15.align["spo"].batch_size == 10  # of updates of 40 pairs
     assert tiny.align["diffusion_dpo"].batch_size == 32
     assert tiny.align["spo"].batch_size == 64  # the most that it tries, of 96

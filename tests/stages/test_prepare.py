@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spo.config import Config, ModelConfig, PrepareConfig
+from spo.config import Config, EvaluateConfig, ModelConfig, PrepareConfig
 from spo.data.preferences import PairWriter, PreferencePair, read_pairs
 from spo.errors import DataError
 from spo.stages.prepare import run
@@ -29,7 +29,7 @@ OUTPUTS = {
 
 
 def make_config(**changes: Any) -> Config:
-    """A configuration of which this stage's section alone is filled."""
+    """A configuration of which only what this stage reads is filled."""
     prepare = {
         "prompts": {"source": "prompts.txt"},
         "preferences": {"source": "pairs.parquet"},
@@ -37,7 +37,8 @@ def make_config(**changes: Any) -> Config:
         "test_fraction": 0.2,
     }
     model = ModelConfig(family="sd15", path="model", resolution=64)
-    sections = {"model": model, "prepare": PrepareConfig.model_validate(prepare | changes)}
+    evaluate = EvaluateConfig.model_construct(num_prompts=20, num_validation_prompts=10)
+    sections = {"model": model, "prepare": PrepareConfig.model_validate(prepare | changes), "evaluate": evaluate}
     return Config.model_construct(profile="small", seed=0, **sections)
 
 
@@ -98,6 +99,17 @@ def test_metrics_count_every_row(project: Path) -> None:
     assert preferences["train"] + preferences["validation"] == preferences["kept"] == 240
     assert preferences["rejected"] == {"image broken": 1, "labels do not sum to 1": 1}
     assert (preferences["read"], preferences["ties"], preferences["captions"]) == (242, 12, 120)
+
+
+def test_fewer_prompts_than_evaluation_asks_for_are_a_warning(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    for num_prompts, warned in ((20, False), (21, True)):
+        evaluate = config.evaluate.model_copy(update={"num_prompts": num_prompts})
+        run(config.model_copy(update={"evaluate": evaluate}), root=project, tracker=NullTracker())
+        told = "warning: evaluate.num_prompts: only 20 of 100 prompts fall to test, not 21, and all of them"
+        assert (told in capsys.readouterr().err) == warned
 
 
 def test_prompts_longer_than_the_text_encoders_context_are_counted_with_examples(

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.config import Config, ModelConfig, SamplerConfig
-from spo.data.prompts import split_prompts
+from spo.data.prompts import split_of
 from spo.preference.labels import pairwise_accuracy
 from spo.runtime.files import read_json, write_json
 from spo.runtime.progress import Progress
@@ -127,12 +127,7 @@ def load_pool(folder: Path) -> Pool:
 
 def training_prompts(config: Config) -> Sequence[str]:
     """The prompts that `prepare` will train on; the preference model sees no others."""
-    return split_prompts(
-        [scene.prompt for scene in all_scenes()],
-        seed=config.seed,
-        validation_fraction=config.prepare.validation_fraction,
-        test_fraction=config.prepare.test_fraction,
-    ).train
+    return split_of([scene.prompt for scene in all_scenes()], config).train
 
 
 def make_lessons(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
