@@ -20,7 +20,7 @@ from spo.core.noise import KeyedNoise, epoch_seed
 from spo.core.rollout import Segment, rollout
 from spo.core.selection import pairs_of, select_pairs
 from spo.core.threshold import rising_threshold, step_std
-from spo.core.types import Denoiser, Loss, Pairs, Scorer
+from spo.core.types import Denoiser, Loss, Pairs, Scorer, Transition
 from spo.methods.method import Examples, Inputs, Round, Tally
 from spo.runtime import distributed
 
@@ -176,9 +176,17 @@ def _to_round(segments: Sequence[KeptPairs]) -> Round[Pairs]:
 
 
 def step_log_prob(policy: Denoiser, pairs: Pairs) -> Tensor:
-    """log p(x_prev | x_t) of win and lose (n, 2), means over (c, h, w); one forward for both if they share x_t."""
-    width = pairs.x_t.shape[1]
-    x_t = pairs.x_t.flatten(0, 1)  # (n * width, c, h, w)
-    t, t_prev = pairs.t.repeat_interleave(width), pairs.t_prev.repeat_interleave(width)
-    cond = pairs.cond if width == 1 else pairs.cond.repeat_interleave(width)
-    return log_prob(policy.transition(policy.predict(x_t, t, cond), x_t, t, t_prev), pairs.x_prev)
+    """log p(x_prev | x_t) of win and lose (n, 2), means over (c, h, w); one forward for both where they share x_t."""
+    if pairs.x_t.shape[1] == 1:
+        return log_prob(_transition(policy, pairs.x_t[:, 0], pairs), pairs.x_prev)
+    apart = (pairs.x_t[:, 0] != pairs.x_t[:, 1]).flatten(1).any(dim=1)  # (n,): not in a segment's first step
+    once = torch.stack([torch.ones_like(apart), apart], dim=1).flatten()  # (2 n,): the rows of x_t that are predicted
+    pair = torch.arange(len(pairs), device=apart.device).repeat_interleave(2)[once]
+    transition = _transition(policy, pairs.x_t.flatten(0, 1)[once], pairs[pair])
+    row = once.cumsum(dim=0) - 1  # (2 n,): where the prediction for each win and lose is
+    return log_prob(transition.map(lambda tensor: tensor[row]), pairs.x_prev)
+
+
+def _transition(policy: Denoiser, x_t: Tensor, rows: Pairs) -> Transition:
+    """p(x_prev | x_t) of x_t (m, c, h, w) at the times and under the conditioning of m rows."""
+    return policy.transition(policy.predict(x_t, rows.t, rows.cond), x_t, rows.t, rows.t_prev)

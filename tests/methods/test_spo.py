@@ -5,13 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
+from spo.core.gaussian import log_prob
 from spo.core.types import Pairs
 from spo.methods.sampled import step_log_prob
 from spo.methods.spo import Spo
 from spo.models.latent_diffusion import LatentDiffusion
 from tests.methods.tiny import PROMPTS, make_method
 from tests.models.tiny import shake
+from tests.training.steps import assert_same_up_to_rounding, flat
+
+FORWARDS = 2  # of a sample, with and without its prompt
 
 
 def make_spo(policy: LatentDiffusion, **settings) -> Spo:
@@ -28,13 +33,37 @@ def test_a_shared_x_t_gives_what_two_forwards_give_with_half_the_work(policy):
     pairs = Pairs.cat(collect(make_spo(policy)))
     shake(policy)
     assert pairs.x_t.shape[1] == 1
-    twice = replace(pairs, x_t=pairs.x_t.expand(-1, 2, -1, -1, -1))
+    output = policy.predict(pairs.x_t[:, 0], pairs.t, pairs.cond)
+    transition = policy.transition(output, pairs.x_t[:, 0], pairs.t, pairs.t_prev)
     policy.network.forwards = 0
     shared = step_log_prob(policy, pairs)
-    forwards, policy.network.forwards = policy.network.forwards, 0
-    separate = step_log_prob(policy, twice)
-    torch.testing.assert_close(shared, separate, rtol=1e-4, atol=1e-5)
-    assert policy.network.forwards == 2 * forwards
+    assert policy.network.forwards == FORWARDS * len(pairs)
+    for side in range(2):
+        expected = log_prob(transition, pairs.x_prev[:, side])
+        torch.testing.assert_close(shared[:, side], expected, rtol=1e-4, atol=1e-5)
+
+
+def log_prob_and_gradient(policy: LatentDiffusion, pairs: Pairs) -> tuple[Tensor, Tensor, float]:
+    """log p of win and lose (n, 2), the adapter's gradient of a weighted sum of them, and the network's forwards."""
+    policy.network.forwards = 0
+    policy.network.module.zero_grad()
+    found = step_log_prob(policy, pairs)
+    (found * torch.tensor([1.0, -0.3])).sum().backward()
+    return found.detach(), flat(p.grad for p in policy.network.parameters()), policy.network.forwards
+
+
+def test_among_pairs_that_share_no_x_t_those_that_do_still_take_one_forward(policy):
+    """The first of a segment's four steps branches from one x_t: 1 + 2 + 2 + 2 forwards, not 8."""
+    pairs = Pairs.cat(collect(make_spo(policy, branch_steps=4)))
+    shuffled = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
+    shake(policy)
+    ours, gradient, forwards = log_prob_and_gradient(policy, shuffled)
+    assert forwards == FORWARDS * len(pairs) * 7 / 4
+    apart = shuffled.x_t + torch.tensor([0.0, 1e-6]).view(1, 2, 1, 1, 1)  # now none share
+    theirs, expected, forwards = log_prob_and_gradient(policy, replace(shuffled, x_t=apart))
+    assert forwards == FORWARDS * len(pairs) * 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert_same_up_to_rounding(gradient, expected)
 
 
 def test_ratios_at_the_clamp_are_counted_and_have_no_gradient(policy):
