@@ -244,6 +244,7 @@ def test_the_sweep_says_what_it_lacks(project: Path, monkeypatch, capsys) -> Non
 def test_methods_are_compared_by_their_best_trials_and_no_trial_is_made_twice(project: Path, monkeypatch) -> None:
     monkeypatch.chdir(project)
     command = ["--quick", "--methods", "spo", "diffusion_dpo", "--factors", "1", "0.5", "--out", "compared"]
+    command += ["--seeds", "3", "4"]
     assert methods.main(command) == 0
     trials, table = rows(project / "compared" / "trials.csv"), rows(project / "compared" / "methods.csv")
     assert [row["method"] for row in trials] == ["spo", "diffusion_dpo"] * 2
@@ -256,7 +257,8 @@ def test_methods_are_compared_by_their_best_trials_and_no_trial_is_made_twice(pr
     ]
     for row in table:
         own = {each["learning_rate"]: each for each in trials if each["method"] == row["method"]}
-        assert own[row["learning_rate"]]["checkpoint"] == row["checkpoint"]
+        assert own[row["learning_rate"]]["checkpoints"] == row["checkpoints"]
+        assert row["seeds"] == "3 4" and len(row["checkpoints"].split()) == 2
 
     monkeypatch.setattr(align, "run", no_training)
     assert methods.main(command) == 0
