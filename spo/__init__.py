@@ -12,7 +12,7 @@ What a researcher needs is importable from `spo`; each name is loaded when it is
     rollout                  sample prompts and yield scored candidates, step by step (the paper's algorithm 1)
     Spo, D3po, DiffusionDpo  the methods: each collects examples and computes their loss
     align, wrap              SPO on a diffusers pipeline and a reward of your own (docs/api.md)
-    SpoConfig, D3poConfig, GrpoConfig, LoraConfig, OptimizerConfig, SamplingConfig  settings for them
+    SpoConfig, D3poConfig, GrpoConfig, StepGrpoConfig, LoraConfig, OptimizerConfig, SamplingConfig  settings for them
 
 For example, in a project in which `python -m spo repro` has run:
 
@@ -48,6 +48,7 @@ _HOMES = {
     "GrpoConfig": "spo.config",
     "SamplingConfig": "spo.config",
     "SpoConfig": "spo.config",
+    "StepGrpoConfig": "spo.config",
     "LoraConfig": "spo.config",
     "OptimizerConfig": "spo.config",
     "align": "spo.api",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from spo.config import D3poConfig, GrpoConfig, ModelConfig, SamplingConfig, SpoConfig
+from spo.config import D3poConfig, GrpoConfig, ModelConfig, SamplingConfig, SpoConfig, StepGrpoConfig
 from spo.core.types import LabelledPairs, Scorer
 from spo.errors import ConfigError
 from spo.methods.method import Inputs, build_method
@@ -53,7 +53,7 @@ def align(
     folder: str | Path,
     *,
     resolution: int | tuple[int, int],
-    settings: SpoConfig | D3poConfig | GrpoConfig | None = None,
+    settings: SpoConfig | D3poConfig | GrpoConfig | StepGrpoConfig | None = None,
     sampling: SamplingConfig | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def align(
     Args:
         reward: a function of images (n, 3, height, width) in [0, 1], n prompts and the timestep that returns n scores,
             higher is better; or a preference model's scorer
-        settings: of the method: a SpoConfig, D3poConfig or GrpoConfig; default: SpoConfig()
+        settings: of the method: a SpoConfig, D3poConfig, GrpoConfig or StepGrpoConfig; default: SpoConfig()
         sampling, resolution: as in `wrap`
     """
     if Path(folder).exists():
@@ -85,4 +85,5 @@ def align(
 
 
 def _no_pairs() -> LabelledPairs:
-    raise ConfigError("the method learns from labelled pairs; give settings of SpoConfig, D3poConfig or GrpoConfig")
+    names = "SpoConfig, D3poConfig, GrpoConfig or StepGrpoConfig"
+    raise ConfigError(f"the method learns from labelled pairs; give settings of {names}")

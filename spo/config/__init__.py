@@ -8,6 +8,7 @@ from spo.config.align import (
     AlignConfig,
     D3poConfig,
     DiffusionDpoConfig,
+    GroupConfig,
     GrpoConfig,
     LateConfig,
     LoraConfig,
@@ -18,6 +19,7 @@ from spo.config.align import (
     SampledConfig,
     ScoringConfig,
     SpoConfig,
+    StepGrpoConfig,
     WatchConfig,
 )
 from spo.config.evaluate import EvaluateConfig, LoraSource, NetworkSource, SamplerConfig

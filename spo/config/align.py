@@ -237,11 +237,9 @@ class D3poConfig(PairConfig):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-5, max_grad_norm=1.0)
 
 
-class GrpoConfig(SampledConfig):
-    """GRPO of whole trajectories (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818)."""
+class GroupConfig(SampledConfig):
+    """The settings of methods that weight samples by their advantage over a group (GRPO, arXiv 2402.03300)."""
 
-    method: Literal["grpo"] = "grpo"
-    candidates: Annotated[int, Field(ge=2)] = 8  # trajectories of a prompt: the group
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # of the ratio to the policy that sampled, around 1
     kl_weight: Annotated[float, Field(ge=0)] = 0.0  # of the divergence from the reference; above 0 it costs a forward
     max_advantage: Rate = 5.0  # advantages are clamped to this
@@ -249,8 +247,29 @@ class GrpoConfig(SampledConfig):
 
     def misfit(self, sampling: SamplingConfig) -> str | None:
         if sampling.eta == 0:
-            return "method=grpo needs the densities of noisy steps; set sampling.eta above 0"
+            return "a policy gradient needs the densities of noisy steps; set sampling.eta above 0"
         return None
+
+
+class GrpoConfig(GroupConfig):
+    """GRPO of whole trajectories (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818)."""
+
+    method: Literal["grpo"] = "grpo"
+    candidates: Annotated[int, Field(ge=2)] = 8  # trajectories of a prompt: the group
+
+
+class StepGrpoConfig(GroupConfig):
+    """GRPO of single steps: the group is the candidates of one x_t, as in SPO."""
+
+    method: Literal["step_grpo"] = "step_grpo"
+    candidates: Annotated[int, Field(ge=2)] = 4  # of one x_t: the group
+    first_step: Annotated[int, Field(ge=0)] = 0
+    look_ahead: Annotated[int, Field(ge=0)] = 0  # steps without noise before a candidate is scored
+
+    def misfit(self, sampling: SamplingConfig) -> str | None:
+        if self.first_step >= sampling.steps:
+            return f"first_step={self.first_step} must be below sampling.steps={sampling.steps}"
+        return super().misfit(sampling)
 
 
 class DiffusionDpoConfig(AlignConfig):
@@ -282,4 +301,6 @@ class DiffusionDpoConfig(AlignConfig):
         return 4.0 * self.epochs * min(num_pairs, most)
 
 
-MethodConfig = Annotated[SpoConfig | D3poConfig | GrpoConfig | DiffusionDpoConfig, Field(discriminator="method")]
+MethodConfig = Annotated[
+    SpoConfig | D3poConfig | GrpoConfig | StepGrpoConfig | DiffusionDpoConfig, Field(discriminator="method")
+]

@@ -122,13 +122,13 @@ class Pairs(Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(Rows):
-    """Single denoising steps, each with the advantage of the path that it belongs to."""
+    """Single denoising steps with their advantages: of one x_prev each, or of k candidates that share x_t."""
 
     x_t: Tensor  # (n, c, h, w)
-    x_prev: Tensor  # (n, c, h, w)
+    x_prev: Tensor  # (n, c, h, w) or (n, k, c, h, w)
     t_prev: Tensor  # (n,)
-    log_p: Tensor  # (n,) of x_prev under the policy that sampled it, mean over (c, h, w)
-    advantage: Tensor  # (n,)
+    log_p: Tensor  # (n,) or (n, k): of x_prev under the policy that sampled it, mean over (c, h, w)
+    advantage: Tensor  # (n,) or (n, k)
 
 
 class Latents(Protocol):

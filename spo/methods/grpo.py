@@ -5,13 +5,15 @@ A group is the `candidates` trajectories of a prompt. They start from one initia
 each from its own noise.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from statistics import fmean
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from spo.config import GrpoConfig
+from spo.config import GroupConfig, GrpoConfig
 from spo.core.gaussian import log_prob
 from spo.core.losses import clipped_advantage_loss, gaussian_divergence
 from spo.core.rollout import Segment
@@ -21,37 +23,40 @@ from spo.methods.method import Round, Tally
 from spo.methods.sampled import SampledMethod
 from spo.runtime import distributed
 
+G = TypeVar("G", bound=GroupConfig)
 
-class Grpo(SampledMethod[GrpoConfig, Steps]):
-    """Each step of each trajectory is an example; the ratio is to the policy that sampled it."""
 
-    def rollout_settings(self) -> dict[str, Any]:
-        return {
-            "candidates": self.config.candidates,
-            "first_step": 0,
-            "branch_steps": len(self.policy.timesteps),
-        }
+class GroupMethod(SampledMethod[G, Steps], Generic[G]):
+    """Examples with advantages over their group; the ratio is to the policy that sampled them."""
 
     def round_of(self, segments: Iterator[Segment], *, drop: bool) -> Round[Steps]:
-        (segment,) = segments
-        advantage = group_advantage(segment.scores, limit=self.config.max_advantage)
-        parts = steps_of(segment, advantage)
-        if distributed.count() > 1:
-            parts = [(part[:0] if drop else part).map(distributed.gather) for part in parts]
-        scores, b = segment.scores, 0 if drop else len(segment.cond)
-        sums = distributed.add_up(
-            {
-                "prompts": b,
-                "score": scores.mean().item() * b,
-                "margin": select_pairs(scores, threshold=0.0).margin.mean().item() * b,
-                "spread": scores.std(dim=0).mean().item() * b,
-            }
-        )
-        means = {name: sums[name] / sums["prompts"] for name in ("score", "margin", "spread")}
-        tallies = [
-            Tally(t, len(part), len(part), means["margin"]) for t, part in zip(segment.times, parts, strict=False)
-        ]
-        return Round(Steps.cat(parts), tallies, means)
+        parts: list[Steps] = []
+        tallies: list[Tally] = []
+        measured: list[dict[str, float]] = []
+        for segment in segments:
+            scores, b = segment.scores, 0 if drop else len(segment.cond)
+            made = self.steps_of(segment, group_advantage(scores, limit=self.config.max_advantage))
+            if distributed.count() > 1:
+                made = [(part[:0] if drop else part).map(distributed.gather) for part in made]
+            sums = distributed.add_up(
+                {
+                    "prompts": b,
+                    "score": scores.mean().item() * b,
+                    "margin": select_pairs(scores, threshold=0.0).margin.mean().item() * b,
+                    "spread": scores.std(dim=0).mean().item() * b,
+                }
+            )
+            means = {name: sums[name] / sums["prompts"] for name in ("score", "margin", "spread")}
+            steps = zip(segment.times, made, strict=False)
+            tallies += [Tally(t, len(part), len(part), means["margin"]) for t, part in steps]
+            parts += made
+            measured.append(means)
+        names = measured[0]
+        return Round(Steps.cat(parts), tallies, {name: fmean(each[name] for each in measured) for name in names})
+
+    @abstractmethod
+    def steps_of(self, segment: Segment, advantage: Tensor) -> list[Steps]:
+        """The examples of each step of a segment; advantage: (k, b)."""
 
     def loss(self, examples: Steps) -> Loss:
         """PPO's clipped loss of the advantages, and `kl_weight` times the divergence from the reference.
@@ -72,6 +77,20 @@ class Grpo(SampledMethod[GrpoConfig, Steps]):
     def _transition(self, examples: Steps) -> Transition:
         output = self.policy.predict(examples.x_t, examples.t, examples.cond)
         return self.policy.transition(output, examples.x_t, examples.t, examples.t_prev)
+
+
+class Grpo(GroupMethod[GrpoConfig]):
+    """Each step of each trajectory is an example."""
+
+    def rollout_settings(self) -> dict[str, Any]:
+        return {
+            "candidates": self.config.candidates,
+            "first_step": 0,
+            "branch_steps": len(self.policy.timesteps),
+        }
+
+    def steps_of(self, segment: Segment, advantage: Tensor) -> list[Steps]:
+        return steps_of(segment, advantage)
 
 
 def steps_of(segment: Segment, advantage: Tensor) -> list[Steps]:
