@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -21,7 +22,8 @@ class HpsMetric:
 
     def __init__(self, config: HpsConfig, device: torch.device):
         self.name = config.name
-        model = CLIPModel(read_config(config.clip))
+        with init_empty_weights():
+            model = CLIPModel(read_config(config.clip))
         path = fetch_file(config.weights)
         fill(model, from_open_clip(read_tensors(path), model.state_dict()), path)
         self.clip = Clip(config.clip, device, model=model)

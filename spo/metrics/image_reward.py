@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -87,7 +88,8 @@ def _vision(state: dict[str, Tensor], source: object) -> BlipVisionModel:
         patch_size=patch,
         layer_norm_eps=1e-6,  # BLIP's, which differs from transformers' default
     )
-    model = BlipVisionModel(config)
+    with init_empty_weights():
+        model = BlipVisionModel(config)
     renamed = {name: state[_published(name)] for name in model.state_dict() if _published(name) in state}
     fill(model, renamed, source)
     return model
@@ -104,7 +106,8 @@ def _text(state: dict[str, Tensor], source: object) -> BlipTextModel:
         num_attention_heads=width // HEAD_SIZE,
         max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
     )
-    model = BlipTextModel(config, add_pooling_layer=False)
+    with init_empty_weights():
+        model = BlipTextModel(config, add_pooling_layer=False)
     fill(model, {name: value for name, value in state.items() if not name.startswith("pooler.")}, source)
     return model
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spo.config.metrics import split_hub_file
+from spo.core.precision import all_finite
 from spo.errors import ModelError, one_line
 from spo.runtime import hub
+from spo.runtime.progress import tell_loading
 
 
 def fetch_file(source: str) -> Path:
@@ -39,11 +42,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     No code of a pickled file runs.
     """
+    tell_loading(f"the weights {path}", [path])
     try:
         values: Any = (
             load_file(path)
             if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         )
     except Exception as error:  # torch's reader raises many kinds of errors for a damaged pickle
         raise ModelError(f"{path} cannot be read as tensors only: {one_line(error, 160)}; download it again") from None
@@ -60,13 +64,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _usable(value: Tensor) -> bool:
-    return value.layout == torch.strided and not value.is_complex() and bool(value.isfinite().all())
+    return value.layout == torch.strided and not value.is_complex() and all_finite(value)
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Load the module's weights and freeze it; ModelError if one is missing, unknown or of another shape."""
+    """Give the module the tensors of `state` and freeze it; ModelError if one is missing, unknown or of another shape.
+
+    The module's own weights may be on the meta device.
+    """
     try:
-        module.load_state_dict(dict(state))
+        module.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:
         raise ModelError(f"{source} does not fit a {type(module).__name__}: {one_line(error, 200)}") from None
     module.eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -40,6 +41,7 @@ from spo.models.sd3 import StableDiffusion3Network
 from spo.models.sd15 import StableDiffusionNetwork
 from spo.models.sdxl import StableDiffusionXLNetwork
 from spo.runtime import hub
+from spo.runtime.progress import tell_loading
 
 PIPELINES: dict[str, type[Pipeline]] = {
     "sd15": StableDiffusionPipeline,
@@ -104,6 +106,7 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
             parts["vae"] = AutoencoderKL.from_pretrained(config.vae, dtype=dtype, use_safetensors=True)
     load = _load_single_file if config.is_single_file else _load_repository
     with _explained("model.path", config.path, files_of(config)):
+        tell_loading(f"the base model {config.path!r}", _weights_of(config))
         pipeline = load(config, dtype, parts)
         _require_whole(pipeline, config.path)
         pipeline.scheduler = plain_scheduler(pipeline.scheduler, config)
@@ -248,6 +251,17 @@ def _require_variant(config: ModelConfig) -> None:
         raise ModelError(
             f"model.path={config.path!r} has only weights of {' and '.join(variants)}; set model.variant={variants[0]}"
         )
+
+
+def _weights_of(config: ModelConfig) -> list[Path]:
+    """The files of the model's weights where they are here, in a folder or in the hub's cache."""
+    path = Path(config.path)
+    if path.is_file():
+        return [path]
+    if hub.is_name(config.path):
+        cached = try_to_load_from_cache(config.path, "model_index.json", revision=config.revision)
+        path = Path(cached).parent if isinstance(cached, str) else path
+    return [*path.glob("*/*.safetensors")]
 
 
 def files_of(config: ModelConfig) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spo.config import LoraConfig
+from spo.core.precision import all_finite
 from spo.errors import ModelError, one_line
 from spo.models.lora_file import WEIGHTS, read_lora
 from spo.models.network import TEXT_ENCODERS, Network
@@ -62,7 +63,7 @@ def copy_lora(source: Path, folder: str | Path) -> None:
     """Write a LoRA that `save_lora` wrote to another folder, without its network; ModelError if it is damaged."""
     file = source / WEIGHTS
     try:
-        good = all(weight.isfinite().all() for weight in load_file(file).values())
+        good = all(map(all_finite, load_file(file).values()))
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{file} cannot be read: {one_line(error)}; run the stage that wrote it again") from None
     if not good:

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from spo.core.precision import all_finite
 from spo.errors import ModelError
 from spo.models.network import TEXT_ENCODERS, Network
 from spo.runtime import hub
@@ -51,7 +52,7 @@ def read_lora(
                 f"LoRA {source} holds {name}, which cannot be applied: only LoRA and LoCon (down, up and alpha) are "
                 "read, not DoRA, LoHa, LoKr and others; give a plain LoRA for the same base model"
             )
-        if not weight.isfinite().all():
+        if not all_finite(weight):
             raise ModelError(
                 f"LoRA {source}: {name} holds values that are not finite; its training failed, use another"
             )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from accelerate import init_empty_weights
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from spo.core.precision import all_finite
 from spo.errors import ModelError, one_line
 from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Mode, Preprocessing
 from spo.preference.repository import read_clip, read_processor, read_tokenizer
 from spo.runtime.files import atomic_path, write_json
+from spo.runtime.progress import tell_loading
 
 FORMAT = "spo step-aware preference model"
 VERSION = 1
@@ -78,12 +81,19 @@ def write_model(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> 
 def fill_model(model: nn.Module, folder: Path) -> None:
     """Give a model the weights of such a folder, in float32; ModelError if they are damaged or do not fit."""
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = read_weights(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise damaged(folder, one_line(error)) from None
     if found := weight_problems({name: tensor.shape for name, tensor in model.state_dict().items()}, weights):
         raise damaged(folder, f"its model.safetensors {found}")
     model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a preference model's folder, as the file has them."""
+    file = folder / "model.safetensors"
+    tell_loading(f"the preference model {folder}", [file])
+    return load_file(file)
 
 
 def damaged(folder: Path, problem: str) -> ModelError:
@@ -98,7 +108,7 @@ def load_preference_model(folder: str | Path) -> PreferenceModel:
         config = CLIPConfig.from_dict(values["clip"])
         pixels = values["preprocessing"]
         preprocess = Preprocessing(**{**pixels, "mean": tuple(pixels["mean"]), "std": tuple(pixels["std"])})
-        weights = load_file(folder / "model.safetensors")
+        weights = read_weights(folder)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder} is a damaged preference model: {one_line(error)}; {MAKE_ONE}") from None
     return PreferenceModel(_filled(config, weights, str(folder)), read_tokenizer(folder, config), preprocess)
@@ -134,9 +144,10 @@ def read_published(file: str | Path, config: CLIPConfig) -> StepAwareCLIP:
     weight is missing, unknown or of another shape.
     """
     try:
+        tell_loading(f"the preference model {file}", [Path(file)])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error follows if it matters
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist; give the path of a published preference model (.bin)") from None
     except Exception as error:  # torch's reader raises many kinds of errors for a damaged pickle
@@ -184,7 +195,7 @@ def published_name(name: str) -> str:
 
 
 def _usable(weight: Tensor) -> bool:
-    return weight.layout == torch.strided and weight.is_floating_point() and bool(weight.isfinite().all())
+    return weight.layout == torch.strided and weight.is_floating_point() and all_finite(weight)
 
 
 def _filled(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from accelerate import init_empty_weights
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from spo.core.types import Conditioning
@@ -123,17 +124,18 @@ def read_text_tokenizer(folder: Path, encoder: Any) -> CLIPTokenizer:
 
 
 def _empty_model(values: dict[str, Any]) -> LatentPreferenceModel:
-    """A model of these settings; the UNet's weights are on the meta device."""
+    """A model of these settings, its weights on the meta device: to be loaded with `assign`."""
     kinds = ENCODERS[values["family"]]
     configs = [CLIPTextConfig.from_dict(each) for each in values["text_encoders"]]
-    return LatentPreferenceModel(
-        half_unet(values["unet"]),
-        [kind(config) for kind, config in zip(kinds, configs, strict=True)],
-        projection_size=values["projection_size"],
-        image_size=values["image_size"],
-        guidance_scale=values["guidance_scale"],
-        num_guided=values["num_guided"],
-    )
+    with init_empty_weights():
+        return LatentPreferenceModel(
+            half_unet(values["unet"]),
+            [kind(config) for kind, config in zip(kinds, configs, strict=True)],
+            projection_size=values["projection_size"],
+            image_size=values["image_size"],
+            guidance_scale=values["guidance_scale"],
+            num_guided=values["num_guided"],
+        )
 
 
 def public(values: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,22 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.parameters()).dtype))
 
 
+class Modulation(nn.Linear):
+    """A linear layer whose output is at its start 0, or 1 for the parts in `gates`, for every t."""
+
+    def __init__(self, width: int, *, parts: int, gates: tuple[int, ...] = ()):
+        self.gates = gates
+        super().__init__(width, parts * width)
+
+    def reset_parameters(self) -> None:
+        """Take the place of nn.Linear's random start, whose 315 million numbers for CLIP-H would be overwritten."""
+        width = self.in_features
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        for gate in self.gates:
+            nn.init.ones_(self.bias[gate * width : (gate + 1) * width])
+
+
 @dataclass(frozen=True)
 class Modulations:
     """The outputs of the modulation layers for g timesteps."""
@@ -62,9 +78,9 @@ class StepAwareCLIP(nn.Module):
         self.clip = clip
         self.t_embedder = TimestepEmbedder(width, generator=generator)
         self.layer_modulation = nn.ModuleList(
-            _identity_modulation(width, parts=6, gates=(2, 5)) for _ in clip.vision_model.encoder.layers
+            Modulation(width, parts=6, gates=(2, 5)) for _ in clip.vision_model.encoder.layers
         )
-        self.final_modulation = _identity_modulation(width, parts=2)
+        self.final_modulation = Modulation(width, parts=2)
         self.gradient_checkpointing = False
 
     @classmethod
@@ -113,16 +129,6 @@ class StepAwareCLIP(nn.Module):
     def score(self, image: Tensor, text: Tensor) -> Tensor:
         """exp(logit_scale) * cosine (n,), float32, of unit features (n, d) each."""
         return self.clip.logit_scale.float().exp() * (image * text).sum(dim=-1)
-
-
-def _identity_modulation(width: int, *, parts: int, gates: tuple[int, ...] = ()) -> nn.Linear:
-    """A layer whose output is 0, or 1 for the gates, for every t."""
-    layer = nn.Linear(width, parts * width)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    for gate in gates:
-        nn.init.ones_(layer.bias[gate * width : (gate + 1) * width])
-    return layer
 
 
 def _modulated_layer(layer: Any, x: Tensor, modulation: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from spo.errors import ModelError, one_line
 from spo.preference.preprocess import Channels, Mode, Preprocessing
 from spo.runtime import hub
+from spo.runtime.progress import tell_loading
 
 SMALL_FILES = ["*.json", "merges.txt"]
 SAFETENSORS = ["model*.safetensors"]
@@ -48,6 +49,7 @@ def read_clip(repository: str | Path) -> CLIPModel:
     folder = fetch(repository, SAFETENSORS)
     if not any(folder.glob(SAFETENSORS[0])):
         folder = fetch(repository, PICKLED)
+    tell_loading(f"the CLIP model {str(repository)!r}", folder.glob("*"))
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = CLIPModel.from_pretrained(

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
 from typing import Generic, Self, TypeVar
 
 from tqdm import tqdm
@@ -20,6 +21,13 @@ from spo.runtime.text import duration
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
+LARGE = 10**9  # bytes of weights that are read in a few seconds
+
+
+def tell_loading(what: str, files: Iterable[Path]) -> None:
+    """Say on stderr that something is being loaded from `files`, if they are large enough to take seconds."""
+    if sum(file.stat().st_size for file in files if file.is_file()) >= LARGE and os.environ.get("RANK", "0") == "0":
+        print(f"loads {what}", file=sys.stderr, flush=True)
 
 
 class Progress(Generic[T]):

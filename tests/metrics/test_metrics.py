@@ -12,6 +12,8 @@ from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, C
 
 from spo.config import AestheticConfig, ClipMetricConfig, HpsConfig, ImageRewardConfig, OracleConfig, load_config
 from spo.errors import ModelError
+from spo.metrics.hpsv2 import HpsMetric
+from spo.metrics.image_reward import ImageRewardMetric
 from spo.metrics.metric import build_metrics, score
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -74,6 +76,18 @@ def test_image_reward_is_what_the_published_package_computes(bert):
     config = ImageRewardConfig(weights=str(PUBLISHED / "image_reward.pt"), tokenizer=str(bert))
     found = score(build_metrics([config], CPU), golden["images"], ["a b c", "d", "e f g h i"])["image_reward"]
     torch.testing.assert_close(found, golden["image_reward"], rtol=1e-4, atol=1e-4)
+
+
+def test_published_weights_take_the_place_of_weights_that_were_never_drawn(clip, bert, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda layer: layer.weight.is_meta or drawn.append(layer))
+    hps = HpsMetric(HpsConfig(weights=str(PUBLISHED / "hps.pt"), clip=str(clip)), CPU)
+    assert not drawn
+    config = ImageRewardConfig(weights=str(PUBLISHED / "image_reward.pt"), tokenizer=str(bert))
+    reward = ImageRewardMetric(config, CPU)
+    assert drawn == [layer for layer in reward.head if isinstance(layer, nn.Linear)]  # which is small
+    for module in (hps.clip.model, reward.vision, reward.text):
+        assert not any(tensor.is_meta or tensor.requires_grad for tensor in (*module.parameters(), *module.buffers()))
 
 
 def test_aesthetic_is_its_layers_on_the_image_alone(clip, head):

@@ -23,6 +23,7 @@ from spo.config import ModelConfig, SamplingConfig
 from spo.errors import ModelError
 from spo.models.load import NETWORKS, PIPELINES, build, files_of, load_pipeline, load_tiny_vae
 from spo.models.schedulers import plain_scheduler
+from spo.runtime import progress
 from tests.models.single_file import save_single_file
 from tests.models.tiny import (
     DIFFUSION,
@@ -166,6 +167,15 @@ def test_another_vae_takes_the_place_of_the_models(family, tiny_folder, tmp_path
     theirs = load_pipeline(config(family, tmp_path / "other"), "cpu").vae
     assert torch.equal(ours.decoder.conv_in.weight, theirs.decoder.conv_in.weight)
     assert not torch.equal(ours.decoder.conv_in.weight, own.decoder.conv_in.weight)
+
+
+def test_a_large_base_is_named_while_it_loads(tiny_folder, monkeypatch, capsys):
+    folder = tiny_folder("sd15")
+    build(config("sd15", folder), SamplingConfig(), "cpu")
+    assert "loads" not in capsys.readouterr().err
+    monkeypatch.setattr(progress, "LARGE", 1000)
+    build(config("sd15", folder), SamplingConfig(), "cpu")
+    assert f"loads the base model '{folder}'\n" in capsys.readouterr().err
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -27,6 +27,7 @@ from spo.preference.pixel import StepAwareCLIP
 from spo.preference.preprocess import Preprocessing
 from spo.preference.repository import read_processor
 from spo.preference.score import PreferenceScorer
+from spo.runtime import progress
 
 State = dict[str, Tensor]
 
@@ -60,6 +61,29 @@ def test_what_is_saved_is_what_is_loaded(
         after.score_images(images, after.encode(prompts), timesteps),
         before.score_images(images, before.encode(prompts), timesteps),
     )
+
+
+def test_a_large_model_is_named_while_it_loads(
+    preference: PreferenceModel,
+    state: State,
+    config: CLIPConfig,
+    clip_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    save_preference_model(preference.model, preference.tokenizer, preference.preprocess, tmp_path / "model")
+    torch.save(state, tmp_path / "published.bin")
+    load: dict[str, Callable[[], object]] = {
+        f"preference model {tmp_path / 'model'}": lambda: load_preference_model(tmp_path / "model"),
+        f"preference model {tmp_path / 'published.bin'}": lambda: read_published(tmp_path / "published.bin", config),
+        f"CLIP model '{clip_folder}'": lambda: load_clip(clip_folder),
+    }
+    for large, told in ((10**9, ""), (1000, "loads the {}\n")):
+        monkeypatch.setattr(progress, "LARGE", large)
+        for name, each in load.items():
+            each()
+            assert capsys.readouterr().err == told.format(name)
 
 
 def test_a_folder_holds_no_pickle_and_nothing_half_written(preference: PreferenceModel, tmp_path: Path):

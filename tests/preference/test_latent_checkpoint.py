@@ -57,6 +57,14 @@ def test_what_is_saved_is_what_is_loaded(preference: LatentPreference, tmp_path:
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+def test_loading_draws_no_random_weights(preference: LatentPreference, tmp_path: Path):
+    save_latent_preference(preference, tmp_path / "model")
+    before = torch.get_rng_state()
+    loaded = load_latent_preference(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(tensor.is_meta for tensor in (*loaded.model.parameters(), *loaded.model.buffers()))
+
+
 def test_a_folder_holds_no_pickle_no_path_and_nothing_half_written(
     preference: LatentPreference, folder: Path, tmp_path: Path
 ):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel
 
-from spo.preference.pixel import StepAwareCLIP
+from spo.preference.pixel import Modulation, StepAwareCLIP
 
 
 @pytest.mark.parametrize("t", [0, 1, 501, 999])
@@ -18,6 +18,13 @@ def test_the_start_is_the_same_for_the_same_generator(clip: CLIPModel):
         StepAwareCLIP.from_clip(clip, generator=torch.Generator().manual_seed(3)).state_dict() for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_modulations_start_as_the_identity_without_random_draws():
+    before = torch.get_rng_state()
+    layer = Modulation(3, parts=6, gates=(2, 5))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert layer(torch.randn(2, 3)).tolist() == [[*6 * [0.0], *3 * [1.0], *6 * [0.0], *3 * [1.0]]] * 2
 
 
 def test_text_features_and_score_are_the_plain_clips(clip: CLIPModel, images: torch.Tensor):

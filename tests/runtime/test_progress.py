@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from spo.runtime import progress as module
@@ -10,6 +12,19 @@ def test_iterating_yields_everything_and_ends_with_one_line(capsys: pytest.Captu
     assert captured.out == ""
     assert captured.err.startswith("letters: 3 in ")
     assert captured.err.count("\n") == 1
+
+
+def test_a_large_model_is_named_while_it_loads_by_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "a", tmp_path / "b", tmp_path / "missing"]
+    for file in files[:2]:
+        file.write_bytes(b"12345")
+    for large, rank, told in ((10, "0", "loads the model\n"), (11, "0", ""), (10, "1", "")):
+        monkeypatch.setattr(module, "LARGE", large)
+        monkeypatch.setenv("RANK", rank)
+        module.tell_loading("the model", files)
+        assert capsys.readouterr().err == told
 
 
 def test_updates_count_where_nothing_is_iterated(capsys: pytest.CaptureFixture[str]) -> None:
