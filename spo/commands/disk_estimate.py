@@ -16,7 +16,7 @@ MILLIONS = {"sd15": 860, "sdxl": 2567, "sd3": 8057, "flux": 11901}  # of weights
 TEXT_MILLIONS = {"sd15": 123, "sdxl": 818}  # of the text encoders of what a latent preference model starts from
 CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16, "flux": 16}  # of an encoded picture, whose sides are an eighth
 PICTURE_BYTES = 2 + 3  # of a pixel: as a PNG, and raw until `evaluate` has ended
-STATES = 9  # times the weights: three states, each of weights and two moments; the third is being written
+STATES = 6  # times the weights: two states, each of weights and two moments
 
 
 @dataclass(frozen=True)

@@ -3,41 +3,42 @@
     store = StateStore(folder, made_by={"align": ..., "prompts": fingerprint(path)})
     if state := store.load():
         ...
-    saver = Saver(store, every_seconds, snapshot)
-    with saver.saving_when_stopped():
-        for step in ...:
-            ...
-            saver.save_if_due()
+    store.save(state)  # spo.runtime.saver does this in the background
 
 A state is a folder, named by the run's step or rollout, with tensors.safetensors, values.json and manifest.json, which
 has the checksums of both. It is written under a temporary name and renamed, so a half-written state is never read. The
-last two states are kept. They are no output of a stage, since DVC removes outputs before a stage runs.
+last two states are kept; the older one is removed before a third is written, so that there is never room for three
+needed. They are no output of a stage, since DVC removes outputs before a stage runs.
 """
 
+import hashlib
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spo.errors import TrainingError, one_line
+from spo.runtime import distributed
 from spo.runtime.files import atomic_path, read_json, write_json
 from spo.runtime.hashing import file_checksum
 from spo.runtime.stopping import uninterrupted
-from spo.runtime.text import flatten
+from spo.runtime.text import byte_size, flatten
 
 VERSION = 2
 KEPT = 2
-SHARE_OF_TIME = 0.05  # that saving may take, at most
+DTYPES = {  # safetensors' names of what weights and optimizers hold
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class State:
     number: int
     tensors: Mapping[str, Tensor]
     values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class StateStore:
@@ -62,15 +68,55 @@ class StateStore:
     def load(self) -> State | None:
         """The newest undamaged state, or None; a damaged state is named on stderr and removed.
 
+        Of several processes the first one checks the states, and the others read the one that it found.
         TrainingError if other settings or inputs made it.
         """
+        state, refusal = None, ""
+        if distributed.is_main():
+            try:
+                state = self._newest()
+            except TrainingError as error:
+                refusal = str(error)
+        number, refusal = distributed.gather_objects((state.number if state else None, refusal))[0]
+        if refusal:
+            raise TrainingError(refusal)
+        if state is None and number is not None:
+            state, _ = _read(self._path(number), checked=True)
+        return state
+
+    def save(self, state: State) -> None:
+        """Write a state and keep the last two; TrainingError if it cannot be written.
+
+        The tensors must not change meanwhile. Those of a GPU are copied one at a time.
+        """
+        try:
+            for path in self._paths()[: 1 - KEPT]:
+                shutil.rmtree(path)
+            with uninterrupted(), atomic_path(self._path(state.number)) as folder:
+                folder.mkdir()
+                checksums = {"tensors.safetensors": write_tensors(folder / "tensors.safetensors", state.tensors)}
+                write_json(folder / "values.json", {"number": state.number, "values": state.values})
+                checksums["values.json"] = file_checksum(folder / "values.json")
+                write_json(
+                    folder / "manifest.json", {"version": VERSION, "checksums": checksums, "made_by": self.made_by}
+                )
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(self._not_saved(error, state)) from None
+
+    def clear(self) -> None:
+        """Remove all states."""
+        for path in self._paths():
+            shutil.rmtree(path)
+        self._sweep()
+
+    def _newest(self) -> State | None:
         self._sweep()
         for path in reversed(self._paths()):
             try:
                 state, made_by = _read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 print(f"warning: the state {path} is damaged and ignored: {one_line(error)}", file=sys.stderr)
-                shutil.rmtree(path, ignore_errors=True)  # another process of the run may have done so
+                shutil.rmtree(path, ignore_errors=True)
                 continue
             if differences := _differences(made_by, self.made_by):
                 raise TrainingError(
@@ -80,29 +126,8 @@ class StateStore:
             return state
         return None
 
-    def save(self, state: State) -> None:
-        """Write a state and keep the last two; TrainingError if it cannot be written."""
-        target = self.folder / f"{state.number:08d}"
-        try:
-            with uninterrupted(), atomic_path(target) as folder:
-                folder.mkdir()
-                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-                save_file(tensors, folder / "tensors.safetensors")
-                write_json(folder / "values.json", {"number": state.number, "values": state.values})
-                checksums = {name: file_checksum(folder / name) for name in ("tensors.safetensors", "values.json")}
-                write_json(
-                    folder / "manifest.json", {"version": VERSION, "checksums": checksums, "made_by": self.made_by}
-                )
-            for path in self._paths()[:-KEPT]:
-                shutil.rmtree(path)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(self._not_saved(error, state)) from None
-
-    def clear(self) -> None:
-        """Remove all states."""
-        for path in self._paths():
-            shutil.rmtree(path)
-        self._sweep()
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}"
 
     def _sweep(self) -> None:
         """Remove half-written states of a killed process; the stage's lock excludes running ones."""
@@ -114,77 +139,39 @@ class StateStore:
         return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdecimal())
 
     def _not_saved(self, error: Exception, state: State) -> str:
-        size = sum(tensor.nbytes for tensor in state.tensors.values())
         free = shutil.disk_usage(self.folder).free
         paths = self._paths()
         kept = f"the state of {int(paths[-1].name)} is intact" if paths else "there was none before it"
         return (
             f"the state of {state.number} cannot be saved in {self.folder}: {one_line(error)}; it takes "
-            f"{size / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; {kept}: make room and run the same command again"
+            f"{byte_size(state.nbytes)}, {byte_size(free)} are free; {kept}: make room and run the same command again"
         )
 
 
-class Saver:
-    """Saves a run at intervals, and once more when it is stopped.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file; the SHA-256 of its bytes, computed while they are written.
 
-    snapshot returns the state to continue from. Saving takes at most a twentieth of the run's time. Without a store
-    nothing is saved.
+    The format: the length of the header in 8 bytes, the header as JSON, the tensors; as in the library those with the
+    widest numbers first, so that each starts at a multiple of its numbers' width
+    (https://huggingface.co/docs/safetensors).
     """
-
-    def __init__(self, store: StateStore | None, every_seconds: float, snapshot: Callable[[], State]):
-        self._store = store
-        self._every = every_seconds
-        self._snapshot = snapshot
-        self._held: State | None = None
-        self._half_done = False
-        self._saved: int | None = None
-        self._last = time.monotonic()
-        self._took = 0.0
-
-    def save_if_due(self) -> None:
-        """Save if the last save is long enough ago."""
-        if self._store and time.monotonic() - self._last >= max(self._every, self._took / SHARE_OF_TIME):
-            self.save()
-
-    def save(self) -> None:
-        """Save now, unless this state was saved last or an uninterruptible block has failed."""
-        if self._store is None or self._half_done:
-            return
-        start = time.monotonic()
-        state = self._held or self._snapshot()
-        if state.number != self._saved:
-            self._store.save(state)
-            self._saved = state.number
-        self._last = time.monotonic()
-        self._took = self._last - start
-
-    @contextmanager
-    def rollback_on_stop(self) -> Iterator[None]:
-        """If the block is stopped, save the state from before the block."""
-        self._held = self._snapshot() if self._store else None
-        yield
-        self._held = None
-
-    @contextmanager
-    def uninterruptible(self) -> Iterator[None]:
-        """Delay signals until the block ends; if an error ends it, save nothing."""
-        with uninterrupted():
-            self._half_done = True
-            yield
-            self._half_done = False
-
-    @contextmanager
-    def saving_when_stopped(self) -> Iterator[None]:
-        """Save when a signal ends the block."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            with uninterrupted():
-                self.save()
-                if self._store is not None and self._saved is not None:
-                    where = f"at {self._saved}, saved in {self._store.folder}"
-                    print(f"stopped {where}; the same command continues from there", file=sys.stderr, flush=True)
-            raise
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    entries, end = {}, 0
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    start_of_file = len(header).to_bytes(8, "little") + header
+    digest = hashlib.sha256(start_of_file)
+    with ThreadPoolExecutor(max_workers=1) as hashing, path.open("wb") as file:
+        file.write(start_of_file)
+        for tensor in ordered.values():
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            hashed = hashing.submit(digest.update, data)
+            file.write(data)
+            hashed.result()
+    return digest.hexdigest()
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -221,11 +208,12 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _read(path: Path) -> tuple[State, dict[str, Any]]:
+def _read(path: Path, *, checked: bool = False) -> tuple[State, dict[str, Any]]:
+    """A state, whose tensors are mapped from the file, and what made it; if `checked`, its checksums are not needed."""
     manifest = read_json(path / "manifest.json")
     if manifest["version"] != VERSION:
         raise ValueError(f"it is of version {manifest['version']}, not {VERSION}")
-    for name in ("tensors.safetensors", "values.json"):
+    for name in () if checked else ("tensors.safetensors", "values.json"):
         if file_checksum(path / name) != manifest["checksums"][name]:
             raise ValueError(f"the checksum of {name} differs")
     values = read_json(path / "values.json")

@@ -11,11 +11,12 @@ from spo.core.types import LabelledPairs
 from spo.evaluation.candidate_agreement import candidate_agreement
 from spo.models.load import build
 from spo.runtime import distributed
-from spo.runtime.checkpoint import Saver, State, StateStore
+from spo.runtime.checkpoint import State, StateStore
 from spo.runtime.device import best_device, memory_advice
 from spo.runtime.files import atomic_path, write_csv, write_json
 from spo.runtime.hashing import fingerprints
 from spo.runtime.progress import Progress, progress
+from spo.runtime.saver import Saver
 from spo.tracking import Tracker
 from spo.training.custom_preference import CustomPreference
 from spo.training.latent_preference import LatentPreferenceTraining
@@ -52,7 +53,8 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
     saved = store.load() if store else None
     if saved:
         training.updater.restore(saved.tensors, saved.values["updater"])
-        print(f"train_preference {name}: continues from step {saved.number}", file=sys.stderr, flush=True)
+        if distributed.is_main():
+            print(f"train_preference {name}: continues from step {saved.number}", file=sys.stderr, flush=True)
         done = Done(**saved.values["done"])
     else:
         name_of_it = "imported" if settings.is_trained else "start"
@@ -136,7 +138,13 @@ def _train(
     settings = training.config
     for past in done.history:
         _log(past, settings.log_every, tracker)
-    saver = Saver(store if distributed.is_main() else None, config.safety.save_every_seconds, snapshot)
+    saver = Saver(
+        store if distributed.is_main() else None,
+        config.safety.save_every_seconds,
+        snapshot,
+        total=settings.steps,
+        resumed=done.step or None,
+    )
     with (
         Progress[None](total=settings.steps, done=done.step, label="train_preference") as bar,
         memory_advice(settings.memory_remedy()),

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -23,17 +24,20 @@ from spo.methods.method import E, Method, Round
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.policy import save_policy
 from spo.runtime import distributed
-from spo.runtime.checkpoint import Saver, State, StateStore
+from spo.runtime.checkpoint import State, StateStore
 from spo.runtime.device import memory_advice
 from spo.runtime.files import write_json
 from spo.runtime.pictures import plain_sheet, to_picture
 from spo.runtime.progress import Progress
+from spo.runtime.saver import Saver
 from spo.tracking import Tracker
 from spo.training.adamw import adamw
 from spo.training.guards import FiniteGuard, StallDetector
 from spo.training.history import Cost, History
 from spo.training.updates import Updater
 from spo.training.watch import Watch
+
+Ratios = tuple[list[int], list[list[float]]]  # the timesteps of n examples, and their log-ratios of win and lose
 
 REMEDY = "lower optimizer.learning_rate, set optimizer.max_grad_norm, or compute in bfloat16 or float32"
 
@@ -82,6 +86,7 @@ class _Alignment(Generic[E]):
     safety: SafetyConfig
     history: History = field(default_factory=History)
     examples_in_epoch: int = 0
+    before: State | None = None  # in a round: how things stood before it
 
     def __post_init__(self) -> None:
         config = self.config.optimizer
@@ -107,10 +112,22 @@ class _Alignment(Generic[E]):
             self.tracker.log_metrics(row, step=int(row["update"]))
         for row in self.history.looks:
             self._log_look(row)
-        return Saver(store if distributed.is_main() else None, self.safety.save_every_seconds, self._snapshot)
+        return Saver(
+            store if distributed.is_main() else None,
+            self.safety.save_every_seconds,
+            lambda: self.before or self._state(),
+            total=self.num_rounds,
+            unit="round",
+            resumed=saved.number if saved else None,
+        )
 
-    def _snapshot(self) -> State:
-        """A copy on the CPU of everything that the run has changed after `cost.rounds` rounds."""
+    @property
+    def num_rounds(self) -> int:
+        """Of the whole run."""
+        return self.config.epochs * self.method.rounds_per_epoch
+
+    def _state(self) -> State:
+        """Everything that the run has changed after `cost.rounds` rounds; the tensors are those in training."""
         tensors, updater = self.updater.state()
         values = {
             "updater": updater,
@@ -118,8 +135,7 @@ class _Alignment(Generic[E]):
             "history": self.history.to_json(),
             "examples_in_epoch": self.examples_in_epoch,
         }
-        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        return State(self.cost.rounds, copies, values)
+        return State(self.cost.rounds, tensors, values)
 
     def _restore(self, saved: State) -> None:
         self.updater.restore(saved.tensors, saved.values["updater"])
@@ -130,29 +146,22 @@ class _Alignment(Generic[E]):
     def train(self, saver: Saver) -> bool:
         """Do the remaining rounds; whether the watch ended them early.
 
-        A signal ends a round anywhere, and the state before the round is saved. A round that is only one forward of
-        the networks is completed first.
+        A signal ends a round anywhere, and the state before the round is saved.
         """
         config, cost, per_epoch = self.config, self.cost, self.method.rounds_per_epoch
-        num_rounds = config.epochs * per_epoch
-        at_once = min(config.batch_size, config.micro_batch_size or config.batch_size)
-        save_at = {-(-num_rounds * i // config.checkpoints) for i in range(1, config.checkpoints + 1)}
+        save_at = {-(-self.num_rounds * i // config.checkpoints) for i in range(1, config.checkpoints + 1)}
         stuck = StallDetector(self.safety.stuck_after)
+        if cost.rounds in save_at:  # the run may have been stopped before it was written
+            save_checkpoint(self.policy, cost, self.folder / "checkpoints")
         if self._is_over():
             return True
-        with Progress[Any](total=num_rounds, done=cost.rounds, label="align") as bar:
+        with Progress[Any](total=self.num_rounds, done=cost.rounds, label="align") as bar:
             for epoch in range(cost.rounds // per_epoch, config.epochs):
                 start = time.perf_counter()
                 for round_ in self.method.collect(epoch, skip=cost.rounds % per_epoch):
-                    several = round_.examples is not None and len(round_.examples) > at_once
-                    with saver.rollback_on_stop() if several else saver.uninterruptible():
-                        rows = self._train_on(round_)
-                        cost.seconds += time.perf_counter() - start
-                        self._record(rows, round_, epoch)
-                        if cost.rounds % per_epoch == 0:
-                            self._end_epoch()
-                        if cost.rounds in save_at:
-                            save_checkpoint(self.policy, cost, self.folder / "checkpoints")
+                    rows = self._train_on(round_, epoch, saver, start=start)
+                    if cost.rounds in save_at:
+                        save_checkpoint(self.policy, cost, self.folder / "checkpoints")
                     shown = rows[-1] if rows else {}
                     bar.update(**{name: shown[name] for name in ("loss", "kept", "score") if name in shown})
                     margin = max((tally.margin for tally in round_.tallies), default=1.0)
@@ -163,36 +172,59 @@ class _Alignment(Generic[E]):
                     start = time.perf_counter()
         return False
 
-    def _train_on(self, round_: Round[E]) -> list[dict[str, float]]:
-        """Train once on a round's examples, shuffled; a row of measurements for each update."""
+    def _train_on(self, round_: Round[E], epoch: int, saver: Saver, *, start: float) -> list[dict[str, float]]:
+        """Train once on a round's examples, shuffled; a row of measurements for each update.
+
+        A stop goes back to the state before the round. Until the first step of the optimizer its tensors are those in
+        training, so they need no copy. A round of one update is completed from there on; before the first of several,
+        they are copied. start: when the round's collection started, on `time.perf_counter`'s clock.
+        """
         config, cost, examples = self.config, self.cost, round_.examples
         rows: list[dict[str, float]] = []
+        self.before = self._state()
         cost.rounds += 1
-        if examples is not None:
-            order = torch.randperm(len(examples), generator=Generator().manual_seed(self.seed + 7919 * cost.rounds))
-            size = config.micro_batch_size or config.batch_size
-            remedy = f"set the method's micro_batch_size below {size}, or model.gradient_checkpointing to true"
-            with memory_advice(remedy):
-                for index in order.to(examples.t.device).split(config.batch_size):
-                    row = self._update(examples[index])
-                    rows += [row] if row else []
-            cost.num_examples += len(examples)
-            self.examples_in_epoch += len(examples)
-        network, autoencoder = self.policy.network, self.policy.autoencoder
+        with ExitStack() as rest:
+            if examples is None:
+                self._count_forwards()
+            else:
+                order = torch.randperm(len(examples), generator=Generator().manual_seed(self.seed + 7919 * cost.rounds))
+                batches = order.to(examples.t.device).split(config.batch_size)
+                size = config.micro_batch_size or config.batch_size
+                remedy = f"set the method's micro_batch_size below {size}, or model.gradient_checkpointing to true"
+                with memory_advice(remedy):
+                    for i, index in enumerate(batches, 1):
+                        row, ratios = self._gradient(examples[index])
+                        if i == len(batches):
+                            self._count_forwards()  # before the last step, since it waits for the other processes
+                        if len(batches) == 1:
+                            rest.enter_context(saver.uninterruptible())
+                        elif i == 1:
+                            self.before = saver.hold(self.before)
+                        rows += self._step(row, ratios)
+                cost.num_examples += len(examples)
+                self.examples_in_epoch += len(examples)
+            cost.seconds += time.perf_counter() - start
+            self._record(rows, round_, epoch)
+            if cost.rounds % self.method.rounds_per_epoch == 0:
+                self._end_epoch()
+            self.before = None
+        return rows
+
+    def _count_forwards(self) -> None:
+        """Add what all processes have used since the last call to the cost."""
+        cost, network, autoencoder = self.cost, self.policy.network, self.policy.autoencoder
         made = distributed.add_up({"forwards": network.forwards, "decodes": autoencoder.decodes})
         cost.unet_forwards += round(made["forwards"])
         cost.vae_decodes += int(made["decodes"])
         network.forwards = autoencoder.decodes = 0
-        return rows
 
-    def _update(self, examples: E) -> dict[str, float] | None:
-        """One step of the optimizer, with `micro_batch_size` examples in memory at a time.
+    def _gradient(self, examples: E) -> tuple[dict[str, float], list[Ratios]]:
+        """The gradient of an update, with `micro_batch_size` examples in memory at a time.
 
-        Each process takes its share of the examples, and all make the same step. None if the update is skipped.
+        Each process takes its share of the examples; returned are the measurements and log-ratios of all.
         """
-        config, cost = self.config, self.cost
-        done = (cost.rounds - 1) / (config.epochs * self.method.rounds_per_epoch)
-        ratios: list[tuple[list[int], list[list[float]]]] = []
+        config = self.config
+        ratios: list[Ratios] = []
         total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.policy.device))
         shard = torch.arange(len(examples), device=examples.t.device)[distributed.share(len(examples))]
         for index in shard.split(config.micro_batch_size or len(examples)) if len(shard) else ():
@@ -206,14 +238,20 @@ class _Alignment(Generic[E]):
         norm = self.updater.clip_gradient()
         *parts, grad_norm = torch.stack([*total.values(), norm]).tolist()  # one transfer
         row = {**distributed.add_up(dict(zip(total, parts, strict=True))), "grad_norm": grad_norm}
+        return row, list(chain.from_iterable(distributed.gather_objects(ratios)))
+
+    def _step(self, row: dict[str, float], ratios: list[Ratios]) -> list[dict[str, float]]:
+        """Make the update by the gradient; its measurements, or none if it is skipped. All processes do the same."""
+        config, cost = self.config, self.cost
+        done = (cost.rounds - 1) / self.num_rounds
         rate = config.optimizer.learning_rate * rate_share(cost.updates, done, config.optimizer)
-        if not self.updater.step(row["loss"], grad_norm, learning_rate=rate):
+        if not self.updater.step(row["loss"], row["grad_norm"], learning_rate=rate):
             cost.skipped = self.updater.guard.skipped
-            return None
+            return []
         cost.updates += 1
-        for t, log_ratio in chain.from_iterable(distributed.gather_objects(ratios)):
+        for t, log_ratio in ratios:
             self.history.count_ratios(self.policy.timesteps.tolist(), t, log_ratio)
-        return {"update": cost.updates, **row}
+        return [{"update": cost.updates, **row}]
 
     def _end_epoch(self) -> None:
         if not self.examples_in_epoch:

@@ -214,7 +214,7 @@ def test_a_latent_preference_model_needs_no_clip_and_the_room_of_half_the_base(
     assert [finding.what for finding in findings(latent, tmp_path) if finding.what.startswith("preference_m")] == []
     parts = [sum(file.stat().st_size for file in (ROOT / config.model.path / name).iterdir())
              for name in ("unet", "text_encoder")]  # fmt: skip
-    assert room(latent, tmp_path)["train_preference"].passing == pytest.approx(9 * (parts[0] / 2 + parts[1]), rel=1e-3)
+    assert room(latent, tmp_path)["train_preference"].passing == pytest.approx(6 * (parts[0] / 2 + parts[1]), rel=1e-3)
     for source, key in (({"checkpoint": "nowhere"}, "checkpoint"), ({"text_projection": "nowhere"}, "text_projection")):
         lacking = changed(config, "preference_models.latent", {"kind": "latent", **source})
         bad = [finding.what for finding in findings(lacking, tmp_path) if not finding.good]
@@ -230,7 +230,7 @@ def test_a_flows_latents_are_larger_and_its_latent_model_is_three_quarters_of_th
         "preference_models.latent.labels.model"
     ]
     transformer = sum(file.stat().st_size for file in (ROOT / flow.model.path / "transformer").iterdir())
-    assert room(flow, tmp_path)["train_preference"].passing == pytest.approx(9 * transformer * 3 / 4, rel=1e-3)
+    assert room(flow, tmp_path)["train_preference"].passing == pytest.approx(6 * transformer * 3 / 4, rel=1e-3)
     both = [
         load_config(ROOT, profile).model_copy(update={"train_preference": ("pixel",)}) for profile in ("sd15", "sd35")
     ]

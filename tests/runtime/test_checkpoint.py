@@ -2,7 +2,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from spo.errors import TrainingError
-from spo.runtime import checkpoint
-from spo.runtime.checkpoint import Saver, State, StateStore, pack_optimizer, unpack_optimizer
-from spo.runtime.hashing import fingerprint
+from spo.runtime import checkpoint, distributed
+from spo.runtime.checkpoint import State, StateStore, pack_optimizer, unpack_optimizer
+from spo.runtime.hashing import file_checksum, fingerprint
 from spo.runtime.stopping import Stopped, stoppable
 
 MADE_BY = {"align": {"beta": 10.0, "lora": {"rank": 8}}, "prompts": "abc"}
@@ -34,11 +34,63 @@ def names(folder: Path) -> list[str]:
 
 def test_what_is_saved_is_what_is_loaded(store: StateStore) -> None:
     tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(1.5, dtype=torch.bfloat16), "c": torch.arange(3)}
+    tensors |= {"d": torch.tensor([True, False, True]), "e": torch.empty(0, 2), "f": torch.randn(3).half()}
+    tensors |= {"g": torch.arange(5, dtype=torch.uint8), "h": torch.randn(2, dtype=torch.float64)}
     store.save(State(5, tensors, {"x": 1 / 3, "rows": [{"a": None}]}))
     loaded = store.load()
     assert loaded is not None
     assert (loaded.number, loaded.values) == (5, {"x": 1 / 3, "rows": [{"a": None}]})
-    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded.tensors[name], tensor)
+        assert loaded.tensors[name].dtype == tensor.dtype
+
+
+def test_the_checksums_are_those_of_the_files(store: StateStore) -> None:
+    store.save(state(1))
+    folder = store.folder / "00000001"
+    checksums = json.loads((folder / "manifest.json").read_text())["checksums"]
+    assert checksums == {name: file_checksum(folder / name) for name in ("tensors.safetensors", "values.json")}
+
+
+def test_there_is_never_room_for_a_third_state_needed(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, write = [], checkpoint.write_tensors
+
+    def writing(path: Path, tensors: Mapping[str, Tensor]) -> str:
+        checksum = write(path, tensors)
+        seen.append(len(list(store.folder.rglob("tensors.safetensors"))))
+        return checksum
+
+    monkeypatch.setattr(checkpoint, "write_tensors", writing)
+    for number in range(1, 6):
+        store.save(state(number))
+    assert seen == [1, 2, 2, 2, 2]
+    assert names(store.folder) == ["00000004", "00000005"]
+
+
+def as_second_process(monkeypatch: pytest.MonkeyPatch, found: tuple[int | None, str]) -> None:
+    """This process is the second of two; the first one has found this state, or refuses with this message."""
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [found, own])
+
+
+def test_only_the_first_process_checks_the_states_and_the_others_read_the_one_it_found(
+    store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        store.save(state(number))
+    as_second_process(monkeypatch, (1, ""))
+    monkeypatch.setattr(checkpoint, "file_checksum", lambda path: pytest.fail(f"{path} is hashed"))
+    loaded = store.load()
+    assert loaded is not None and loaded.number == 1
+    assert torch.equal(loaded.tensors["w"], state(1).tensors["w"])
+    assert names(store.folder) == ["00000001", "00000002"]
+
+
+def test_what_the_first_process_refuses_ends_all(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(state(1))
+    as_second_process(monkeypatch, (None, "made by other settings"))
+    with pytest.raises(TrainingError, match="made by other settings"):
+        store.load()
 
 
 def test_no_state_is_none(store: StateStore) -> None:
@@ -155,65 +207,16 @@ def test_a_file_size_limit_of_the_system_is_one_line_too(store: StateStore) -> N
 
 
 def test_a_signal_while_saving_waits_for_the_save(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = checkpoint.save_file
+    original = checkpoint.write_tensors
 
-    def save_file(*arguments: Any) -> None:
+    def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         os.kill(os.getpid(), signal.SIGTERM)
-        original(*arguments)
+        return original(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(checkpoint, "write_tensors", write_tensors)
     with pytest.raises(Stopped), stoppable():
         store.save(state(1))
     assert names(store.folder) == ["00000001"]
-
-
-def test_a_stop_saves_once_and_tells_where(store: StateStore, capsys: pytest.CaptureFixture[str]) -> None:
-    saver = Saver(store, 1e9, lambda: state(7))
-    with pytest.raises(Stopped), stoppable(), saver.saving_when_stopped():
-        saver.save_if_due()  # it is not
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert names(store.folder) == ["00000007"]
-    assert "stopped at 7" in capsys.readouterr().err
-
-
-def test_what_is_half_done_is_not_saved(store: StateStore) -> None:
-    saver = Saver(store, 1e9, lambda: state(7))
-    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.uninterruptible():
-        raise KeyboardInterrupt
-    assert store.load() is None
-
-
-def test_while_things_are_held_a_stop_saves_how_they_stood_before(store: StateStore) -> None:
-    now = [state(7)]
-    saver = Saver(store, 1e9, lambda: now[0])
-    with pytest.raises(KeyboardInterrupt), saver.saving_when_stopped(), saver.rollback_on_stop():
-        now[0] = state(8)
-        raise KeyboardInterrupt
-    assert names(store.folder) == ["00000007"]
-
-
-def test_an_error_saves_nothing(store: StateStore) -> None:
-    with pytest.raises(ZeroDivisionError), Saver(store, 1e9, lambda: state(7)).saving_when_stopped():
-        raise ZeroDivisionError
-    assert not store.folder.exists()
-
-
-def test_saving_takes_a_twentieth_of_the_time_at_most(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    saved = []
-
-    def snapshot() -> State:
-        now[0] += 5.0  # what saving takes
-        saved.append(now[0])
-        return state(len(saved))
-
-    saver = Saver(store, 10.0, snapshot)
-    for _ in range(400):
-        now[0] += 1.0
-        saver.save_if_due()
-    assert len(saved) * 5.0 <= 0.06 * now[0]
-    assert len(saved) >= 3
 
 
 class Nested(torch.optim.AdamW):

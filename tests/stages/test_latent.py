@@ -18,7 +18,7 @@ from spo.errors import ConfigError, ModelError
 from spo.preference.latent_checkpoint import LatentPreference
 from spo.preference.latent_published import write_published_latent
 from spo.preference.latent_score import LatentScorer
-from spo.runtime.checkpoint import Saver
+from spo.runtime.saver import Saver
 from spo.stages import align, evaluate, prepare, train_preference
 from spo.tracking import NullTracker
 from spo.training.latent_preference import LatentPreferenceTraining

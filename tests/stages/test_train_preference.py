@@ -10,7 +10,7 @@ import torch
 from spo.config import Config, load_config
 from spo.preference.checkpoint import load_clip, load_preference_model, save_preference_model
 from spo.report.inputs import read_csv
-from spo.runtime.checkpoint import Saver
+from spo.runtime.saver import Saver
 from spo.stages import prepare, train_preference
 from spo.tracking import NullTracker
 from spo.training.preference import LabelledPairs, StepAwareTraining

@@ -23,7 +23,8 @@ from spo.models.generate import generate
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import add_lora
 from spo.models.lora_file import WEIGHTS
-from spo.runtime.checkpoint import Saver, StateStore
+from spo.runtime.checkpoint import StateStore
+from spo.runtime.saver import HostCopy, Saver
 from spo.runtime.stopping import Stopped, stoppable
 from spo.tracking import NullTracker
 from spo.training import align as loop
@@ -332,9 +333,79 @@ def test_a_run_that_a_signal_ends_in_an_update_continues_to_the_same_weights_and
     assert before == after
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, *, call: int) -> None:
+    """Send SIGTERM in the call-th call of a function, after its work is done."""
+    original, calls = getattr(owner, name), count(1)
+
+    def stopping(*arguments, **options):
+        result = original(*arguments, **options)
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+def saved_rounds(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir()]
+
+
+def assert_same_runs(folder: Path, whole: dict, resumed: dict) -> None:
+    """Of the runs `whole` and `cut`: the weights of each checkpoint, and the metrics."""
+    one, other = (sorted((folder / run / "checkpoints").iterdir()) for run in ("whole", "cut"))
+    assert [path.name for path in one] == [path.name for path in other]
+    for ours, theirs in zip(one, other, strict=True):
+        first, second = load_file(ours / WEIGHTS), load_file(theirs / WEIGHTS)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "saved"),
+    [(loop.Updater, "backward", [0]), (loop.Updater, "clip_gradient", [0]), (loop.Updater, "step", [1])],
+    ids=["in its gradient", "after its gradient", "in its step"],
+)
+def test_a_round_of_one_update_is_stopped_without_a_copy_of_the_weights(
+    pipeline, tmp_path, monkeypatch, owner, name, saved
+):
+    """Before the optimizer's step nothing has changed; from the step on the round is completed."""
+    settings = {"name": "diffusion_dpo", "micro_batch_size": 1}
+    whole = train(pipeline, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostCopy, "take", lambda *_: pytest.fail("the weights are copied"))
+        stop_at(patch, owner, name, call=1)
+        with pytest.raises(Stopped), stoppable():
+            train(pipeline, tmp_path / "cut", store=tmp_path / "states", **settings)
+    assert saved_rounds(tmp_path / "states") == saved
+    resumed = train(pipeline, tmp_path / "cut", store=tmp_path / "states", **settings)
+    assert_same_runs(tmp_path, whole, resumed)
+
+
+def test_a_round_of_several_updates_that_is_stopped_goes_back_to_its_start(pipeline, tmp_path, monkeypatch):
+    whole = train(pipeline, tmp_path / "whole", batch_size=1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, loop.Updater, "step", call=2)
+        with pytest.raises(Stopped), stoppable():
+            train(pipeline, tmp_path / "cut", batch_size=1, store=tmp_path / "states")
+    assert saved_rounds(tmp_path / "states") == [0]
+    resumed = train(pipeline, tmp_path / "cut", batch_size=1, store=tmp_path / "states")
+    assert_same_runs(tmp_path, whole, resumed)
+
+
+def test_a_checkpoint_that_a_stop_prevented_is_written_by_the_resumed_run(pipeline, tmp_path, monkeypatch):
+    whole = train(pipeline, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped), stoppable():
+            train(pipeline, tmp_path / "cut", store=tmp_path / "states")
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+    resumed = train(pipeline, tmp_path / "cut", store=tmp_path / "states")
+    assert_same_runs(tmp_path, whole, resumed)
+
+
 @pytest.mark.parametrize("cut_at", [None, 4])
 def test_the_seconds_before_and_after_a_saved_state_count_once(pipeline, tmp_path, monkeypatch, cut_at):
-    clock, updates, update = [0.0], count(1), loop._Alignment._update
+    clock, updates, update = [0.0], count(1), loop._Alignment._gradient
 
     def ten_seconds(*arguments):
         if next(updates) == cut_at:
@@ -343,7 +414,7 @@ def test_the_seconds_before_and_after_a_saved_state_count_once(pipeline, tmp_pat
         return update(*arguments)
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(loop._Alignment, "_update", ten_seconds)
+    monkeypatch.setattr(loop._Alignment, "_gradient", ten_seconds)
     monkeypatch.setattr(Saver, "save_if_due", Saver.save)
     settings = {"store": tmp_path / "states", "batch_size": 8, "epochs": 3}
     if cut_at:
