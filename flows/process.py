@@ -8,9 +8,8 @@ from collections.abc import Generator, Sequence
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from spo.runtime.processes import await_group, child_environment, signal_group
+from spo.runtime.processes import GRACE_SECONDS, await_group, child_environment, signal_group
 
-GRACE_SECONDS = 60.0  # for a stage to save its state before it is killed
 TAIL_LINES = 20  # of a failed command's output, in its error
 
 

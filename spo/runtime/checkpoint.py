@@ -7,8 +7,8 @@
 
 A state is a folder, named by the run's step or rollout, with tensors.safetensors, values.json and manifest.json, which
 has the checksums of both. It is written under a temporary name and renamed, so a half-written state is never read. The
-last two states are kept; the older one is removed before a third is written, so that there is never room for three
-needed. They are no output of a stage, since DVC removes outputs before a stage runs.
+last two states are kept; the older one is removed before a third is written, so two of them need room. They are no
+output of a stage, since DVC removes outputs before a stage runs.
 """
 
 import hashlib
@@ -199,13 +199,20 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Restore what `pack_optimizer` returned; the optimizer keeps its own settings."""
+    """Restore what `pack_optimizer` returned; the optimizer keeps its own settings.
+
+    It shares no memory with the tensors: a file that is mapped takes room on the disk even after it is removed.
+    """
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers.items()]:
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for restored in optimizer.state.values():
+        for name, value in restored.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":  # torch keeps the tensors given to it
+                restored[name] = value.clone()
 
 
 def _read(path: Path, *, checked: bool = False) -> tuple[State, dict[str, Any]]:

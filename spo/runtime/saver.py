@@ -110,14 +110,15 @@ class Saver:
         """Wait for the write in progress; TrainingError if it failed."""
         if self._writing is not None:
             wait([self._writing])  # a signal may end this, and the write is still known
-            writing, self._writing = self._writing, None
-            try:
-                seconds = writing.result()
-            except BaseException:
-                self._saved = None
-                raise
-            self._took += seconds
-            self._rate = self._size / max(seconds, 1e-9)
+            with uninterrupted():
+                writing, self._writing = self._writing, None
+                try:
+                    seconds = writing.result()
+                except BaseException:
+                    self._saved = None
+                    raise
+                self._took += seconds
+                self._rate = self._size / max(seconds, 1e-9)
 
     def hold(self, state: State) -> State:
         """The state with a copy of its tensors on the CPU, valid until the next call; without a store, as it is."""
@@ -149,16 +150,14 @@ class Saver:
     def _save_at_stop(self) -> None:
         if self._store is None:
             return
-        if self._is_writing():
-            self._tell_stopping("is being written", since=self._last)
-            self.wait()
-        elif not self._half_done:
-            self.wait()  # it has ended, but may have failed
-            state = self._snapshot()
-            if state.number != self._saved:
-                self._begin(state, time.monotonic())
-                self._tell_stopping("is saved", since=self._last)
-                self._write(self._store, state)
+        writing = self._is_writing()
+        if writing:
+            self._tell_stopping("completes the save of")
+        self.wait()
+        if not writing and not self._half_done and (state := self._snapshot()).number != self._saved:
+            self._begin(state, time.monotonic())
+            self._tell_stopping("saves")
+            self._write(self._store, state)
         if self._saved is not None:
             print(
                 f"stopped at {self._unit} {self._saved} of {self._total}, saved in {self._store.folder}; "
@@ -179,15 +178,12 @@ class Saver:
         store.save(state)
         return time.monotonic() - start
 
-    def _tell_stopping(self, what: str, *, since: float) -> None:
-        about = ""
+    def _tell_stopping(self, what: str) -> None:
+        text = f"stopping: {what} {self._unit} {self._saved}, {byte_size(self._size)}"
         if self._rate:
-            about = f", about {duration(max(0.0, self._size / self._rate - (time.monotonic() - since)))}"
-        print(
-            f"stopping: {self._unit} {self._saved} {what}, {byte_size(self._size)}{about}",
-            file=sys.stderr,
-            flush=True,
-        )
+            passed = time.monotonic() - self._last
+            text += f", about {duration(max(0.0, self._size / self._rate - passed))}"
+        print(text, file=sys.stderr, flush=True)
 
     def _left(self) -> str:
         assert self._saved is not None

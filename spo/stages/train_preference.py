@@ -56,6 +56,7 @@ def run(config: Config, name: str, *, root: Path = Path(), tracker: Tracker) -> 
         if distributed.is_main():
             print(f"train_preference {name}: continues from step {saved.number}", file=sys.stderr, flush=True)
         done = Done(**saved.values["done"])
+        saved = None  # its file is mapped, and takes room on the disk until this is gone
     else:
         name_of_it = "imported" if settings.is_trained else "start"
         done = Done(accuracy=_accuracies(training, validation, name_of_it, config))

@@ -52,7 +52,7 @@ def test_the_checksums_are_those_of_the_files(store: StateStore) -> None:
     assert checksums == {name: file_checksum(folder / name) for name in ("tensors.safetensors", "values.json")}
 
 
-def test_there_is_never_room_for_a_third_state_needed(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_states_are_on_the_disk_at_most(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, write = [], checkpoint.write_tensors
 
     def writing(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -263,6 +263,21 @@ def test_a_table_that_parameters_share_can_be_saved(store: StateStore) -> None:
     saved = store.load()
     assert saved is not None and saved.tensors.keys() == tensors.keys()
     assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_an_optimiser_that_is_put_back_has_memory_of_its_own() -> None:
+    """So a state's file, which its tensors are mapped from, takes no room once it is removed."""
+    parameters = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = torch.optim.AdamW(parameters)
+    parameters[0].sum().backward()
+    optimizer.step()
+    tensors, numbers = pack_optimizer(optimizer)
+    other = torch.optim.AdamW(parameters)
+    unpack_optimizer(other, tensors, numbers)
+    given = {tensor.data_ptr() for tensor in tensors.values()}
+    restored, _ = pack_optimizer(other)
+    assert restored.keys() == tensors.keys()
+    assert not given & {tensor.data_ptr() for tensor in restored.values()}
 
 
 def test_a_fingerprint_tells_contents_apart(tmp_path: Path) -> None:
