@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.markdown import table
 from bench.systems import SHAPES, TOKENS, Shape, make_clip, make_network, make_vae
+from spo.commands.architectures import T5_TOKENS, network_inputs
 from spo.config import LoraConfig, SpoConfig
 from spo.models.load import NETWORKS
 from spo.models.lora import add_lora
@@ -24,7 +25,6 @@ from spo.models.lora import add_lora
 GPU_RATE = 400e12  # FLOP/s of bfloat16: what large products reach on an H100, not its data sheet's 989e12
 UTILISATION = 1.6  # times the floor: what is aimed at
 FLOWS = ("sd3", "flux")
-T5_TOKENS = {"sd3": 256, "flux": 512}  # the pipelines' own
 PAPER = {  # prompts, epochs and the published settings
     "sd15": (4000, 10, {"prompts_per_rollout": 40}),
     "sdxl": (4000, 10, {"prompts_per_rollout": 16}),
@@ -121,33 +121,9 @@ def weights() -> str:
 
 def _inputs(shape: Shape, network: nn.Module, latents: torch.Tensor) -> dict[str, Any]:
     """What the network takes for one sample."""
-    config, t5_tokens = network.config, shape.t5_tokens or T5_TOKENS.get(shape.family, 0)
-    if shape.family == "flux":
-        patches = latents.shape[-1] ** 2 // 4
-        return {
-            "hidden_states": torch.empty(1, patches, config.in_channels),
-            "timestep": torch.ones(1),
-            "guidance": torch.ones(1),
-            "encoder_hidden_states": torch.empty(1, t5_tokens, config.joint_attention_dim),
-            "pooled_projections": torch.empty(1, config.pooled_projection_dim),
-            "img_ids": torch.empty(patches, 3),
-            "txt_ids": torch.empty(t5_tokens, 3),
-        }
-    if shape.family == "sd3":
-        return {
-            "hidden_states": latents,
-            "timestep": torch.ones(1),
-            "encoder_hidden_states": torch.empty(1, TOKENS + t5_tokens, config.joint_attention_dim),
-            "pooled_projections": torch.empty(1, config.pooled_projection_dim),
-        }
-    inputs: dict[str, Any] = {"sample": latents, "timestep": torch.ones(1, dtype=torch.long)}
-    inputs["encoder_hidden_states"] = torch.empty(1, TOKENS, config.cross_attention_dim)
-    if shape.family == "sdxl":
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, shape.text[1]["projection_dim"]),
-            "time_ids": torch.empty(1, 6),
-        }
-    return inputs
+    t5_tokens = shape.t5_tokens or T5_TOKENS.get(shape.family, 0)
+    tokens = t5_tokens if shape.family == "flux" else TOKENS + t5_tokens
+    return network_inputs(network, shape.family, latents, tokens)
 
 
 def _counted(call: Any) -> int:

@@ -39,6 +39,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from spo.commands.architectures import FLUX, SD35_MEDIUM, SDXL
 from spo.config import LoraConfig, OptimizerConfig, SamplingConfig, SpoConfig, load_config
 from spo.models.autoencoder import Autoencoder
 from spo.models.latent_diffusion import LatentDiffusion
@@ -50,6 +51,11 @@ from spo.preference.preprocess import Preprocessing
 
 TOKENS = 77
 LEVELS = 4
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the names of classes."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 @dataclass(frozen=True)
@@ -98,18 +104,6 @@ def _small_clip(width: int, layers: int, image_size: int) -> dict[str, Any]:
 
 
 PROJECTED_TOWER = {**SMALL_TOWER, "projection_dim": 32}
-SD35 = {  # of stabilityai/stable-diffusion-3.5-medium
-    "sample_size": 128,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-FLUX = {"guidance_embeds": True}  # of black-forest-labs/FLUX.1-dev
 _flow_vae: dict[str, Any] = {"latent_channels": 16}
 _small_flow: dict[str, Any] = {
     **_flow_vae,
@@ -176,18 +170,7 @@ SHAPES = {
     "sd15": Shape(),
     "sdxl": Shape(
         family="sdxl",
-        network={
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
+        network=plain(SDXL),
         scaling_factor=0.13025,
         text=(
             {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -207,7 +190,7 @@ SHAPES = {
     "mini-sd35": Shape(
         family="sd3",
         network={
-            **SD35,
+            **plain(SD35_MEDIUM),
             "num_layers": 2,
             "dual_attention_layers": (0,),
             "num_attention_heads": 2,
@@ -222,7 +205,7 @@ SHAPES = {
     "mini-flux": Shape(
         family="flux",
         network={
-            **FLUX,
+            **plain(FLUX),
             "num_layers": 1,
             "num_single_layers": 1,
             "num_attention_heads": 2,
@@ -236,7 +219,7 @@ SHAPES = {
     ),
     "sd35": Shape(
         family="sd3",
-        network=SD35,
+        network=plain(SD35_MEDIUM),
         **_flow_vae,
         scaling_factor=1.5305,
         shift_factor=0.0609,
@@ -255,7 +238,7 @@ SHAPES = {
     ),
     "flux": Shape(
         family="flux",
-        network=FLUX,
+        network=plain(FLUX),
         **_flow_vae,
         scaling_factor=0.3611,
         shift_factor=0.1159,

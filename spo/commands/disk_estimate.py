@@ -6,17 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from spo.config import Config, PixelPreferenceConfig, PreferenceConfig
+from spo.config import AlignConfig, Config
 from spo.errors import DataError
 from spo.runtime.files import read_json
 from spo.workspace import Workspace
 
-CLIP_BYTES = 4 * 986 * 10**6  # CLIP-H's weights in float32, if it is on the hub
-MILLIONS = {"sd15": 860, "sdxl": 2567, "sd3": 8057, "flux": 11901}  # of weights, if the base is on the hub; SD3.5 large
-TEXT_MILLIONS = {"sd15": 123, "sdxl": 818}  # of the text encoders of what a latent preference model starts from
-CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16, "flux": 16}  # of an encoded picture, whose sides are an eighth
-PICTURE_BYTES = 2 + 3  # of a pixel: as a PNG, and raw until `evaluate` has ended
-STATES = 6  # times the weights: two states, each of weights and two moments
+PNG, RAW = 1.5, 3  # bytes of a pixel; the evaluation's cache has raw pictures until it ends
+STATES = 2  # of a training on disk at once
 
 
 @dataclass(frozen=True)
@@ -28,27 +24,44 @@ class DiskEstimate:
     there: float
 
 
-def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
-    """Estimates by stage, in running order. A LoRA's states and checkpoints are small and not counted.
+def room(config: Config, root: Path, *, copies: int = 2, states: int = STATES) -> dict[str, DiskEstimate]:
+    """Estimates by stage, in running order; weights are counted from the models' shapes.
 
-    Files in DVC's cache count twice, since it copies them if the file system cannot share them.
+    Pictures of a data set on the hub are not counted, since their sizes are unknown.
+
+    copies: of each output that DVC caches; it copies the files if the file system cannot share them
+    states: of a training, each with the weights and AdamW's moments
     """
+    from spo.commands.architectures import latent_size, preference_weights  # slow to import, and every command would
+
     preferences, evaluate = config.prepare.preferences, config.evaluate
     seeds, pixels = len(config.training_seeds), math.prod(config.model.size)
-    source = size_of(root / preferences.source) if preferences and not preferences.max_pairs else 0
+    pairs, all_pairs = num_pairs(config, root) or 0, num_pairs(config, root, limit=False)
+    source = size_of(root / preferences.source) if preferences else 0
+    if preferences and preferences.max_pairs:
+        source = round(source * pairs / all_pairs) if all_pairs else 0
+    number = 4 if config.model.dtype == "float32" else 2  # bytes of a number of the latents
+    latents = 2 * pairs * number * math.prod(latent_size(config.model))  # less if pairs share pictures
     models = [config.preference_models[name] for name in config.train_preference]
-    trained = [0 if model.is_trained else _preference(config, model) for model in models]
-    latents = 2 * (num_pairs(config, root) or 0) * pixels / 8**2 * 4 * CHANNELS[config.model.family]
-    whole = [config.align[name].checkpoints for name in config.methods if config.align[name].full_fine_tuning]
-    network = _network(config) if whole else 0
+    weights = [preference_weights(config.model, model) for model in models]
+    trainings = [
+        states * count * (4 + moments(getattr(model, "eight_bit", False)))
+        for model, count in zip(models, weights, strict=True)
+        if not model.is_trained
+    ]
+    aligned = {name: trained_weights(config, config.align[name]) for name in config.methods}
+    outputs = {name: 4 * aligned[name] * config.align[name].checkpoints for name in aligned}
+    alignments = [
+        states * aligned[name] * (4 + moments(config.align[name].optimizer.eight_bit)) + outputs[name]
+        for name in aligned  # its checkpoints are copied as they become the output
+    ]
     columns = 2 + len(config.methods) * seeds + len(evaluate.published)
     pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * pixels
     kept_and_passing = {
-        "prepare": (2 * source, 0),
-        "train_preference": (2 * sum(trained) + latents, STATES * max(trained)),
-        # the checkpoints of one training are copied as they become the output
-        "align": (2 * network * sum(whole) * seeds, (STATES + max(whole, default=0)) * network),
-        "evaluate": (pictures * PICTURE_BYTES, 0),
+        "prepare": (copies * source, 0),
+        "train_preference": (copies * 4 * sum(weights) + latents, max(trainings, default=0)),
+        "align": (copies * seeds * sum(outputs.values()), max(alignments, default=0)),
+        "evaluate": (pictures * (copies * PNG + RAW) + copies * 4 * sum(aligned.values()), 0),
     }
     workspace = Workspace(config, root)
     models_made = workspace.output("preference_models")
@@ -60,8 +73,19 @@ def room(config: Config, root: Path) -> dict[str, DiskEstimate]:
     return estimates
 
 
-def num_pairs(config: Config, root: Path) -> float | None:
-    """The approximate number of training pairs; None if they are not downloaded or a file is broken."""
+def trained_weights(config: Config, method: AlignConfig) -> int:
+    """The number of weights that a method trains, and a checkpoint has: the LoRA's, or all of the network."""
+    from spo.commands.architectures import lora_weights, network_of, weights
+
+    network = network_of(config.model)
+    return weights(network) if method.full_fine_tuning else lora_weights(network, method.lora)
+
+
+def num_pairs(config: Config, root: Path, *, limit: bool = True) -> float | None:
+    """The approximate number of training pairs; None if they are not downloaded or a file is broken.
+
+    limit: at most `max_pairs`, if the profile has that.
+    """
     from pyarrow import ArrowException  # slow to import, and every command would
 
     preferences = config.prepare.preferences
@@ -76,7 +100,7 @@ def num_pairs(config: Config, root: Path) -> float | None:
             counted = sum(map(_num_rows, preference_files(root / preferences.source, preferences.split)[0]))
         except (OSError, ValueError, DataError, ArrowException):
             return None
-    used = min(counted, preferences.max_pairs or math.inf)
+    used = min(counted, (limit and preferences.max_pairs) or math.inf)
     return None if used == math.inf else used * (1 - config.prepare.validation_fraction - config.prepare.test_fraction)
 
 
@@ -92,29 +116,9 @@ def size_of(place: Path) -> int:
     return found
 
 
-def _preference(config: Config, training: PreferenceConfig) -> int:
-    """Bytes of the preference model that trains, in float32.
-
-    A latent one has half the UNet and the text encoders, or three quarters of a transformer.
-    """
-    if isinstance(training, PixelPreferenceConfig):
-        start = Path(training.start_from)
-        return size_of(start) if start.is_dir() else CLIP_BYTES
-    if config.model.is_flow:
-        return 3 * _network(config) // 4
-    text = sum(_part(config, name) for name in ("text_encoder", "text_encoder_2"))
-    return _network(config) // 2 + (text or 4 * 10**6 * TEXT_MILLIONS[config.model.family])
-
-
-def _network(config: Config) -> int:
-    """Bytes of the denoising network in float32, its dtype in training."""
-    name = "transformer" if config.model.is_flow else "unet"
-    return _part(config, name) or 4 * 10**6 * MILLIONS[config.model.family]
-
-
-def _part(config: Config, name: str) -> int:
-    """Bytes of a part of the base in float32; 0 if the base is no folder here, or has no such part."""
-    return size_of(Path(config.model.path) / name) * (1 if config.model.dtype == "float32" else 2)
+def moments(eight_bit: bool) -> int:
+    """Bytes of AdamW's two moments of a weight."""
+    return 2 if eight_bit else 8
 
 
 def _num_rows(file: Path) -> int:

@@ -1,8 +1,9 @@
 """Find in a minute what would end a run after hours.
 
 First come the checks without a model. Then all stages run in miniature, in a temporary folder, with the profile's own
-models and data: a few prompts and pairs, one rollout, one step or update, with as many pairs at a time as in training.
-The time of the whole run is estimated from it.
+models and data: a few prompts and pairs, two rollouts, two steps, with as many pairs and images at a time as in the
+whole run. The time of each whole stage is estimated from its own miniature, without loading. Where all this takes more
+than a minute, that is said before it starts.
 """
 
 import importlib
@@ -11,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,58 +20,134 @@ from typing import Any
 import psutil
 import torch
 
-from spo.commands.disk_estimate import num_pairs
-from spo.commands.preflight import Finding, show_findings
+from spo.commands.architectures import outputs_of_network, preference_weights
+from spo.commands.disk_estimate import num_pairs, room
+from spo.commands.memory_estimate import base_bytes, jobs
+from spo.commands.preflight import Finding, show_findings, size_text
 from spo.config import Config
 from spo.data.preferences import PairWriter, read_pairs
 from spo.data.prompts import read_prompts
-from spo.errors import DataError, SpoError
+from spo.errors import DataError, SpoError, one_line
+from spo.evaluation.image_scorer import ImageScorer
+from spo.evaluation.model_variants import BASE, ModelVariant, tasks
 from spo.models.schedulers import build_scheduler
 from spo.pipeline import PIPELINE, STAGES
+from spo.runtime.device import best_device, memory_advice
 from spo.runtime.files import read_json
 from spo.runtime.text import duration
 from spo.stages import prepare
-from spo.tracking import NullTracker
+from spo.tracking import NullTracker, Tracker
 from spo.workspace import Prepared, Workspace
 
 PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
 GIB = 2**30
+NEVER = 1e9  # seconds; the miniature saves no states
+SLOWER = 10  # times the products of the network alone, with all else; for a rough time in advance
+LOADED = 5e8  # bytes a second
+STARTED, WARMED = 2.0, 30.0  # seconds of a stage, and of a GPU's first use
+
+
+class Recorder(NullTracker):
+    """Keeps the numbers that a stage reports."""
+
+    def __init__(self) -> None:
+        self.rows: list[Mapping[str, Any]] = []
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self.rows.append(metrics)
+
+    def all(self, name: str) -> list[Mapping[str, Any]]:
+        """The reports that have a number of this name."""
+        return [row for row in self.rows if name in row]
 
 
 def check_all(config: Config, root: Path, show: Callable[[Finding], None]) -> bool:
     """Pass each finding to `show`; returns whether all are good."""
     if not show_findings(config, root, show):
         return False
-    with tempfile.TemporaryDirectory(prefix="spo-check-") as folder:
-        return _run_miniature(config, root, Path(folder), show)
-
-
-def _run_miniature(config: Config, root: Path, folder: Path, show: Callable[[Finding], None]) -> bool:
     small = miniature(config, root)
-    tracker = NullTracker()
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="spo-check-")
+    except OSError as error:
+        show(Finding("temporary folder", False, f"{one_line(error)}; set TMPDIR to a folder with room"))
+        return False
+    with temporary as folder:
+        found = _temporary_room(small, Path(folder))
+        show(found)
+        if not found.good:
+            return False
+        seconds = rough_seconds(small)
+        long = f"this takes longer than a minute, about {duration(seconds)}"
+        show(Finding("miniature of all stages", True, long if seconds > 60 else f"about {duration(seconds)}"))
+        return _run_miniature(config, small, root, Path(folder), show)
+
+
+def _temporary_room(small: Config, folder: Path) -> Finding:
+    """Whether the temporary folder has room for what the miniature writes."""
+    needed = sum(each.kept + each.passing for each in room(small, folder, copies=1, states=0).values())
+    free = shutil.disk_usage(folder).free
+    detail = f"{folder.parent}: {size_text(free)} are free, about {size_text(needed)} will be written"
+    remedy = "" if free > needed else "; set TMPDIR to a folder with more room"
+    return Finding("temporary folder", free > needed, detail + remedy)
+
+
+def rough_seconds(small: Config) -> float:
+    """About how long the miniature takes, from the size of the networks and how fast this machine multiplies."""
+    flops = 2 * sum(outputs_of_network(small.model).products.values())
+    passes = 2 if small.counted_sampling.guidance_scale > 1 else 1
+    steps = max(sampler.steps for sampler in small.evaluate.samplers.values())
+    count = _evaluation_forwards(small) + small.evaluate.batch_size * steps * passes
+    for name in small.train_preference:
+        training = small.preference_models[name]
+        count += 3 * training.steps * training.batch_size * training.forwards_per_pair(small.counted_sampling)
+    for method in (small.align[name] for name in small.methods):
+        rollout = SAMPLED * getattr(method, "candidates", 2) * small.sampling.steps * passes
+        updates = 4 * (method.batch_size if method.needs_pairs else SAMPLED * small.sampling.steps) * passes
+        count += method.epochs * (rollout + updates)
+    read = len(jobs(small)) * sum(base_bytes(small))
+    read += sum(12 * preference_weights(small.model, small.preference_models[name]) for name in small.train_preference)
+    starts = STARTED * len(jobs(small)) + (WARMED if torch.cuda.is_available() else 0)
+    return SLOWER * count * flops / _product_rate(small.model.dtype) + read / LOADED + starts
+
+
+def _product_rate(dtype: str) -> float:
+    """Operations a second of a large product on this machine."""
+    device, size = best_device(), 4096 if torch.cuda.is_available() else 512
+    matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+    (matrix @ matrix)[0, 0].item()
+    start = time.perf_counter()
+    (matrix @ matrix)[0, 0].item()
+    return 2 * size**3 / (time.perf_counter() - start)
+
+
+def _run_miniature(config: Config, small: Config, root: Path, folder: Path, show: Callable[[Finding], None]) -> bool:
     seed = config.training_seeds[0]
-    memory = {}
-    jobs: list[tuple[Any, ...]] = []
+    memory: dict[str, int] = {}
+    reports: dict[str, Recorder] = {}
+    to_do: list[tuple[Any, ...]] = []
     for name in PIPELINE:
         items: dict[str, list[tuple[Any, ...]]] = {
             "method": [(method, seed) for method in config.methods],
             "preference_model": [(model,) for model in config.train_preference],
         }
-        jobs += [(name, *item) for item in items.get(STAGES[name].item, [()])]
-    for name, *job in jobs:
+        to_do += [(name, *item) for item in items.get(STAGES[name].item, [()])]
+    for name, *job in to_do:
         stage = " ".join([name, *job[:1]])
         module = importlib.import_module(f"spo.stages.{name}")
+        tracker = reports[stage] = Recorder()
         run = partial(module.run, small, *job, root=folder, tracker=tracker)
         start = time.perf_counter()
         try:
             memory[stage] = _peak_memory(partial(_prepare, small, config, folder) if stage == "prepare" else run)
             if stage == "prepare":
                 _shorten(Workspace(small, folder).prepared)
+            if stage == "evaluate":
+                memory[stage] = max(memory[stage], _peak_memory(partial(_paint_batch, small, folder, tracker)))
         except SpoError as error:
             show(Finding(f"{stage} in miniature", False, str(error)))
             return False
         show(Finding(f"{stage} in miniature", True, f"{time.perf_counter() - start:.1f} s"))
-    show(Finding("time", True, _time(config, root, folder)))
+    show(Finding("time", True, _time(config, small, root, folder, reports)))
     show(Finding("memory", True, _memory(memory)))
     return True
 
@@ -108,7 +185,8 @@ def miniature(config: Config, root: Path) -> Config:
         for name, method in config.align.items()
     }
     values["evaluate"] |= {"num_prompts": 2, "num_validation_prompts": 2, "images_per_prompt": 1}
-    values["evaluate"] |= {"batch_size": 1, "bootstrap_samples": 100}
+    values["evaluate"] |= {"bootstrap_samples": 100}
+    values["safety"] |= {"save_every_seconds": NEVER}
     return Config.model_validate(values)
 
 
@@ -123,11 +201,40 @@ def _shorten(prepared: Prepared) -> None:
         shutil.move(shorter, path)
 
 
-def _time(config: Config, root: Path, folder: Path) -> str:
-    costs = [_cost(config, folder, name) for name in config.methods]
-    rate = max(cost["seconds"] / max(1, cost["unet_forwards"]) for cost in costs)  # with the work around the UNet
-    parts = [f"{stage} {duration(n * rate)}" for stage, n in forwards(config, root, folder).items() if n]
-    return f"at most about: {', '.join(parts)}"
+def _time(config: Config, small: Config, root: Path, folder: Path, reports: Mapping[str, Recorder]) -> str:
+    """The time of each whole stage, from the seconds that a forward took in its own miniature, with all around it."""
+    whole = forwards(config, root, folder)
+    rates = {stage: _rate(stage, small, folder, reports[stage]) for stage, count in whole.items() if count}
+    shared = config.launch.num_processes
+    parts = [f"{stage} {duration(whole[stage] * rate / shared)}" for stage, rate in rates.items()]
+    return f"about: {', '.join(parts)}, without loading{'' if shared == 1 else f', with {shared} processes'}"
+
+
+def _paint_batch(small: Config, folder: Path, tracker: Tracker) -> None:
+    """Paint and score a whole batch of the evaluation, by the base with the deciding sampler; report its seconds."""
+    settings, scorer = small.evaluate, ImageScorer(small, folder)
+    images = tasks(Workspace(small, folder).prepared, "test", 2, -(-settings.batch_size // 2), settings.seed + 1)
+    batch = images[: settings.batch_size]
+    with memory_advice(f"lower evaluate.batch_size, now {settings.batch_size}"):
+        scorer.scores(ModelVariant(BASE), batch, settings.deciding, split="a whole batch")
+    tracker.log_metrics({"seconds_an_image": scorer.seconds / len(batch)})
+
+
+def _rate(stage: str, small: Config, folder: Path, reported: Recorder) -> float:
+    """Seconds for each forward of the network: in the second step or round, since the first one warms up."""
+    kind, _, name = stage.partition(" ")
+    if kind == "train_preference":
+        training = small.preference_models[name]
+        in_step = training.batch_size * training.forwards_per_pair(small.counted_sampling)
+        return reported.all("step_seconds")[-1]["step_seconds"] / in_step
+    if kind == "evaluate":
+        steps = len(build_scheduler(small.evaluate.samplers[small.evaluate.deciding]).timesteps)
+        passes = 1.0 if small.model.is_distilled else 2.0
+        return reported.all("seconds_an_image")[-1]["seconds_an_image"] / (steps * passes)
+    cost = _cost(small, folder, name)
+    first = [row for row in reported.all("unet_forwards") if row["round"] == 1]
+    seconds, count = (cost[key] - (first[-1][key] if first else 0) for key in ("seconds", "unet_forwards"))
+    return seconds / max(1, count)
 
 
 def _peak_memory(stage: Callable[[], object]) -> int:
@@ -163,20 +270,25 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
     for name in config.methods:
 
         def per_prompt(name: str = name) -> float:
-            return _cost(config, folder, name)["unet_forwards"] / SAMPLED
+            cost = _cost(config, folder, name)
+            return cost["unet_forwards"] / (SAMPLED * cost["rounds"])
 
         pairs = num_pairs(config, root) or 0
         method = config.align[name]
         counts[f"align {name}"] = seeds * method.forwards(
             num_prompts=num_prompts, num_pairs=pairs, per_prompt=per_prompt
         )
-    evaluate = config.evaluate
+    return {**counts, "evaluate": _evaluation_forwards(config)}
+
+
+def _evaluation_forwards(config: Config) -> float:
+    evaluate, seeds = config.evaluate, len(config.training_seeds)
     columns = 1 + len(config.methods) * seeds + len(evaluate.published)
     checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)
     test, validation = evaluate.num_prompts * evaluate.images_per_prompt * columns, evaluate.num_validation_prompts
     steps = {name: len(build_scheduler(sampler).timesteps) for name, sampler in evaluate.samplers.items()}
     sampled = test * sum(steps.values()) + validation * (1 + checkpoints) * steps[evaluate.deciding]
-    return {**counts, "evaluate": sampled * (1.0 if config.model.is_distilled else 2.0)}
+    return sampled * (1.0 if config.model.is_distilled else 2.0)
 
 
 def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:

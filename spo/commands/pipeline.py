@@ -65,14 +65,16 @@ def repro(
 
 def check(
     profile: Profile = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Look only at settings, files and disk; run nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look only at settings, files, disk and memory; run nothing.")
+    ] = False,
     stages: Annotated[
         list[str] | None, typer.Option("--stage", metavar="NAME", help="With --quick: look only at what it needs.")
     ] = None,
 ) -> int:
     """Find what would end a run after hours.
 
-    Looks at settings, files and disk, then runs all stages in miniature.
+    Looks at settings, files, disk and memory, then runs all stages in miniature.
     """
     if stages and not quick:
         raise SpoError("--stage goes with --quick; the miniature runs all stages")
@@ -92,7 +94,8 @@ def check(
 
 
 def _show(finding: Finding) -> None:
-    print(f"{'ok  ' if finding.good else 'FAIL'}  {finding.what:<34} {finding.detail}", flush=True)
+    mark = "FAIL" if not finding.good else "note" if finding.doubtful else "ok  "
+    print(f"{mark}  {finding.what:<34} {finding.detail}", flush=True)
 
 
 def promote(

@@ -15,7 +15,7 @@ from spo.config import Config, MetricConfig
 from spo.config.metrics import split_hub_file
 from spo.errors import ConfigError, DataError
 from spo.pipeline import DISTRIBUTED, PIPELINE
-from spo.runtime.hub import is_name
+from spo.runtime.hub import connect, is_name
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Finding:
     good: bool
     detail: str
     stages: tuple[str, ...] = ()  # that cannot run without it
+    doubtful: bool = False  # good as far as is known, but an estimate speaks against it
 
 
 def require(config: Config, stage: str, root: Path) -> None:
@@ -42,8 +43,8 @@ def show_findings(
     config: Config, root: Path, show: Callable[[Finding], None], stages: Sequence[str] = PIPELINE
 ) -> bool:
     """Pass each finding about `stages` to `show`; returns whether all are good."""
-    found = [*findings(config, root), *_sides(config, root)]
-    found = [finding for finding in found if set(stages) & set(finding.stages)]
+    every = [*findings(config, root), *_sides(config, root), *_memory(config)]
+    found = [finding for finding in every if set(stages) & set(finding.stages)]
     for finding in found:
         show(finding)
     return all(finding.good for finding in found)
@@ -70,7 +71,7 @@ def _data(config: Config, root: Path) -> Iterator[Finding]:
         return
     source = config.prepare.preferences.source
     if source.startswith("hub:"):
-        good, detail = _hub(source.removeprefix("hub:").partition("@")[0])
+        good, detail = _hub(source.removeprefix("hub:").partition("@")[0], kind="dataset")
     else:
         good, detail = _pairs(root / source, config.prepare.preferences.split)
     yield Finding("prepare.preferences.source", good, f"{source} {detail}", ("prepare",))
@@ -115,7 +116,7 @@ def _file(path: Path, suffixes: tuple[str, ...]) -> tuple[bool, str]:
         return False, f"is of an unknown kind; use one of {', '.join(suffixes)}"
     if not path.stat().st_size:
         return False, "is empty"
-    return True, f"is there, {_size(path.stat().st_size)}"
+    return True, f"is there, {size_text(path.stat().st_size)}"
 
 
 def _models(config: Config) -> Iterator[Finding]:
@@ -167,7 +168,7 @@ def _metric(what: str, metric: MetricConfig, stage: str) -> Iterator[Finding]:
     for field in metric.files:
         source = getattr(metric, field)
         if Path(source).is_file():
-            good, detail = True, f"is there, {_size(size_of(Path(source)))}"
+            good, detail = True, f"is there, {size_text(size_of(Path(source)))}"
         elif (on_hub := split_hub_file(source)) is not None:
             good, detail = _hub(*on_hub)
         else:
@@ -192,7 +193,7 @@ def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...])
     path = Path(name)
     if path.is_dir() or (file is None and path.is_file()):
         good = file is None or (path / file).is_file()
-        detail = f"is there, {_size(size_of(path))}" if good else f"has no {file}; it is no model's folder"
+        detail = f"is there, {size_text(size_of(path))}" if good else f"has no {file}; it is no model's folder"
     elif is_name(name):
         good, detail = _hub(name, file)
     else:
@@ -200,15 +201,50 @@ def _repository(what: str, name: str, file: str | None, stages: tuple[str, ...])
     return Finding(what, good, f"{name} {detail}", stages)
 
 
-def _hub(name: str, file: str | None = None) -> tuple[bool, str]:
-    """Whether a repository of the hub is in its cache, or could be fetched."""
-    from huggingface_hub import try_to_load_from_cache
+def _hub(name: str, file: str | None = None, *, kind: str = "model") -> tuple[bool, str]:
+    """Whether a repository of the hub is in its cache, or could be fetched; the hub is asked once whether it answers.
 
-    if file is not None and isinstance(try_to_load_from_cache(name, file), str):
+    A data set is read from the hub, not from its cache.
+    """
+    if kind == "model" and _is_cached(name, file):
         return True, "is in the hub's cache"
+    missing = "is not in the hub's cache, and" if kind == "model" else "is a data set of the hub, but"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        return False, "is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it; bring a folder and name that"
+        return False, f"{missing} HF_HUB_OFFLINE forbids to fetch it; bring a folder and name that"
+    if not connect():
+        remedy = "fetch it where there is a network, bring the folder and name that"
+        return False, f"{missing} the hub cannot be reached; {remedy}"
     return True, "will be fetched from the hub"
+
+
+def _is_cached(name: str, file: str | None) -> bool:
+    """Whether the hub's cache has a file of a repository; None: any file."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    if file is not None:
+        return isinstance(try_to_load_from_cache(name, file), str)
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    return any(folder.glob("snapshots/*/*"))
+
+
+def _memory(config: Config) -> Iterator[Finding]:
+    """What each job needs on a GPU; it cannot run if what is counted exceeds the GPU's memory."""
+    import torch  # slow to import, and every command would
+
+    from spo.commands.memory_estimate import estimate, jobs, remedy
+
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    for job in jobs(config):
+        found = estimate(config, job)
+        detail = f"about {size_text(found.total)} on a GPU, of which {size_text(found.counted)} are counted"
+        doubtful = memory is not None and not found.fits(memory)
+        if memory is not None:
+            detail += f"; the GPU has {size_text(memory)}"
+        if doubtful and memory is not None:
+            detail += f", too little: {remedy(config, job, memory) or 'use a larger GPU, or a smaller model'}"
+        good = memory is None or found.counted <= memory
+        yield Finding(f"memory for {job}", good, detail, (job.partition(" ")[0],), doubtful)
 
 
 def _disk(config: Config, root: Path) -> Iterator[Finding]:
@@ -218,11 +254,11 @@ def _disk(config: Config, root: Path) -> Iterator[Finding]:
         needed = left + max(0.0, estimate.kept + estimate.passing - estimate.there)
         left += 0.0 if estimate.there else estimate.kept
         remedy = "" if free > needed else "; make room, or move the project"
-        detail = f"{_size(free)} are free, about {_size(needed)} will be needed{remedy}"
+        detail = f"{size_text(free)} are free, about {size_text(needed)} will be needed{remedy}"
         yield Finding(f"disk for {stage}", free > needed, detail, (stage,))
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"

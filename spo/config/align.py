@@ -98,9 +98,9 @@ class AlignConfig(Section):
         return "the data holds no example to train on"
 
     def miniature(self, *, examples: int, prompts: int) -> dict[str, Any]:
-        """Changed settings for `check`, with which the method collects once, from few prompts, and makes one update."""
+        """Changed settings for `check`: two rounds from few prompts, the first of which also warms up."""
         at_a_time = min(self.micro_batch_size or self.batch_size, examples)
-        small = {"epochs": 1, "batch_size": at_a_time, "micro_batch_size": None, "checkpoints": 1}
+        small = {"epochs": 2, "batch_size": at_a_time, "micro_batch_size": None, "checkpoints": 1}
         return small | ({"watch": self.watch.model_dump() | {"num_prompts": 2}} if self.watch else {})
 
     def forwards(self, *, num_prompts: float, num_pairs: float, per_prompt: Callable[[], float]) -> float:

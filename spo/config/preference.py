@@ -126,9 +126,9 @@ class TrainPreferenceConfig(Section, ABC):
         """A setting of `scoring` that this kind cannot use, and why; None if there is none."""
 
     def miniature(self, *, examples: int) -> dict[str, Any]:
-        """Changed settings for `check`: one step, with as many pairs at a time as in training."""
+        """Changed settings for `check`: two steps with as many pairs at a time as in training; the first warms up."""
         at_a_time = min(self.micro_batch_size or self.batch_size, examples)
-        small = {"steps": 1, "batch_size": at_a_time, "micro_batch_size": None, "evaluate_pairs": 2}
+        small = {"steps": 2, "batch_size": at_a_time, "micro_batch_size": None, "evaluate_pairs": 2, "log_every": 1}
         few = self.candidates and self.candidates.model_copy(update={"num_prompts": 2}).model_dump()
         return small | {"evaluate_timesteps": self.evaluate_timesteps[:1], "candidates": few, "filter": None}
 

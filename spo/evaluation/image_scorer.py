@@ -1,5 +1,6 @@
 """Images and scores of model variants, a batch at a time. Finished batches are kept (see result_cache.py)."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class ImageScorer:
             "device": self.device.type,
         }
         self._loaded: Path | None = None
+        self.seconds = 0.0  # spent on making and scoring images, without loading
 
     @cached_property
     def model(self) -> LatentDiffusion:
@@ -111,9 +113,12 @@ class ImageScorer:
     ) -> dict[str, Tensor]:
         prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
         with self._as(variant):
+            start = time.perf_counter()
             made = generate(self.model, prompts, seeds, sampler=sampler, batch_size=len(tasks))
         images = to_bytes(made)
-        return {**score(self.metrics, from_bytes(images), prompts), **({IMAGES: images} if keep else {})}
+        scores = score(self.metrics, from_bytes(images), prompts)
+        self.seconds += time.perf_counter() - start
+        return {**scores, **({IMAGES: images} if keep else {})}
 
     def _as(self, variant: ModelVariant) -> AbstractContextManager[None]:
         """Make the model the variant for the block."""

@@ -1,7 +1,6 @@
 """Align the diffusion model by one method of the profile; writes checkpoints of its LoRA during the training."""
 
 import shutil
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from spo.runtime.files import atomic_path, write_json
 from spo.runtime.hashing import fingerprints
 from spo.tracking import Tracker
 from spo.training.align import align
-from spo.training.history import Cost
 from spo.training.pairs import fingerprint_of_pairs, load_pairs
 from spo.training.preference_scorer import LoadedPreference, load_scorer
 from spo.training.watch import Watch
@@ -43,14 +41,12 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
         policy.network.unfreeze()
     else:
         add_lora(policy.network.module, settings.lora, seed=seed)
-    start = time.perf_counter()
     preference = LoadedPreference(config, config.scorer_of(name), root, policy)
     method = build_method(settings, build_inputs(config, name, policy, preference, root=root), seed=seed)
-    cost = Cost(seconds=time.perf_counter() - start)
     watch = build_watch(config, name, policy, preference, root=root)
     work_dir = store.folder / "output"  # DVC removes the outputs of a stage before it runs again
     with distributed.written_by_main(nullcontext(work_dir)) as made:
-        options: dict[str, Any] = {"seed": seed, "cost": cost, "watch": watch, "safety": config.safety, "store": store}
+        options: dict[str, Any] = {"seed": seed, "watch": watch, "safety": config.safety, "store": store}
         metrics = align(method, policy, settings, made, tracker, **options)
         with distributed.written_by_main(atomic_path(Workspace(config, root).aligned(name, seed))) as folder:
             shutil.copytree(made, folder)

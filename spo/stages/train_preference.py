@@ -152,6 +152,7 @@ def _train(
         saver.saving_when_stopped(),
     ):
         for step in range(done.step, settings.steps):
+            began = time.perf_counter()
             with saver.uninterruptible():
                 row = training.step(pairs, step, seed=config.seed)
                 done.step += 1
@@ -159,6 +160,8 @@ def _train(
             if row:
                 bar.update(loss=row["loss"], accuracy=row["accuracy"])
                 _log(done.history[-1], settings.log_every, tracker)
+            if done.step % settings.log_every == 0:
+                tracker.log_metrics({"step_seconds": time.perf_counter() - began}, step=done.step)
             saver.save_if_due()
 
 

@@ -50,19 +50,18 @@ def align(
     tracker: Tracker,
     *,
     seed: int = 0,
-    cost: Cost | None = None,
     watch: Watch | None = None,
     safety: SafetyConfig | None = None,
     store: StateStore | None = None,
 ) -> dict[str, Any]:
     """Train the policy; write checkpoints/ and the history's tables to `folder` and return the metrics.
 
-    cost: of preparing the method; watch: may end the run early, which the metrics then say. With a store the run
-    continues from its newest state; `folder` must then hold what that run had written.
+    watch: may end the run early, which the metrics then say. With a store the run continues from its newest state;
+    `folder` must then hold what that run had written. Loading is no part of the cost.
     Raises TrainingError after an epoch without a kept example, after too many bad updates, if memory runs out, and if a
     state cannot be saved or belongs to another run.
     """
-    run = _Alignment(method, policy, config, folder, tracker, seed, cost or Cost(), watch, safety or SafetyConfig())
+    run = _Alignment(method, policy, config, folder, tracker, seed, Cost(), watch, safety or SafetyConfig())
     saver = run.resume(store)
     with memory_advice(config.memory_remedy()), saver.saving_when_stopped():
         stopped_early = run.train(saver)

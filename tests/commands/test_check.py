@@ -1,6 +1,7 @@
 """`python -m spo check` over projects of one's own: what it finds, and that it leaves nothing behind."""
 
 import json
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import yaml
 
 from spo.__main__ import main
 from spo.commands import miniature as check
+from spo.commands.architectures import network_of, preference_weights, weights
+from spo.commands.disk_estimate import room
 from spo.commands.miniature import forwards, miniature
 from spo.config import Config, PairConfig, load_config
 from spo.errors import DataError
@@ -42,6 +45,10 @@ def test_a_sound_project_goes_through_every_stage_in_miniature_and_is_left_as_it
     stages = ["prepare", "train_preference pixel", "align spo", "evaluate", "report"]
     assert [name for name in found if name.endswith("in miniature")] == [f"{stage} in miniature" for stage in stages]
     assert found[-2:] == ["time", "memory"]
+    assert "miniature of all stages" in found
+    [time] = [line for line in lines if line.startswith("ok    time ")]
+    stages_timed = [part.split(" ")[0] for part in time.partition("about: ")[2].split(", ")]
+    assert stages_timed == ["train_preference", "align", "evaluate", "without"]
     assert lines[-1] == "profile own can run"
 
 
@@ -105,15 +112,94 @@ def test_a_mistake_that_only_a_run_shows_is_found_by_the_miniature(
     )
 
 
+@pytest.mark.parametrize("needed", ["room", "place"])
+def test_a_temporary_folder_without_room_is_found_before_anything_runs(
+    needed: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    if needed == "room":
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(
+            check.shutil, "disk_usage", lambda place: usage(0, 0, 10**15 * ("spo-check" not in str(place)))
+        )
+        message = "0 bytes are free, about "
+    else:
+        monkeypatch.setattr(check.tempfile, "gettempdir", no_place)
+        message = "No usable temporary directory"
+    assert main(["check"]) == 1
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert line.startswith("FAIL  temporary folder")
+    assert message in line and "; set TMPDIR to a folder with " in line
+    assert "in miniature" not in out
+
+
+def no_place() -> str:
+    raise FileNotFoundError("No usable temporary directory found")
+
+
+def test_a_check_of_more_than_a_minute_says_so_before_it_starts(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    said = []
+    monkeypatch.setattr(check, "_run_miniature", lambda *_: said.append(capsys.readouterr().out) or True)
+    for rate in (1e12, 1e3):
+        monkeypatch.setattr(check, "_product_rate", lambda _, rate=rate: rate)
+        assert main(["check"]) == 0
+    assert "miniature of all stages            about " in said[0]
+    assert "this takes longer than a minute, about " in said[1]
+
+
+def test_the_temporary_folder_needs_room_for_one_copy_of_each_trained_model_and_no_states(tmp_path: Path) -> None:
+    small = miniature(load_config(ROOT, "sd15"), ROOT)
+    needed = room(small, tmp_path, copies=1, states=0)
+    models = sum(preference_weights(small.model, small.preference_models[name]) for name in small.train_preference)
+    assert needed["train_preference"].kept == 4 * models
+    assert needed["train_preference"].passing == 0
+    assert needed["align"].passing == 4 * weights(network_of(small.model))  # diffusion_dpo's, as it is copied
+    assert small.safety.save_every_seconds > 10**6
+
+
 @pytest.mark.parametrize("profile", [path.stem for path in sorted((ROOT / "configs").glob("*.yaml"))])
 def test_every_profile_has_a_miniature_with_the_same_models_and_samplers(profile: str) -> None:
     config = load_config(ROOT, profile)
     small = miniature(config, ROOT)
     assert (small.model, small.sampling, small.methods) == (config.model, config.sampling, config.methods)
-    assert all(model.steps == 1 for model in small.preference_models.values())
+    assert all(model.steps == 2 for model in small.preference_models.values())
+    assert small.evaluate.batch_size == config.evaluate.batch_size
     for method in small.align.values():
-        assert method.epochs == 1
+        assert method.epochs == 2
         assert not isinstance(method, PairConfig) or method.rollouts_per_epoch == 1
+
+
+def reported(*rows: dict[str, float]) -> check.Recorder:
+    recorder = check.Recorder()
+    for row in rows:
+        recorder.log_metrics(row)
+    return recorder
+
+
+def test_each_stages_time_is_from_its_own_second_step_or_round(tmp_path: Path) -> None:
+    small = miniature(load_config(ROOT, "tiny"), ROOT)
+
+    def rate(stage: str, *rows: dict[str, float]) -> float:
+        return check._rate(stage, small, tmp_path, reported(*rows))
+
+    pixel = small.preference_models["pixel"]
+    assert rate("train_preference pixel", {"step_seconds": 99.0}, {"step_seconds": 8.0}) == pytest.approx(
+        8.0 / (pixel.batch_size * 4)
+    )
+    assert rate("evaluate", {"seconds_an_image": 4.0}) == 4.0 / (20 * 2)
+    folder = Workspace(small, tmp_path).aligned("spo", small.training_seeds[0])
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"seconds": 50.0, "unet_forwards": 300, "rounds": 2}))
+    rows = [
+        {"round": number, "seconds": seconds, "unet_forwards": 150 * number}
+        for number, seconds in ((1, 44.0), (2, 50.0))
+    ]
+    assert rate("align spo", *rows) == (50 - 44) / 150
+    assert rate("align spo") == 50 / 300  # no update in the first round
 
 
 def test_the_time_of_diffusion_dpo_is_told_from_the_pairs_there_are(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from huggingface_hub import constants
 
 from spo.commands import preflight
+from spo.commands.architectures import lora_weights, network_of, preference_weights, weights
 from spo.commands.disk_estimate import num_pairs, room, size_of
 from spo.commands.preflight import findings, require
 from spo.config import Config, MetricConfig, load_config
@@ -212,9 +214,8 @@ def test_a_latent_preference_model_needs_no_clip_and_the_room_of_half_the_base(
     config = config.model_copy(update={"train_preference": ("latent",), "methods": ("diffusion_dpo",)})
     latent = changed(config, "preference_models.latent", {"kind": "latent"})
     assert [finding.what for finding in findings(latent, tmp_path) if finding.what.startswith("preference_m")] == []
-    parts = [sum(file.stat().st_size for file in (ROOT / config.model.path / name).iterdir())
-             for name in ("unet", "text_encoder")]  # fmt: skip
-    assert room(latent, tmp_path)["train_preference"].passing == pytest.approx(6 * (parts[0] / 2 + parts[1]), rel=1e-3)
+    count = preference_weights(latent.model, latent.preference_models["latent"])
+    assert room(latent, tmp_path)["train_preference"].passing == 2 * 12 * count  # two states: weights and two moments
     for source, key in (({"checkpoint": "nowhere"}, "checkpoint"), ({"text_projection": "nowhere"}, "text_projection")):
         lacking = changed(config, "preference_models.latent", {"kind": "latent", **source})
         bad = [finding.what for finding in findings(lacking, tmp_path) if not finding.good]
@@ -229,8 +230,9 @@ def test_a_flows_latents_are_larger_and_its_latent_model_is_three_quarters_of_th
     assert [finding.what for finding in findings(flow, tmp_path) if finding.what.startswith("preference_m")] == [
         "preference_models.latent.labels.model"
     ]
-    transformer = sum(file.stat().st_size for file in (ROOT / flow.model.path / "transformer").iterdir())
-    assert room(flow, tmp_path)["train_preference"].passing == pytest.approx(6 * transformer * 3 / 4, rel=1e-3)
+    count = preference_weights(flow.model, flow.preference_models["latent"])
+    assert room(flow, tmp_path)["train_preference"].passing == 2 * 12 * count
+    assert count == pytest.approx(weights(network_of(flow.model)) * 3 / 4, rel=0.2)
     both = [
         load_config(ROOT, profile).model_copy(update={"train_preference": ("pixel",)}) for profile in ("sd15", "sd35")
     ]
@@ -243,7 +245,7 @@ def test_a_flows_latents_are_larger_and_its_latent_model_is_three_quarters_of_th
         )
         for each in both
     )
-    more = 2 * num_pairs(flow, ROOT) * (64 / 8) ** 2 * 4 * 12
+    more = 2 * num_pairs(flow, ROOT) * (64 / 8) ** 2 * 2 * 12  # in half precision, as the models are
     assert after["train_preference"].kept - before["train_preference"].kept == pytest.approx(more)
 
 
@@ -257,10 +259,74 @@ def test_full_fine_tuning_needs_room_for_its_checkpoints(
         return wanted.kept + wanted.passing
 
     whole = changed(config, "align.diffusion_dpo.full_fine_tuning", True)
+    alone = whole.model_copy(update={"methods": ("diffusion_dpo",)})
     checkpoints = config.align["diffusion_dpo"].checkpoints
-    unet = sum(file.stat().st_size for file in (ROOT / config.model.path / "unet").iterdir())
-    assert needed(config) == 0
-    assert needed(whole) > 3 * checkpoints * unet  # kept, in DVC's cache too, and copied once more
-    assert needed(changed(whole, "training_seeds", [0, 1])) - needed(whole) == 2 * checkpoints * unet
+    unet = 4 * weights(network_of(config.model))
+    assert needed(alone) == (3 * checkpoints + 9) * unet  # kept, in DVC's cache too, copied once more; three states
+    assert needed(changed(alone, "training_seeds", [0, 1])) - needed(alone) == 2 * checkpoints * unet
     hub = changed(whole, "model.path", "stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert needed(hub) > 3 * checkpoints * 4 * 860e6
+    assert needed(hub) > 3 * checkpoints * 4 * 859.5e6
+
+
+def test_a_loras_checkpoints_and_states_are_counted(config: Config, tmp_path: Path) -> None:
+    sdxl = load_config(ROOT, "sdxl").model_copy(update={"methods": ("spo",)})
+    lora = 4 * lora_weights(network_of(sdxl.model), sdxl.align["spo"].lora)
+    assert lora == pytest.approx(372e6, rel=0.01)
+    checkpoints = sdxl.align["spo"].checkpoints
+    wanted = room(sdxl, tmp_path)["align"]
+    assert (wanted.kept, wanted.passing) == (2 * checkpoints * lora, (checkpoints + 9) * lora)
+    eight_bit = changed(sdxl, "align.spo.optimizer.eight_bit", True)
+    assert room(eight_bit, tmp_path)["align"].passing == (checkpoints + 3 * 1.5) * lora
+    without = sdxl.model_copy(update={"evaluate": sdxl.evaluate.model_copy(update={"num_prompts": 2})})
+    assert room(without, tmp_path)["evaluate"].kept > 2 * lora  # the released LoRA, and DVC's copy
+
+
+def test_a_preference_model_that_is_trained_already_is_copied_twice(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "model.safetensors").write_bytes(bytes(4000))
+    one = config.model_copy(update={"train_preference": ("pixel",), "methods": ("spo",)})
+    trained = changed(one, "preference_models.pixel.checkpoint", str(tmp_path / "trained"))
+    fewer = changed(trained, "prepare.preferences.source", "nowhere")  # no latents
+    wanted = room(fewer, tmp_path)["train_preference"]
+    assert (wanted.kept, wanted.passing) == (2 * 4000, 0)
+    named = changed(fewer, "preference_models.pixel.checkpoint", "owner/name")
+    hub = changed(named, "preference_models.pixel.start_from", "yuvalkirstain/PickScore_v1")
+    assert room(hub, tmp_path)["train_preference"].kept == pytest.approx(2 * 5.22e9, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["model", "data set", "file"])
+def test_without_a_network_what_the_cache_lacks_is_to_be_fetched_elsewhere(
+    kind: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    key, name = {
+        "model": ("model.path", "nobody/model"),
+        "data set": ("prepare.preferences.source", "hub:nobody/pairs"),
+        "file": ("preference_models.pixel.processor", "nobody/clip"),
+    }[kind]
+    config, reached = changed(config, key, name), [False]
+    monkeypatch.setattr(preflight, "connect", lambda: reached[0])
+    [found] = [finding for finding in findings(config, ROOT) if finding.what == key]
+    assert not found.good
+    assert "the hub cannot be reached; fetch it where there is a network, bring the folder" in found.detail
+    assert "\n" not in found.detail
+    reached[0] = True
+    [found] = [finding for finding in findings(config, ROOT) if finding.what == key]
+    assert found.good and found.detail.endswith("will be fetched from the hub")
+
+
+def test_a_tokenizers_repository_in_the_hubs_cache_needs_no_network(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config = changed(config, "preference_models.pixel.processor", "nobody/clip")
+
+    def found() -> str:
+        return next(each.detail for each in findings(config, ROOT) if each.what == "preference_models.pixel.processor")
+
+    assert "is not in the hub's cache" in found()
+    (tmp_path / "models--nobody--clip" / "snapshots" / "1234").mkdir(parents=True)
+    (tmp_path / "models--nobody--clip" / "snapshots" / "1234" / "vocab.json").write_text("{}")
+    assert found() == "nobody/clip is in the hub's cache"

@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,25 @@ def test_method_and_watch_share_one_preference_model(project: Path, config: Conf
     assert isinstance(method, PreferenceScorer) and isinstance(watch, PreferenceScorer)
     assert method.model is watch.model
     assert (method.timestep, watch.timestep) == (7, None)
+
+
+@pytest.mark.slow
+def test_the_loading_of_models_and_pairs_is_no_part_of_the_seconds(
+    project: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    seconds, build_method = [0.0], align.build_method
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        seconds[0] += 1000
+        return build_method(*arguments, **options)
+
+    monkeypatch.setattr(align, "build_method", slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
+    align.run(config, "spo", 7, tracker=NullTracker())
+    assert seconds[0] == 1000
+    assert json.loads((Workspace(config).aligned("spo", 7) / "metrics.json").read_text())["seconds"] == 0
+    shutil.rmtree(Workspace(config).aligned("spo", 7))
 
 
 @pytest.mark.slow

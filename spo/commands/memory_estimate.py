@@ -1,0 +1,292 @@
+"""The memory that the stages of a profile need on a GPU, before anything is loaded.
+
+Counted from the shapes: the weights of every part and, of those that train, gradients (4 bytes a weight), AdamW's
+moments (8, or 2 in 8 bit) and autocast's copies in half precision (2). What a pass keeps is an estimate: the numbers
+that its modules put out, times what was measured on one NVIDIA H100 (docs/performance.md):
+
+    4.0 bytes a number if the whole network trains       a step of the pixel model with 16 pairs: 42.6 GB
+    2.9 bytes a number if only a LoRA trains             an update of SD v1.5 with 10 pairs: 32.0 GB
+    4 times the largest output of a pass without gradients    SD3.5, whose peak is 8 images in the VAE: 16.3 GB
+
+In float32 the first two are 7 and 4, counted from the tensors that torch keeps on a CPU.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from spo.commands import architectures as shapes
+from spo.commands.disk_estimate import moments
+from spo.config import (
+    AlignConfig,
+    Config,
+    D3poConfig,
+    DiffusionDpoConfig,
+    LatentPreferenceConfig,
+    MetricConfig,
+    PixelPreferenceConfig,
+    SampledConfig,
+    SpoConfig,
+    TrainPreferenceConfig,
+)
+
+USABLE = 0.94  # of a GPU's memory; CUDA itself and gaps between tensors take the rest
+KEPT = {("all", True): 4.0, ("lora", True): 2.9, ("all", False): 7.0, ("lora", False): 4.0}  # by what trains; autocast?
+ALIVE = 4  # of the largest outputs, in a pass without gradients
+METRICS = {"hpsv2": 986, "image_reward": 447, "laion_aesthetic": 428}  # millions of weights, in float32
+WATCHED = 32  # images that the watch paints at once, at most
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a job on one GPU."""
+
+    counted: float  # weights, gradients, moments, copies
+    activations: float  # an estimate
+
+    @property
+    def total(self) -> float:
+        return self.counted + self.activations
+
+    def fits(self, memory: float) -> bool:
+        """Whether a GPU with so many bytes has room for it."""
+        return self.total <= USABLE * memory
+
+
+def jobs(config: Config) -> list[str]:
+    """The profile's jobs that use a GPU, in running order."""
+    trainings = [f"train_preference {name}" for name in config.train_preference]
+    return [*trainings, *(f"align {name}" for name in config.methods), "evaluate"]
+
+
+def estimate(config: Config, job: str) -> MemoryEstimate:
+    """The estimate for one of the profile's jobs."""
+    stage, _, name = job.partition(" ")
+    if stage == "train_preference":
+        return _train_preference(config, config.preference_models[name])
+    return _align(config, name) if stage == "align" else _evaluate(config)
+
+
+def remedy(config: Config, job: str, memory: float) -> str | None:
+    """The settings with which a job fits a GPU of so many bytes; None if none of those that are tried makes it fit.
+
+    Tried in this order: fewer pairs at a time, gradient checkpointing, a latent preference model, 8-bit moments. The
+    first two change no result, and the others keep the checkpointing. Beside a latent model, what comes after it is
+    named, too.
+    """
+    found = []
+    for other, changes in _alternatives(config, job):
+        if (settings := _fitting(config, other, changes, memory)) is not None:
+            text = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())
+            instead = "" if other == job else f"train {other.partition(' ')[2]} instead"
+            found.append(" with ".join(filter(None, (instead, text))))
+            if other == job and not any(key.endswith(".preference_model") for key in settings):
+                break
+    return "; or ".join(found) or None
+
+
+def _fitting(config: Config, job: str, changes: dict[str, object], memory: float) -> dict[str, object] | None:
+    """The changes, with the largest micro-batch with which the job fits; None if it does not."""
+    watches = job.startswith("align ") and config.align[job.partition(" ")[2]].watch is not None
+    for less in ({}, {"evaluate.batch_size": 1}) if watches else ({},):  # the watch paints as many images at once
+        for size in ({}, *({_size_key(job): size} for size in _halved(config, job))):
+            tried = {**changes, **less, **size}
+            if estimate(reduce(lambda now, item: with_setting(now, *item), tried.items(), config), job).fits(memory):
+                return tried
+    return None
+
+
+def with_setting(config: Any, key: str, value: object) -> Any:
+    """Settings with another value under a dotted key, which is not checked."""
+    first, _, rest = key.partition(".")
+    now = config.get(first) if isinstance(config, dict) else getattr(config, first, None)
+    changed = with_setting(now, rest, value) if rest else value
+    return {**config, first: changed} if isinstance(config, dict) else config.model_copy(update={first: changed})
+
+
+def _alternatives(config: Config, job: str) -> Iterator[tuple[str, dict[str, object]]]:
+    """Jobs to do in place of `job`, mostly itself, and changes of settings."""
+    stage, _, name = job.partition(" ")
+    yield job, {}
+    if stage == "evaluate":
+        return
+    less: dict[str, object] = {} if config.model.gradient_checkpointing else {"model.gradient_checkpointing": True}
+    yield job, less
+    latent = next((key for key, each in config.preference_models.items() if each.kind == "latent"), None)
+    scorer = name if stage == "train_preference" else config.align[name].scorer
+    if latent and scorer and config.preference_models[scorer].kind == "pixel":
+        if stage == "train_preference":
+            yield f"{stage} {latent}", less
+        else:
+            yield job, {f"align.{name}.preference_model": latent, **less}
+    eight = "preference_models.{}.eight_bit" if stage == "train_preference" else "align.{}.optimizer.eight_bit"
+    yield job, {**less, eight.format(name): True}
+
+
+def _size_key(job: str) -> str:
+    stage, _, name = job.partition(" ")
+    if stage == "evaluate":
+        return "evaluate.batch_size"
+    return f"{'preference_models' if stage == 'train_preference' else stage}.{name}.micro_batch_size"
+
+
+def _halved(config: Config, job: str) -> list[int]:
+    """Half of what the job has in memory at a time, half of that, and so on to 1."""
+    stage, _, name = job.partition(" ")
+    if stage == "evaluate":
+        size = config.evaluate.batch_size
+    else:
+        size = _at_a_time(config, config.align[name] if stage == "align" else config.preference_models[name])
+    sizes = []
+    while size > 1:
+        size //= 2
+        sizes.append(size)
+    return sizes
+
+
+def _train_preference(config: Config, training: TrainPreferenceConfig) -> MemoryEstimate:
+    """One step, or the measurement of a model that is trained already."""
+    resting, encoders = base_bytes(config)
+    weights, pairs = shapes.preference_weights(config.model, training), _at_a_time(config, training)
+    painting = _painting(config, 2 * pairs, training)
+    if training.is_trained:
+        return MemoryEstimate(resting + 4 * weights, max(encoders, painting))
+    low = training.dtype != "float32"
+    per_weight = 4 + moments(getattr(training, "eight_bit", False)) + 2 * low
+    if isinstance(training, LatentPreferenceConfig):
+        kept, before = _kept_by_latent(config, training, pairs), float(encoders)
+    else:
+        assert isinstance(training, PixelPreferenceConfig)
+        kept, before = _kept_by_pixel(config, training, pairs), max(encoders, painting)
+    passed: float = max(KEPT["all", low] * kept, before)
+    gradients = 4 * weights
+    if pairs < _share(config, training.batch_size):  # the last micro-batch has those of the others beside it
+        passed += gradients
+    counted = resting + weights * per_weight
+    return MemoryEstimate(counted + gradients, max(0.0, passed - gradients))
+
+
+def _kept_by_pixel(config: Config, training: PixelPreferenceConfig, pairs: int) -> int:
+    checkpointing = config.model.gradient_checkpointing
+    image = shapes.outputs_of_images(training.start_from)
+    caption = shapes.outputs_of_caption(shapes.clip_of(training.start_from).text_model)
+    return pairs * (2 * image.kept(checkpointing=checkpointing) + caption.kept(checkpointing=checkpointing))
+
+
+def _kept_by_latent(config: Config, training: LatentPreferenceConfig, pairs: int) -> int:
+    model = config.model
+    passes = 2 if training.guidance_scale > 1 and not model.is_distilled else 1
+    half = shapes.outputs_of_network(model).kept(
+        checkpointing=model.gradient_checkpointing, leave_out=shapes.not_in_latent(model, training)
+    )
+    encoders = [] if model.is_flow else shapes.text_encoders_of(model)  # a flow's are frozen
+    captions = [shapes.outputs_of_caption(each).kept(checkpointing=False) for each in encoders]
+    return 2 * pairs * passes * half + (pairs + 1) * sum(captions)
+
+
+def _align(config: Config, name: str) -> MemoryEstimate:
+    """The largest of an update, the sampling of a rollout, the watch and the encoding of prompts."""
+    method, model = config.align[name], config.model
+    resting, encoders = base_bytes(config)
+    scorers = {*method.scorers, *([config.scorer_of(name)] if method.watch else [])}
+    models = [config.preference_models[each] for each in scorers]
+    counted: float = resting + 4 * sum(shapes.preference_weights(model, each) for each in models)
+    counted += _metric(method.watch.metric) if method.watch else 0
+    network, low = shapes.network_of(model), model.dtype != "float32"
+    trained = shapes.weights(network) if method.full_fine_tuning else shapes.lora_weights(network, method.lora)
+    counted += trained * (4 + 4 + moments(method.optimizer.eight_bit) + 2 * low)  # a frozen copy is in `resting`
+    counted += _examples(config, method) * _example(config)
+    guided = 1 if isinstance(method, DiffusionDpoConfig) else _passes(config)
+    shared = isinstance(method, SampledConfig) and not isinstance(method, D3poConfig)
+    shared &= not isinstance(method, SpoConfig) or method.branch_steps == 1  # win and lose share x_t
+    samples = _at_a_time(config, method) * guided * (1 if shared else 2)
+    kept = samples * shapes.outputs_of_network(model).kept(checkpointing=model.gradient_checkpointing)
+    update = KEPT["all" if method.full_fine_tuning else "lora", low] * kept
+    sampling = 0.0
+    if isinstance(method, SampledConfig):
+        images = getattr(method, "candidates", 2) * _share(config, method.prompts_per_rollout)
+        sampling = max(_painting(config, images, config.preference_models[each]) for each in method.scorers)
+    watched = min(WATCHED, config.evaluate.batch_size) if method.watch else 0
+    return MemoryEstimate(counted, max(update, sampling, encoders + _pipeline(config, watched)))
+
+
+def _evaluate(config: Config) -> MemoryEstimate:
+    resting, encoders = base_bytes(config)
+    counted = resting + encoders + sum(map(_metric, config.evaluate.metrics))
+    return MemoryEstimate(counted, _pipeline(config, config.evaluate.batch_size))
+
+
+def base_bytes(config: Config) -> tuple[int, int]:
+    """Bytes of the pipeline's weights that are always on the GPU, and of those that are there to encode prompts."""
+    model, size = config.model, _bytes(config)
+    encoders = size * shapes.weights(*shapes.text_encoders_of(model))
+    resting = size * shapes.weights(shapes.network_of(model), shapes.part_of(model, "vae"))
+    return (resting, encoders) if model.offload_text_encoders else (resting + encoders, 0)
+
+
+def _painting(config: Config, images: int, scorer: TrainPreferenceConfig) -> float:
+    """Bytes of a pass without gradients through the network and, for a pixel model, of decoding and scoring images."""
+    model, size = config.model, _bytes(config)
+    _, height, width = shapes.latent_size(model)
+    samples = min(_passes(config) * images, 64, max(2, 32 * 64**2 // (height * width)))  # as in spo.models.network
+    network = ALIVE * size * samples * shapes.outputs_of_network(model).largest
+    if not scorer.reads_x_0:
+        return network
+    pixels = model.size[0] * model.size[1]
+    at_once = min(16, max(1, 8 * 512**2 // pixels), images)  # as in spo.models.autoencoder
+    decoding = ALIVE * size * at_once * shapes.outputs_of_decoder(model).largest
+    start_from = scorer.start_from if isinstance(scorer, PixelPreferenceConfig) else None
+    scoring = ALIVE * 4 * images * shapes.outputs_of_images(start_from).largest
+    return max(network, decoding, scoring) + 12 * 3 * images * pixels  # the images, and copies of them
+
+
+def _pipeline(config: Config, images: int) -> float:
+    """Bytes of the pass of diffusers' pipeline, which takes all images at once."""
+    network, decoder = shapes.outputs_of_network(config.model), shapes.outputs_of_decoder(config.model)
+    return ALIVE * _bytes(config) * images * max(_passes(config) * network.largest, decoder.largest)
+
+
+def _examples(config: Config, method: AlignConfig) -> int:
+    """Examples of a round, which are on the GPU together."""
+    if not isinstance(method, SampledConfig):
+        return method.batch_size
+    steps = config.sampling.steps - (method.first_step if isinstance(method, SpoConfig) else 0)
+    per_prompt = 1 if isinstance(method, SpoConfig) else getattr(method, "candidates", 2)
+    return _share(config, method.prompts_per_rollout) * per_prompt * steps
+
+
+def _example(config: Config) -> int:
+    """Bytes of an example: the embeddings of its prompt, and three latents in float32."""
+    settings: Any = shapes.network_of(config.model).config
+    width = settings.joint_attention_dim if config.model.is_flow else settings.cross_attention_dim
+    channels, height, width_ = shapes.latent_size(config.model)
+    embeddings = _passes(config) * _bytes(config) * shapes.num_tokens(config.model) * width
+    return embeddings + 3 * 4 * channels * height * width_
+
+
+def _metric(metric: MetricConfig) -> int:
+    """Bytes of a metric's model, in float32."""
+    if metric.kind == "clip":
+        return 4 * shapes.weights(shapes.clip_of(metric.model))
+    return 4 * 10**6 * METRICS.get(metric.kind, 0)
+
+
+def _passes(config: Config) -> int:
+    return 2 if config.counted_sampling.guidance_scale > 1 else 1
+
+
+def _bytes(config: Config) -> int:
+    """Of a number in the pipeline's dtype."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def _share(config: Config, count: int) -> int:
+    """What one process has of `count` prompts or pairs."""
+    return -(-count // config.launch.num_processes)
+
+
+def _at_a_time(config: Config, settings: AlignConfig | TrainPreferenceConfig) -> int:
+    """Pairs in memory at a time, of one process."""
+    share = _share(config, settings.batch_size)
+    return min(settings.micro_batch_size or share, share)
