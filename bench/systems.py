@@ -39,7 +39,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from spo.commands.architectures import FLUX, SD35_MEDIUM, SDXL
+from spo.commands.published_models import FLUX, SD35_MEDIUM, SDXL
 from spo.config import LoraConfig, OptimizerConfig, SamplingConfig, SpoConfig, load_config
 from spo.models.autoencoder import Autoencoder
 from spo.models.latent_diffusion import LatentDiffusion

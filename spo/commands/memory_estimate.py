@@ -11,9 +11,7 @@ that its modules put out, times what was measured on one NVIDIA H100 (docs/perfo
 In float32 the first two are 7 and 4, counted from the tensors that torch keeps on a CPU.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 from spo.commands import architectures as shapes
@@ -68,87 +66,10 @@ def estimate(config: Config, job: str) -> MemoryEstimate:
     return _align(config, name) if stage == "align" else _evaluate(config)
 
 
-def remedy(config: Config, job: str, memory: float) -> str | None:
-    """The settings with which a job fits a GPU of so many bytes; None if none of those that are tried makes it fit.
-
-    Tried in this order: fewer pairs at a time, gradient checkpointing, a latent preference model, 8-bit moments. The
-    first two change no result, and the others keep the checkpointing. Beside a latent model, what comes after it is
-    named, too.
-    """
-    found = []
-    for other, changes in _alternatives(config, job):
-        if (settings := _fitting(config, other, changes, memory)) is not None:
-            text = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())
-            instead = "" if other == job else f"train {other.partition(' ')[2]} instead"
-            found.append(" with ".join(filter(None, (instead, text))))
-            if other == job and not any(key.endswith(".preference_model") for key in settings):
-                break
-    return "; or ".join(found) or None
-
-
-def _fitting(config: Config, job: str, changes: dict[str, object], memory: float) -> dict[str, object] | None:
-    """The changes, with the largest micro-batch with which the job fits; None if it does not."""
-    watches = job.startswith("align ") and config.align[job.partition(" ")[2]].watch is not None
-    for less in ({}, {"evaluate.batch_size": 1}) if watches else ({},):  # the watch paints as many images at once
-        for size in ({}, *({_size_key(job): size} for size in _halved(config, job))):
-            tried = {**changes, **less, **size}
-            if estimate(reduce(lambda now, item: with_setting(now, *item), tried.items(), config), job).fits(memory):
-                return tried
-    return None
-
-
-def with_setting(config: Any, key: str, value: object) -> Any:
-    """Settings with another value under a dotted key, which is not checked."""
-    first, _, rest = key.partition(".")
-    now = config.get(first) if isinstance(config, dict) else getattr(config, first, None)
-    changed = with_setting(now, rest, value) if rest else value
-    return {**config, first: changed} if isinstance(config, dict) else config.model_copy(update={first: changed})
-
-
-def _alternatives(config: Config, job: str) -> Iterator[tuple[str, dict[str, object]]]:
-    """Jobs to do in place of `job`, mostly itself, and changes of settings."""
-    stage, _, name = job.partition(" ")
-    yield job, {}
-    if stage == "evaluate":
-        return
-    less: dict[str, object] = {} if config.model.gradient_checkpointing else {"model.gradient_checkpointing": True}
-    yield job, less
-    latent = next((key for key, each in config.preference_models.items() if each.kind == "latent"), None)
-    scorer = name if stage == "train_preference" else config.align[name].scorer
-    if latent and scorer and config.preference_models[scorer].kind == "pixel":
-        if stage == "train_preference":
-            yield f"{stage} {latent}", less
-        else:
-            yield job, {f"align.{name}.preference_model": latent, **less}
-    eight = "preference_models.{}.eight_bit" if stage == "train_preference" else "align.{}.optimizer.eight_bit"
-    yield job, {**less, eight.format(name): True}
-
-
-def _size_key(job: str) -> str:
-    stage, _, name = job.partition(" ")
-    if stage == "evaluate":
-        return "evaluate.batch_size"
-    return f"{'preference_models' if stage == 'train_preference' else stage}.{name}.micro_batch_size"
-
-
-def _halved(config: Config, job: str) -> list[int]:
-    """Half of what the job has in memory at a time, half of that, and so on to 1."""
-    stage, _, name = job.partition(" ")
-    if stage == "evaluate":
-        size = config.evaluate.batch_size
-    else:
-        size = _at_a_time(config, config.align[name] if stage == "align" else config.preference_models[name])
-    sizes = []
-    while size > 1:
-        size //= 2
-        sizes.append(size)
-    return sizes
-
-
 def _train_preference(config: Config, training: TrainPreferenceConfig) -> MemoryEstimate:
     """One step, or the measurement of a model that is trained already."""
     resting, encoders = base_bytes(config)
-    weights, pairs = shapes.preference_weights(config.model, training), _at_a_time(config, training)
+    weights, pairs = shapes.preference_weights(config.model, training), at_a_time(config, training)
     painting = _painting(config, 2 * pairs, training)
     if training.is_trained:
         return MemoryEstimate(resting + 4 * weights, max(encoders, painting))
@@ -200,7 +121,7 @@ def _align(config: Config, name: str) -> MemoryEstimate:
     guided = 1 if isinstance(method, DiffusionDpoConfig) else _passes(config)
     shared = isinstance(method, SampledConfig) and not isinstance(method, D3poConfig)
     shared &= not isinstance(method, SpoConfig) or method.branch_steps == 1  # win and lose share x_t
-    samples = _at_a_time(config, method) * guided * (1 if shared else 2)
+    samples = at_a_time(config, method) * guided * (1 if shared else 2)
     kept = samples * shapes.outputs_of_network(model).kept(checkpointing=model.gradient_checkpointing)
     update = KEPT["all" if method.full_fine_tuning else "lora", low] * kept
     sampling = 0.0
@@ -286,7 +207,7 @@ def _share(config: Config, count: int) -> int:
     return -(-count // config.launch.num_processes)
 
 
-def _at_a_time(config: Config, settings: AlignConfig | TrainPreferenceConfig) -> int:
+def at_a_time(config: Config, settings: AlignConfig | TrainPreferenceConfig) -> int:
     """Pairs in memory at a time, of one process."""
     share = _share(config, settings.batch_size)
     return min(settings.micro_batch_size or share, share)

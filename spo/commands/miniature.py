@@ -20,9 +20,8 @@ from typing import Any
 import psutil
 import torch
 
-from spo.commands.architectures import outputs_of_network, preference_weights
+from spo.commands.check_duration import evaluation_forwards, rough_seconds
 from spo.commands.disk_estimate import num_pairs, room
-from spo.commands.memory_estimate import base_bytes, jobs
 from spo.commands.preflight import Finding, show_findings, size_text
 from spo.config import Config
 from spo.data.preferences import PairWriter, read_pairs
@@ -32,7 +31,7 @@ from spo.evaluation.image_scorer import ImageScorer
 from spo.evaluation.model_variants import BASE, ModelVariant, tasks
 from spo.models.schedulers import build_scheduler
 from spo.pipeline import PIPELINE, STAGES
-from spo.runtime.device import best_device, memory_advice
+from spo.runtime.device import memory_advice
 from spo.runtime.files import read_json
 from spo.runtime.text import duration
 from spo.stages import prepare
@@ -42,9 +41,6 @@ from spo.workspace import Prepared, Workspace
 PROMPTS, SAMPLED, PAIRS_READ, PAIRS = 30, 2, 256, 64
 GIB = 2**30
 NEVER = 1e9  # seconds; the miniature saves no states
-SLOWER = 10  # times the products of the network alone, with all else; for a rough time in advance
-LOADED = 5e8  # bytes a second
-STARTED, WARMED = 2.0, 30.0  # seconds of a stage, and of a GPU's first use
 
 
 class Recorder(NullTracker):
@@ -89,35 +85,6 @@ def _temporary_room(small: Config, folder: Path) -> Finding:
     detail = f"{folder.parent}: {size_text(free)} are free, about {size_text(needed)} will be written"
     remedy = "" if free > needed else "; set TMPDIR to a folder with more room"
     return Finding("temporary folder", free > needed, detail + remedy)
-
-
-def rough_seconds(small: Config) -> float:
-    """About how long the miniature takes, from the size of the networks and how fast this machine multiplies."""
-    flops = 2 * sum(outputs_of_network(small.model).products.values())
-    passes = 2 if small.counted_sampling.guidance_scale > 1 else 1
-    steps = max(sampler.steps for sampler in small.evaluate.samplers.values())
-    count = _evaluation_forwards(small) + small.evaluate.batch_size * steps * passes
-    for name in small.train_preference:
-        training = small.preference_models[name]
-        count += 3 * training.steps * training.batch_size * training.forwards_per_pair(small.counted_sampling)
-    for method in (small.align[name] for name in small.methods):
-        rollout = SAMPLED * getattr(method, "candidates", 2) * small.sampling.steps * passes
-        updates = 4 * (method.batch_size if method.needs_pairs else SAMPLED * small.sampling.steps) * passes
-        count += method.epochs * (rollout + updates)
-    read = len(jobs(small)) * sum(base_bytes(small))
-    read += sum(12 * preference_weights(small.model, small.preference_models[name]) for name in small.train_preference)
-    starts = STARTED * len(jobs(small)) + (WARMED if torch.cuda.is_available() else 0)
-    return SLOWER * count * flops / _product_rate(small.model.dtype) + read / LOADED + starts
-
-
-def _product_rate(dtype: str) -> float:
-    """Operations a second of a large product on this machine."""
-    device, size = best_device(), 4096 if torch.cuda.is_available() else 512
-    matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
-    (matrix @ matrix)[0, 0].item()
-    start = time.perf_counter()
-    (matrix @ matrix)[0, 0].item()
-    return 2 * size**3 / (time.perf_counter() - start)
 
 
 def _run_miniature(config: Config, small: Config, root: Path, folder: Path, show: Callable[[Finding], None]) -> bool:
@@ -278,17 +245,7 @@ def forwards(config: Config, root: Path, folder: Path) -> dict[str, float]:
         counts[f"align {name}"] = seeds * method.forwards(
             num_prompts=num_prompts, num_pairs=pairs, per_prompt=per_prompt
         )
-    return {**counts, "evaluate": _evaluation_forwards(config)}
-
-
-def _evaluation_forwards(config: Config) -> float:
-    evaluate, seeds = config.evaluate, len(config.training_seeds)
-    columns = 1 + len(config.methods) * seeds + len(evaluate.published)
-    checkpoints = sum(config.align[name].checkpoints * seeds for name in config.methods)
-    test, validation = evaluate.num_prompts * evaluate.images_per_prompt * columns, evaluate.num_validation_prompts
-    steps = {name: len(build_scheduler(sampler).timesteps) for name, sampler in evaluate.samplers.items()}
-    sampled = test * sum(steps.values()) + validation * (1 + checkpoints) * steps[evaluate.deciding]
-    return sampled * (1.0 if config.model.is_distilled else 2.0)
+    return {**counts, "evaluate": evaluation_forwards(config)}
 
 
 def _cost(config: Config, folder: Path, name: str) -> dict[str, Any]:

@@ -232,7 +232,8 @@ def _memory(config: Config) -> Iterator[Finding]:
     """What each job needs on a GPU; it cannot run if what is counted exceeds the GPU's memory."""
     import torch  # slow to import, and every command would
 
-    from spo.commands.memory_estimate import estimate, jobs, remedy
+    from spo.commands.memory_estimate import estimate, jobs
+    from spo.commands.memory_remedy import remedy
 
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     for job in jobs(config):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from spo.__main__ import main
+from spo.commands import check_duration
 from spo.commands import miniature as check
 from spo.commands.architectures import network_of, preference_weights, weights
 from spo.commands.disk_estimate import room
@@ -145,7 +146,7 @@ def test_a_check_of_more_than_a_minute_says_so_before_it_starts(
     said = []
     monkeypatch.setattr(check, "_run_miniature", lambda *_: said.append(capsys.readouterr().out) or True)
     for rate in (1e12, 1e3):
-        monkeypatch.setattr(check, "_product_rate", lambda _, rate=rate: rate)
+        monkeypatch.setattr(check_duration, "_product_rate", lambda _, rate=rate: rate)
         assert main(["check"]) == 0
     assert "miniature of all stages            about " in said[0]
     assert "this takes longer than a minute, about " in said[1]

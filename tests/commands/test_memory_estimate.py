@@ -10,7 +10,8 @@ from ruamel.yaml import YAML
 
 from spo.commands import preflight
 from spo.commands.architectures import network_of, preference_weights, weights
-from spo.commands.memory_estimate import MemoryEstimate, estimate, jobs, remedy, with_setting
+from spo.commands.memory_estimate import MemoryEstimate, estimate, jobs
+from spo.commands.memory_remedy import remedy, with_setting
 from spo.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]
