@@ -45,7 +45,7 @@ def room(config: Config, root: Path, *, copies: int = 2, states: int = STATES) -
     models = [config.preference_models[name] for name in config.train_preference]
     weights = [preference_weights(config.model, model) for model in models]
     trainings = [
-        states * count * (4 + moments(getattr(model, "eight_bit", False)))
+        states * count * (4 + moments(model.eight_bit))
         for model, count in zip(models, weights, strict=True)
         if not model.is_trained
     ]

@@ -74,7 +74,7 @@ def _train_preference(config: Config, training: TrainPreferenceConfig) -> Memory
     if training.is_trained:
         return MemoryEstimate(resting + 4 * weights, max(encoders, painting))
     low = training.dtype != "float32"
-    per_weight = 4 + moments(getattr(training, "eight_bit", False)) + 2 * low
+    per_weight = 4 + moments(training.eight_bit) + 2 * low
     if isinstance(training, LatentPreferenceConfig):
         kept, before = _kept_by_latent(config, training, pairs), float(encoders)
     else:

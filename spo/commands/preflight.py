@@ -87,7 +87,7 @@ def _sides(config: Config, root: Path) -> list[Finding]:
         shortfalls = split_of(prompts, config).shortfalls(config)
     except DataError:  # `prepare` tells
         return []
-    return [Finding(setting, True, f"note: {detail}", ("evaluate",)) for setting, detail in shortfalls.items()]
+    return [Finding(setting, True, detail, ("evaluate",), doubtful=True) for setting, detail in shortfalls.items()]
 
 
 def _prompts(path: Path) -> tuple[bool, str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -36,8 +35,9 @@ def pseudo_labels(scores: Tensor, *, tie_margin: float) -> Tensor:
 
 def prompt_weights(prompts: Sequence[str]) -> Tensor:
     """Weights (n,): 1 / (examples with this prompt), so that all prompts count the same."""
-    code = torch.tensor(pa.array(prompts, pa.large_string()).dictionary_encode().indices.to_numpy()).long()
-    return 1 / code.bincount()[code]
+    numbers: dict[str, int] = {}
+    number = torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], dtype=torch.long)
+    return 1 / number.bincount()[number]
 
 
 def pairwise_accuracy(scores: Tensor, labels: Tensor) -> tuple[float, int]:

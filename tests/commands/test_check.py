@@ -81,11 +81,11 @@ def test_fewer_prompts_than_evaluation_asks_for_are_told_beforehand(
     monkeypatch.chdir(project)
     asked = load_config().evaluate.num_prompts
     assert main(["check", "--quick"]) == 0
-    assert "note:" not in capsys.readouterr().out
+    assert "note  evaluate" not in capsys.readouterr().out
     profile = with_setting(project, "evaluate", num_prompts=1000)
     assert main(["check", "--quick", "--profile", profile]) == 0
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "note:" in line]
-    assert line.startswith("ok    evaluate.num_prompts ") and "fall to test, not 1000, and all of them" in line
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "note  evaluate" in line]
+    assert line.startswith("note  evaluate.num_prompts ") and "fall to test, not 1000, and all of them" in line
     assert asked < 1000
 
 
