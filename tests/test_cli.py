@@ -338,6 +338,38 @@ def test_repro_runs_dvc_with_this_python_and_one_pipeline_run(
         assert any(what in line for line in lines)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_repro_with_several_jobs_ends_with_a_plain_run_of_dvc(
+    project: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    calls = repro_with(0, monkeypatch)
+    groups: list[list[str]] = []
+
+    def run_side_by_side(items: list[str], *, jobs: int, environment: dict[str, str], force: bool) -> int:
+        assert jobs == 3 and environment["SPO_PIPELINE_RUN"]
+        groups.append(items)
+        return 0
+
+    monkeypatch.setattr("spo.commands.side_by_side.run_side_by_side", run_side_by_side)
+    (project / "runs/tiny/report").mkdir(parents=True)
+    (project / "runs/tiny/report/summary.txt").write_text("SPO wins.\n")
+    assert main(["repro", "--jobs", "3", *(["--force"] if force else [])]) == 0
+    names = [[item.partition("@")[0] for item in items] for items in groups]
+    expected = [["prepare"], ["train_preference"] * 2, ["align"] * 3, ["evaluate"], ["report"]]
+    assert names == (expected if force else expected[:-1])
+    [call] = calls
+    assert call["command"] == [sys.executable, "-m", "dvc", "repro"]
+
+
+def test_a_stage_starts_as_many_processes_as_repro_asks_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr("spo.commands.stage.require", lambda *_: None)
+    monkeypatch.setattr("spo.commands.stage.launch", lambda how, what: started.append((how.num_processes, what)) or 0)
+    monkeypatch.setenv("SPO_PROCESSES", "2")
+    assert main(["evaluate"]) == 0
+    assert started == [(2, ["evaluate", "--profile", "tiny"])]
+
+
 def test_repro_leaves_dvc_s_outputs_alone_where_something_is_missing(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

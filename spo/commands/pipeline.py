@@ -42,12 +42,10 @@ def repro(
     start = time.monotonic()
     jobs = fitting_jobs(workspace.config) if jobs is None else jobs
     groups = items_of(workspace.config) if jobs > 1 else []
-    if not force:  # `dvc repro` does the rest
-        groups = groups[: max((i + 1 for i, items in enumerate(groups) if len(items) > 1), default=0)]
     code = 0
-    for items in groups:
+    for items in groups if force else groups[:-1]:
         code = code or run_side_by_side(items, jobs=jobs, environment=environment, force=force)
-    options = ["--force"] if force and not groups else []
+    options = ["--force"] if force and not groups else []  # `dvc repro` runs what is left, such as the report
     code = code or run_group([sys.executable, "-m", "dvc", "repro", *options], environment)
     if code:
         raise SpoError(f"the pipeline stopped (dvc's exit code {code}); the lines above name the stage and the cause")

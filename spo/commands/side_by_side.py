@@ -1,7 +1,8 @@
 """The pipeline's independent items side by side, where the machine has cores for them.
 
 `dvc repro` runs one stage after another, and models as small as the embedded default hardly use a second core. Here DVC
-runs each preference model, and then each alignment, in a process of its own; DVC still decides what has to run.
+runs each preference model, and then each alignment, in a process of its own, and `evaluate` in several processes, whose
+results are those of one. DVC still decides what has to run.
 """
 
 import os
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from spo.config import Config
 from spo.pipeline import PIPELINE, STAGES
-from spo.runtime.processes import await_group, signal_group
+from spo.runtime.processes import PROCESSES, await_group, signal_group
 from spo.runtime.stopping import uninterrupted
 
 MOST = 4  # items at once, by default: each takes about a GB of memory
@@ -45,7 +46,9 @@ def run_side_by_side(items: Sequence[str], *, jobs: int, environment: Mapping[st
     Lines of the output begin with the item's name. If an item fails, those that run are completed and no other starts.
     A signal that ends this process ends all of them, and each saves its state.
     """
-    if len(items) > 1:
+    if list(items) == ["evaluate"]:
+        environment = {PROCESSES: str(jobs), **environment}
+    elif len(items) > 1:
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // min(jobs, len(items)))), **environment}
     waiting, code = deque(items), 0
     running: list[_Item] = []

@@ -18,7 +18,7 @@ from spo.errors import SpoError
 from spo.pipeline import STAGES, Stage
 from spo.runtime.libraries import set_up_libraries
 from spo.runtime.locking import locked
-from spo.runtime.processes import LAUNCHED, launch
+from spo.runtime.processes import LAUNCHED, PROCESSES, launch
 from spo.workspace import Workspace
 
 Profile = Annotated[
@@ -71,8 +71,10 @@ def run_stage(
     item = [*([] if name is None else [name]), *([] if seed is None else ["--seed", str(seed)])]
     arguments = [stage.name, *item]
     label = " ".join(arguments)
-    if config.launch.num_processes > 1 and stage.distributed and not {"RANK", LAUNCHED} & set(os.environ):
-        return launch(config.launch, [*arguments, "--profile", config.profile, *(["--restart"] if restart else [])])
+    processes = int(os.environ.get(PROCESSES, config.launch.num_processes))
+    if processes > 1 and stage.distributed and not {"RANK", LAUNCHED} & set(os.environ):
+        launching = config.launch.model_copy(update={"num_processes": processes})
+        return launch(launching, [*arguments, "--profile", config.profile, *(["--restart"] if restart else [])])
     set_up_libraries()
     from spo import tracking
     from spo.runtime import distributed

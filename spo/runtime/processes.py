@@ -12,6 +12,7 @@ from spo.config import LaunchConfig
 from spo.runtime.stopping import uninterrupted
 
 GRACE_SECONDS = 120.0  # for a stage to save its state before it is killed: 15.7 GB at 130 MB/s
+PROCESSES = "SPO_PROCESSES"  # environment variable: replaces launch.num_processes
 LAUNCHED = "SPO_LAUNCHED"  # environment variable of the processes that `launch` starts: they start no more
 
 
