@@ -1,4 +1,4 @@
-"""About how long `check` takes, told before it starts."""
+"""A rough estimate of how long `check` takes, printed before it starts."""
 
 import time
 
@@ -10,7 +10,7 @@ from spo.config import Config
 from spo.models.schedulers import build_scheduler
 from spo.runtime.device import best_device
 
-SLOWER = 10  # times the products of the network alone, with all else; for a rough time in advance
+SLOWER = 10  # the whole run takes about so many times what the products of the network alone take
 LOADED = 5e8  # bytes a second
 STARTED, WARMED = 2.0, 30.0  # seconds of a stage, and of a GPU's first use
 

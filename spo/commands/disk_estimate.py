@@ -8,10 +8,11 @@ from pathlib import Path
 
 from spo.config import AlignConfig, Config
 from spo.errors import DataError
+from spo.evaluation.model_variants import OTHERS_PROMPTS
 from spo.runtime.files import read_json
 from spo.workspace import Workspace
 
-PNG, RAW = 1.5, 3  # bytes of a pixel; the evaluation's cache has raw pictures until it ends
+PNG, RAW = 1.5, 3  # bytes of a pixel; the evaluation's cache keeps raw pictures
 STATES = 2  # of a training on disk at once
 
 
@@ -56,12 +57,15 @@ def room(config: Config, root: Path, *, copies: int = 2, states: int = STATES) -
         for name in aligned  # its checkpoints are copied as they become the output
     ]
     columns = 2 + len(config.methods) * seeds + len(evaluate.published)
-    pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * pixels
+    pictures = evaluate.num_prompts * evaluate.images_per_prompt * columns * pixels  # of the deciding sampler
+    others = (len(evaluate.samplers) - 1) * pixels
+    few = others * min(OTHERS_PROMPTS, evaluate.num_prompts) * columns
+    raw = pictures + few + others * evaluate.num_prompts * evaluate.images_per_prompt  # base: all
     kept_and_passing = {
         "prepare": (copies * source, 0),
         "train_preference": (copies * 4 * sum(weights) + latents, max(trainings, default=0)),
         "align": (copies * seeds * sum(outputs.values()), max(alignments, default=0)),
-        "evaluate": (pictures * (copies * PNG + RAW) + copies * 4 * sum(aligned.values()), 0),
+        "evaluate": (copies * PNG * (pictures + few) + RAW * raw + copies * 4 * sum(aligned.values()), 0),
     }
     workspace = Workspace(config, root)
     models_made = workspace.output("preference_models")

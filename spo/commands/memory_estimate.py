@@ -1,8 +1,8 @@
 """The memory that the stages of a profile need on a GPU, before anything is loaded.
 
-Counted from the shapes: the weights of every part and, of those that train, gradients (4 bytes a weight), AdamW's
-moments (8, or 2 in 8 bit) and autocast's copies in half precision (2). What a pass keeps is an estimate: the numbers
-that its modules put out, times what was measured on one NVIDIA H100 (docs/performance.md):
+Bytes are counted from the shapes: the weights of every part and, of those that train, gradients (4 bytes a weight),
+AdamW's moments (8, or 2 in 8 bit) and autocast's copies in half precision (2). What a pass keeps is an estimate: the
+numbers that its modules put out, times what was measured on one NVIDIA H100 (docs/performance.md):
 
     4.0 bytes a number if the whole network trains       a step of the pixel model with 16 pairs: 42.6 GB
     2.9 bytes a number if only a LoRA trains             an update of SD v1.5 with 10 pairs: 32.0 GB
@@ -26,6 +26,7 @@ from spo.config import (
     PixelPreferenceConfig,
     SampledConfig,
     SpoConfig,
+    StepGrpoConfig,
     TrainPreferenceConfig,
 )
 
@@ -172,9 +173,11 @@ def _examples(config: Config, method: AlignConfig) -> int:
     """Examples of a round, which are on the GPU together."""
     if not isinstance(method, SampledConfig):
         return method.batch_size
-    steps = config.sampling.steps - (method.first_step if isinstance(method, SpoConfig) else 0)
-    per_prompt = 1 if isinstance(method, SpoConfig) else getattr(method, "candidates", 2)
-    return _share(config, method.prompts_per_rollout) * per_prompt * steps
+    if isinstance(method, SpoConfig | StepGrpoConfig):  # an example is one noisy latent with its candidates
+        per_prompt = config.sampling.steps - method.first_step
+    else:
+        per_prompt = config.sampling.steps * getattr(method, "candidates", 2)
+    return _share(config, method.prompts_per_rollout) * per_prompt
 
 
 def _example(config: Config) -> int:

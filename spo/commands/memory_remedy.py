@@ -12,8 +12,8 @@ def remedy(config: Config, job: str, memory: float) -> str | None:
     """The settings with which a job fits a GPU of so many bytes; None if none of those that are tried makes it fit.
 
     Tried in this order: fewer pairs at a time, gradient checkpointing, a latent preference model, 8-bit moments. The
-    first two change no result, and the others keep the checkpointing. Beside a latent model, what comes after it is
-    named, too.
+    first two change no result, and the others keep the checkpointing. If a latent model is proposed, the next setting
+    that fits is named as well.
     """
     found = []
     for other, changes in _alternatives(config, job):

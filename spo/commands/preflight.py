@@ -8,14 +8,19 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from spo.commands.disk_estimate import room, size_of
 from spo.config import Config, MetricConfig
 from spo.config.metrics import split_hub_file
-from spo.errors import ConfigError, DataError
+from spo.errors import ConfigError, DataError, one_line
 from spo.pipeline import DISTRIBUTED, PIPELINE
 from spo.runtime.hub import connect, is_name
+from spo.workspace import Workspace
+
+# what diffusers and our own counts raise if a profile does not fit its model; the stage that loads it names the fault
+UNFIT = (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,12 @@ def show_findings(
     config: Config, root: Path, show: Callable[[Finding], None], stages: Sequence[str] = PIPELINE
 ) -> bool:
     """Pass each finding about `stages` to `show`; returns whether all are good."""
-    every = [*findings(config, root), *_sides(config, root), *_memory(config)]
-    found = [finding for finding in every if set(stages) & set(finding.stages)]
-    for finding in found:
-        show(finding)
-    return all(finding.good for finding in found)
+    good = True
+    for finding in chain(findings(config, root), _sides(config, root), _memory(config, stages)):
+        if set(stages) & set(finding.stages):
+            show(finding)
+            good = good and finding.good
+    return good
 
 
 def require_all(config: Config, root: Path) -> None:
@@ -72,6 +78,8 @@ def _data(config: Config, root: Path) -> Iterator[Finding]:
     source = config.prepare.preferences.source
     if source.startswith("hub:"):
         good, detail = _hub(source.removeprefix("hub:").partition("@")[0], kind="dataset")
+        if not good and Workspace(config, root).prepared.pairs_file("train").is_file():
+            good, detail = True, "is not needed: its pairs are prepared already"
     else:
         good, detail = _pairs(root / source, config.prepare.preferences.split)
     yield Finding("prepare.preferences.source", good, f"{source} {detail}", ("prepare",))
@@ -85,7 +93,7 @@ def _sides(config: Config, root: Path) -> list[Finding]:
     try:
         prompts, _ = read_prompts(root / source.source, field=source.field, max_prompts=source.max_prompts)
         shortfalls = split_of(prompts, config).shortfalls(config)
-    except DataError:  # `prepare` tells
+    except DataError:  # `prepare` reports it
         return []
     return [Finding(setting, True, detail, ("evaluate",), doubtful=True) for setting, detail in shortfalls.items()]
 
@@ -210,7 +218,7 @@ def _hub(name: str, file: str | None = None, *, kind: str = "model") -> tuple[bo
         return True, "is in the hub's cache"
     missing = "is not in the hub's cache, and" if kind == "model" else "is a data set of the hub, but"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        return False, f"{missing} HF_HUB_OFFLINE forbids to fetch it; bring a folder and name that"
+        return False, f"{missing} HF_HUB_OFFLINE forbids fetching it; bring the folder here and name it"
     if not connect():
         remedy = "fetch it where there is a network, bring the folder and name that"
         return False, f"{missing} the hub cannot be reached; {remedy}"
@@ -228,8 +236,8 @@ def _is_cached(name: str, file: str | None) -> bool:
     return any(folder.glob("snapshots/*/*"))
 
 
-def _memory(config: Config) -> Iterator[Finding]:
-    """What each job needs on a GPU; it cannot run if what is counted exceeds the GPU's memory."""
+def _memory(config: Config, stages: Sequence[str]) -> Iterator[Finding]:
+    """What each job of the stages needs on a GPU; it cannot run if what is counted exceeds the GPU's memory."""
     import torch  # slow to import, and every command would
 
     from spo.commands.memory_estimate import estimate, jobs
@@ -237,7 +245,14 @@ def _memory(config: Config) -> Iterator[Finding]:
 
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     for job in jobs(config):
-        found = estimate(config, job)
+        stage = job.partition(" ")[0]
+        if stage not in stages:
+            continue
+        try:
+            found = estimate(config, job)
+        except UNFIT as error:
+            yield Finding(f"memory for {job}", True, f"cannot be estimated: {one_line(error)}", (stage,), doubtful=True)
+            continue
         detail = f"about {size_text(found.total)} on a GPU, of which {size_text(found.counted)} are counted"
         doubtful = memory is not None and not found.fits(memory)
         if memory is not None:
@@ -245,13 +260,18 @@ def _memory(config: Config) -> Iterator[Finding]:
         if doubtful and memory is not None:
             detail += f", too little: {remedy(config, job, memory) or 'use a larger GPU, or a smaller model'}"
         good = memory is None or found.counted <= memory
-        yield Finding(f"memory for {job}", good, detail, (job.partition(" ")[0],), doubtful)
+        yield Finding(f"memory for {job}", good, detail, (stage,), doubtful)
 
 
 def _disk(config: Config, root: Path) -> Iterator[Finding]:
     """Whether each stage has room beside the outputs of those before it; existing files are not counted again."""
     free, left = shutil.disk_usage(root).free, 0.0
-    for stage, estimate in room(config, root).items():
+    try:
+        estimates = room(config, root)
+    except UNFIT as error:
+        yield Finding("disk", True, f"cannot be estimated: {one_line(error)}", PIPELINE, doubtful=True)
+        return
+    for stage, estimate in estimates.items():
         needed = left + max(0.0, estimate.kept + estimate.passing - estimate.there)
         left += 0.0 if estimate.there else estimate.kept
         remedy = "" if free > needed else "; make room, or move the project"

@@ -71,7 +71,8 @@ def run_stage(
     item = [*([] if name is None else [name]), *([] if seed is None else ["--seed", str(seed)])]
     arguments = [stage.name, *item]
     label = " ".join(arguments)
-    processes = int(os.environ.get(PROCESSES, config.launch.num_processes))
+    given = os.environ.get(PROCESSES, "")
+    processes = int(given) if given.isdecimal() else config.launch.num_processes
     if processes > 1 and stage.distributed and not {"RANK", LAUNCHED} & set(os.environ):
         launching = config.launch.model_copy(update={"num_processes": processes})
         return launch(launching, [*arguments, "--profile", config.profile, *(["--restart"] if restart else [])])

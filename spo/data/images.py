@@ -63,9 +63,14 @@ def decode_image(data: object) -> Image.Image:
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """Height and width of an undamaged picture when it is upright; only its head is read."""
+    """Height and width of an undamaged picture when it is upright; only its head is read.
+
+    A PNG that says after its pixels how it is turned counts as upright.
+    """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
+        if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode it to look further
+            return height, width
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in TURNED
     return (width, height) if turned else (height, width)
 

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-WORKERS = max(2, os.cpu_count() or 1)
+PROCESSES = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of a run on this machine, which share its cores
+WORKERS = max(2, min(16, (os.cpu_count() or 1) // PROCESSES))
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], *, depth: int) -> Iterator[R]:

@@ -23,15 +23,15 @@ class Split:
     test: tuple[str, ...]
 
     def shortfalls(self, config: Config) -> dict[str, str]:
-        """What becomes of settings that ask for more prompts of a side than there are, by their dotted names."""
+        """For each setting that asks for more prompts than its side has, by dotted name: what happens."""
         evaluate, whole = config.evaluate, len(self.train) + len(self.validation) + len(self.test)
         asked = {
             "num_prompts": ("test", self.test, evaluate.num_prompts),
             "num_validation_prompts": ("validation", self.validation, evaluate.num_validation_prompts),
         }
         return {
-            f"evaluate.{name}": f"only {len(prompts)} of {whole} prompts fall to {side}, not {number}, and all of them "
-            f"are evaluated; give more prompts, or raise prepare.{side}_fraction"
+            f"evaluate.{name}": f"only {len(prompts)} of {whole} prompts are {side} prompts, fewer than the {number} "
+            f"asked for; all of them are evaluated; give more prompts, or raise prepare.{side}_fraction"
             for name, (side, prompts, number) in asked.items()
             if len(prompts) < number
         }

@@ -67,9 +67,18 @@ class ImageScorer:
         return model
 
     def batches(
-        self, variant: ModelVariant, tasks: Sequence[Task], sampler: str, *, split: str, images: bool
+        self,
+        variant: ModelVariant,
+        tasks: Sequence[Task],
+        sampler: str,
+        *,
+        split: str,
+        images: bool,
+        first: int | None = None,
     ) -> Iterator[Batch]:
         """The variant's scores of the tasks, in order; with `images` also the images.
+
+        first: only batches with one of the first prompts have images; None: all.
 
         sampler: a name in evaluate.samplers. The key of a batch has the sampler's settings, not its name.
         With several processes, each makes its share of the batches and reads the others' from the cache.
@@ -78,17 +87,18 @@ class ImageScorer:
         inputs = self._context | {"lora": digest_of_variant(variant), "sampler": settings.model_dump(mode="json")}
         size = self.settings.batch_size
         parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        kept = [images and (first is None or any(task.prompt_index < first for task in part)) for part in parts]
         keys = [
-            json_hash(inputs | {"images": images, "of": [[task.prompt, task.seed] for task in part]}, 16)
-            for part in parts
+            json_hash(inputs | {"images": keep, "of": [[task.prompt, task.seed] for task in part]}, 16)
+            for part, keep in zip(parts, kept, strict=True)
         ]
         label = f"{split}: {variant.description}, {sampler}"
-        both = list(zip(parts, keys, strict=True))
-        for part, key in both[distributed.rank() :: distributed.count()] if distributed.count() > 1 else ():
-            self.cache.get(key, partial(self._make, variant, part, settings, images))
+        each = list(zip(parts, keys, kept, strict=True))
+        for part, key, keep in each[distributed.rank() :: distributed.count()] if distributed.count() > 1 else ():
+            self.cache.get(key, partial(self._make, variant, part, settings, keep))
         distributed.wait()
-        for part, key in both if all(map(self.cache.holds, keys)) else progress(both, label=label):
-            entry = self.cache.get(key, partial(self._make, variant, part, settings, images))
+        for part, key, keep in each if all(map(self.cache.holds, keys)) else progress(each, label=label):
+            entry = self.cache.get(key, partial(self._make, variant, part, settings, keep))
             yield Batch(part, key, entry.pop(IMAGES, torch.empty(0)), entry)
 
     def scores(self, variant: ModelVariant, tasks: Sequence[Task], sampler: str, *, split: str) -> Scores:
@@ -97,6 +107,10 @@ class ImageScorer:
 
     def best_contrast(self, batches: Sequence[Batch]) -> tuple[float, Scores]:
         """The factor of contrast with the highest mean primary score of the images, and all scores at this factor."""
+        for factor in FACTORS[distributed.rank() :: distributed.count()] if distributed.count() > 1 else ():
+            for batch in batches:
+                self._at(factor, batch)
+        distributed.wait()
         at = {factor: joined([self._at(factor, batch) for batch in batches]) for factor in FACTORS}
         best = max(at, key=lambda factor: at[factor][self.settings.primary].mean().item())
         return best, at[best]

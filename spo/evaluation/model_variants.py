@@ -12,6 +12,7 @@ from spo.runtime.files import read_json
 from spo.workspace import Prepared, Workspace
 
 BASE, CONTROL = "base", "contrast"
+OTHERS_PROMPTS = 16  # whose pictures are kept for samplers that do not decide
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ posterior, and never mirrored; the larger label decides a pair, and ties are dro
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
@@ -67,7 +68,7 @@ class DiffusionDpo:
     def build(cls, config: DiffusionDpoConfig, inputs: Inputs, *, seed: int) -> Self:
         return cls(config, inputs.policy, inputs.load_pairs(), seed=seed)
 
-    @property
+    @cached_property
     def rounds_per_epoch(self) -> int:
         whole = sum(-(-len(places) // self.config.batch_size) for places in self.pairs.by_bucket(self.decided))
         return min(self.config.updates_per_epoch or whole, whole)

@@ -57,7 +57,6 @@ class Network(ABC):
         self.module: Any = getattr(pipeline, self.component)
         self.dtype: torch.dtype = self.module.dtype
         self.device: torch.device = self.module.device
-        self.resolution = resolution
         self.text_options = {} if t5_tokens is None else {"max_sequence_length": t5_tokens}
         height, width = (side // pipeline.vae_scale_factor for side in sides(resolution))
         self.latent_shape = (self.channels, height, width)

@@ -37,7 +37,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class Modulation(nn.Linear):
-    """A linear layer whose output is at its start 0, or 1 for the parts in `gates`, for every t."""
+    """A linear layer whose output starts as 0, or as 1 for the parts in `gates`, for every t."""
 
     def __init__(self, width: int, *, parts: int, gates: tuple[int, ...] = ()):
         self.gates = gates

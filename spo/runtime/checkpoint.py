@@ -68,7 +68,7 @@ class StateStore:
     def load(self) -> State | None:
         """The newest undamaged state, or None; a damaged state is named on stderr and removed.
 
-        Of several processes the first one checks the states, and the others read the one that it found.
+        With several processes, the first one checks the states, and the others read the one that it found.
         TrainingError if other settings or inputs made it.
         """
         state, refusal = None, ""

@@ -27,7 +27,7 @@ LARGE = 10**9  # bytes of weights that are read in a few seconds
 def tell_loading(what: str, files: Iterable[Path]) -> None:
     """Say on stderr that something is being loaded from `files`, if they are large enough to take seconds."""
     if sum(file.stat().st_size for file in files if file.is_file()) >= LARGE and os.environ.get("RANK", "0") == "0":
-        print(f"loads {what}", file=sys.stderr, flush=True)
+        print(f"loading {what}", file=sys.stderr, flush=True)
 
 
 class Progress(Generic[T]):

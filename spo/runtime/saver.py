@@ -8,7 +8,7 @@
 
 Training waits only for a copy of the state on the CPU; a thread writes it. One state is written at a time. An error of
 the thread is raised by the next save, or at the end. When a run is stopped while a state is being written, the write is
-completed and nothing else is saved: to do the steps since then again takes no longer than another write.
+completed and nothing else is saved: redoing the steps since then takes no longer than another write.
 """
 
 import sys
@@ -134,7 +134,7 @@ class Saver:
 
     @contextmanager
     def saving_when_stopped(self) -> Iterator[None]:
-        """Complete the last write at the end of the block; if a signal ends it, save, and tell how much is left."""
+        """Complete the last write at the end of the block; if a signal ends it, save, and print how much is left."""
         try:
             yield
             self.wait()
@@ -152,11 +152,11 @@ class Saver:
             return
         writing = self._is_writing()
         if writing:
-            self._tell_stopping("completes the save of")
+            self._tell_stopping("completing the save of")
         self.wait()
         if not writing and not self._half_done and (state := self._snapshot()).number != self._saved:
             self._begin(state, time.monotonic())
-            self._tell_stopping("saves")
+            self._tell_stopping("saving")
             self._write(self._store, state)
         if self._saved is not None:
             print(

@@ -1,8 +1,8 @@
 """Tensors in numbered files of a folder, written one by one and read through a memory map.
 
-Only what is used of a file is in memory, and the processes of a machine share it. Each file has a checksum. A file is
-read to its end to compare it once, or when it has changed since: `checked.json` has the size and the time of change of
-the files that were compared.
+Only the parts of a file that are used are in memory, and the processes of a machine share them. Each file has a
+checksum. A file is read to its end to compare it once, or when it has changed since: `checked.json` has the size and
+the time of change of the files that were compared.
 """
 
 from collections.abc import Mapping, Sequence

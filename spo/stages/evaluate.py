@@ -18,7 +18,7 @@ from torch import Tensor
 from spo.config import Config
 from spo.evaluation.checkpoint_selection import choose_checkpoint
 from spo.evaluation.image_scorer import ImageScorer, contrast, joined
-from spo.evaluation.model_variants import BASE, CONTROL, ModelVariant, Task, checkpoints, tasks
+from spo.evaluation.model_variants import BASE, CONTROL, OTHERS_PROMPTS, ModelVariant, Task, checkpoints, tasks
 from spo.evaluation.tables import Column, Row, compact, comparison_rows, mean_rows, score_rows
 from spo.metrics.metric import Scores
 from spo.models.generate import eight_bits, from_bytes
@@ -30,7 +30,6 @@ from spo.tracking import Tracker
 from spo.workspace import Workspace
 
 SAMPLE_COLUMNS = 10
-OTHERS_PROMPTS = 16  # of which pictures of the other samplers are kept
 TABLES = ("means.csv", "comparisons.csv", "validation.csv", "validation_scores.csv", "scores.csv")
 Chosen = dict[str, dict[int, ModelVariant]]  # by method and training seed
 
@@ -58,8 +57,9 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         metrics[CONTROL]["factor"] = factor
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_json(folder / "metrics.json", metrics)
-        samples = plain_sheet([_first_pictures(folder / "images" / name) for name in (BASE, *config.methods)])
-        samples.save(folder / "samples.png")
+        if distributed.is_main():
+            samples = plain_sheet([_first_pictures(folder / "images" / name) for name in (BASE, *config.methods)])
+            samples.save(folder / "samples.png")
     if distributed.is_main():
         evaluation.image_scorer.cache.tidy()
         _report(tracker, target, metrics, samples, validation)
@@ -151,13 +151,17 @@ class Evaluation:
 
     def _scores(self, variant: ModelVariant, sampler: str, folder: Path) -> Scores:
         scores = []
-        for batch in self.image_scorer.batches(variant, self.test, sampler, split="test", images=True):
+        first = None if sampler == self.settings.deciding else OTHERS_PROMPTS
+        for batch in self.image_scorer.batches(variant, self.test, sampler, split="test", images=True, first=first):
             scores.append(batch.scores)
-            self._save(from_bytes(batch.images), batch.tasks, sampler, folder / variant.place)
+            if len(batch.images):
+                self._save(from_bytes(batch.images), batch.tasks, sampler, folder / variant.place)
         return joined(scores)
 
     def _save(self, images: Tensor, tasks: Sequence[Task], sampler: str, folder: Path) -> None:
         """PNG files <prompt index>-<image index>.png; of other samplers only the first image of the first prompts."""
+        if not distributed.is_main():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for image, task in zip(images, tasks, strict=True):
             is_first = task.prompt_index < OTHERS_PROMPTS and task.image_index == 0

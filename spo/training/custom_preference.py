@@ -44,13 +44,15 @@ class CustomPreference:
     def accuracy(self, pairs: LabelledPairs, timestep: int, *, seed: int) -> tuple[float, int]:
         """As PreferenceTraining's: the share of the decided pairs ordered as labelled, and how many they are."""
         generator = Generator().manual_seed(seed)
-        scores = []
-        for index in torch.arange(len(pairs)).split(self.config.batch_size):
+        scores = torch.empty(len(pairs), 2)
+        batches = torch.arange(len(pairs)).split(self.config.batch_size)
+        for index in (batch[places] for batch in batches for places in pairs.by_bucket(batch)):
             latents, captions = pairs.latents(index), [pairs.captions[i] for i in index.tolist()]
             images = self._images(latents, captions, timestep, generator)
             both = [caption for caption in captions for _ in range(2)]
-            scores.append(self._scorer.score_images(images, both, torch.tensor(timestep)).unflatten(0, (-1, 2)))
-        return pairwise_accuracy(torch.cat(scores).cpu(), pairs.label)
+            found = self._scorer.score_images(images, both, torch.tensor(timestep))
+            scores[index] = found.unflatten(0, (-1, 2)).float().cpu()
+        return pairwise_accuracy(scores, pairs.label)
 
     def _images(self, latents: Tensor, captions: list[str], timestep: int, generator: Generator) -> Tensor:
         """Images (2 n, 3, H, W) predicted from latents (n, 2, c, h, w) noised to a timestep; at t = 0 their own."""

@@ -1,7 +1,7 @@
 """Quantities of the prepared pictures, e.g. latents or a metric's scores, kept in files under .cache/latents.
 
 Encoding a large data set takes hours. Each file has the quantities of PAIRS_IN_A_FILE pairs and is written as soon as
-they are known, so a killed run continues after its last file. Of several processes each makes its share of the files.
+they are known, so a killed run continues after its last file. With several processes, each one makes its share.
 """
 
 import sys
@@ -80,14 +80,15 @@ def measure(
     """Each quantity of the pictures of the pairs at `rows` (n,), by the folder where it is kept.
 
     A quantity's function is made only if some of its files are missing. The pictures of a pair get the size among
-    `sizes`, height and width, that is nearest to their aspect. The pairs of a caption lie in one file or in neighbours;
-    there, a picture of this caption is decoded and measured once, however many pairs it is in. DataError if a process
-    cannot read what another one wrote.
+    `sizes`, height and width, that is nearest to their aspect. The pairs of a caption lie in one file or in neighbours.
+    In each file a picture of a caption is decoded and measured once, however many pairs it is in. DataError if a
+    process cannot read what another one wrote.
     """
     order = [part.sort().values for part in by_first(stored.captions.take(rows.numpy())).split(PAIRS_IN_A_FILE)]
     parts = [rows[positions] for positions in order]
     shards = {folder: Shards(folder, len(parts)) for folder in quantities}
-    missing = distributed.gather_objects({folder: each.missing() for folder, each in shards.items()})[0]
+    found_missing = {folder: each.missing() for folder, each in shards.items()} if distributed.is_main() else {}
+    missing = distributed.gather_objects(found_missing)[0]
     functions = {folder: quantities[folder]() for folder, numbers in missing.items() if numbers}
     to_do = sorted({number for numbers in missing.values() for number in numbers})
     if 0 < len(to_do) < len(parts) and distributed.is_main():

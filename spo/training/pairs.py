@@ -87,6 +87,8 @@ def _remove_stale(latents: Path) -> None:
         is_stale = not other.name.startswith(f"{pictures}-") or other.name.startswith(f"{pictures}-{what}-")
         if is_stale and other != latents:
             shutil.rmtree(other, ignore_errors=True)
+    for file in latents.parent.glob("*.safetensors"):  # kept by versions before 5
+        file.unlink(missing_ok=True)
 
 
 def _encoder_key(base: LatentDiffusion) -> list[object]:

@@ -13,6 +13,7 @@ from spo.commands.architectures import network_of, preference_weights, weights
 from spo.commands.memory_estimate import MemoryEstimate, estimate, jobs
 from spo.commands.memory_remedy import remedy, with_setting
 from spo.config import Config, load_config
+from spo.pipeline import PIPELINE
 
 ROOT = Path(__file__).parents[2]
 FULL_SIZE = ("sd15", "sdxl", "sd35", "flux")
@@ -139,7 +140,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, memory: float) -> None:
 
 def test_without_a_gpu_the_memory_is_told_and_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = list(preflight._memory(load_config(ROOT, "sd15")))
+    found = list(preflight._memory(load_config(ROOT, "sd15"), PIPELINE))
     assert [finding.what for finding in found] == [f"memory for {job}" for job in jobs(load_config(ROOT, "sd15"))]
     assert all(finding.good and not finding.doubtful and " on a GPU, of which " in finding.detail for finding in found)
 
@@ -149,7 +150,7 @@ def test_a_gpu_that_is_too_small_gets_settings_and_ends_the_check_only_for_what_
     gib: int, good: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpu(monkeypatch, gib * GIB)
-    found = {finding.what: finding for finding in preflight._memory(load_config(ROOT, "sd15"))}
+    found = {finding.what: finding for finding in preflight._memory(load_config(ROOT, "sd15"), PIPELINE)}
     pixel = found["memory for train_preference pixel"]
     assert (pixel.good, pixel.doubtful, pixel.stages) == (good, True, ("train_preference",))
     assert f"; the GPU has {gib}.0 GiB, too little: " in pixel.detail

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from spo.commands import preflight
 from spo.commands.architectures import lora_weights, network_of, preference_weights, weights
 from spo.commands.disk_estimate import num_pairs, room, size_of
-from spo.commands.preflight import findings, require
+from spo.commands.preflight import Finding, findings, require, show_findings
 from spo.config import Config, MetricConfig, load_config
 from spo.config.metrics import MetricSection
 from spo.errors import ConfigError
@@ -330,3 +330,26 @@ def test_a_tokenizers_repository_in_the_hubs_cache_needs_no_network(
     (tmp_path / "models--nobody--clip" / "snapshots" / "1234").mkdir(parents=True)
     (tmp_path / "models--nobody--clip" / "snapshots" / "1234" / "vocab.json").write_text("{}")
     assert found() == "nobody/clip is in the hub's cache"
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings"),
+    [
+        ("tiny", {"family": "sdxl"}),
+        ("tiny", {"resolution": 4}),
+        ("tiny-flow", {"t5": True, "family": "flux"}),
+        ("tiny-flow", {"resolution": 128}),
+    ],
+)
+def test_what_a_misfit_needs_is_unknown_and_no_traceback(
+    profile: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    shown: list[Finding] = []
+    config = load_config(ROOT, profile)
+    for key, value in settings.items():
+        config = changed(config, f"model.{key}", value)
+    show_findings(config, Path(), shown.append)
+    of_memory = [finding for finding in shown if finding.what.startswith("memory for")]
+    assert len(of_memory) == len(config.train_preference) + len(config.methods) + 1
+    assert all("on a GPU" in each.detail or "cannot be estimated: " in each.detail for each in of_memory)

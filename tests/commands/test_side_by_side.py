@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 
-from spo.commands.side_by_side import items_of, run_side_by_side
+from spo.commands.side_by_side import environment_of, fitting_jobs, items_of, run_side_by_side
 from spo.config import Config, load_config
 from spo.runtime.processes import child_environment
 
@@ -84,6 +84,26 @@ def test_a_stop_ends_all_items(project: Path) -> None:
     process.communicate(timeout=120)
     gone, alive = psutil.wait_procs(children, timeout=30)
     assert alive == [] and len(gone) == len(children)
+
+
+def test_items_share_the_cores_and_evaluate_takes_processes_where_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert environment_of(["prepare"], jobs=4) == {}
+    assert environment_of(["align@a-0", "align@b-0"], jobs=4) == {"OMP_NUM_THREADS": "4"}
+    assert environment_of(["evaluate"], jobs=4) == {"OMP_NUM_THREADS": "2", "SPO_PROCESSES": "4"}
+    config = load_config(ROOT)
+    monkeypatch.chdir(ROOT)
+    assert fitting_jobs(config) == 4
+    several = config.model_copy(update={"launch": config.launch.model_copy(update={"num_processes": 2})})
+    assert fitting_jobs(several) == 1
+    hub = config.model_copy(update={"model": config.model.model_copy(update={"path": "a/large-model"})})
+    assert fitting_jobs(hub) == 1
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert fitting_jobs(config) == 1
+    assert environment_of(["evaluate"], jobs=2) == {}
 
 
 def test_items_are_those_of_dvc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 
-from spo.data.images import MAX_PIXELS, decode_image
+from spo.data.images import MAX_PIXELS, decode_image, picture_size
 from spo.data.rows import RowError
 
 RED = (200, 30, 30)
@@ -146,3 +146,20 @@ def test_a_bomb_leaves_no_warning_in_a_plain_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], input=png_header(10_000, 10_000), capture_output=True)
     assert (done.stdout.strip(), done.stderr) == (b"image too large", b"")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_from_the_head_is_that_of_the_decoded_picture(kind: str, orientation: int) -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options = {} if kind == "GIF" else {"exif": exif}
+    Image.new("RGB", (30, 20)).save(file, kind, **options)
+    assert picture_size(file.getvalue()) == decode_image(file.getvalue()).size[::-1]
+
+
+def test_the_size_of_a_png_is_known_without_decoding_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(file, "PNG")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda _: pytest.fail("decoded"))
+    assert picture_size(file.getvalue()) == (20, 30)

@@ -175,7 +175,7 @@ def test_a_large_base_is_named_while_it_loads(tiny_folder, monkeypatch, capsys):
     assert "loads" not in capsys.readouterr().err
     monkeypatch.setattr(progress, "LARGE", 1000)
     build(config("sd15", folder), SamplingConfig(), "cpu")
-    assert f"loads the base model '{folder}'\n" in capsys.readouterr().err
+    assert f"loading the base model '{folder}'\n" in capsys.readouterr().err
 
 
 def test_missing_folder_is_named(tmp_path):

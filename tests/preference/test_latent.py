@@ -58,14 +58,15 @@ def test_the_averages_are_of_what_the_whole_unets_own_forward_computes(
     ]
     text = preference.encode(PROMPTS)
     cond = base.encode(PROMPTS)
-    network.resolution, resolution = model.image_size, network.resolution  # SDXL's UNet is told the same size
     network.predict(x, t, cond, guidance_scale=1.0)
-    network.resolution = resolution
     for hook in hooks:
         hook.remove()
     expected = [layer.mean(dim=(2, 3)) for layer in layers]
     model.guidance_scale = 1.0
+    told = x.shape[-1] * network.pipeline.vae_scale_factor  # to SDXL's UNet
+    model.image_size, size = told, model.image_size
     torch.testing.assert_close(model.pooled_features(x, t, text), torch.cat(expected, dim=1))
+    model.image_size = size
 
 
 SD15 = {

@@ -20,7 +20,7 @@ def test_a_large_model_is_named_while_it_loads_by_one_process(
     files = [tmp_path / "a", tmp_path / "b", tmp_path / "missing"]
     for file in files[:2]:
         file.write_bytes(b"12345")
-    for large, rank, told in ((10, "0", "loads the model\n"), (11, "0", ""), (10, "1", "")):
+    for large, rank, told in ((10, "0", "loading the model\n"), (11, "0", ""), (10, "1", "")):
         monkeypatch.setattr(module, "LARGE", large)
         monkeypatch.setenv("RANK", rank)
         module.tell_loading("the model", files)

@@ -153,7 +153,7 @@ def test_a_stop_while_a_state_is_written_completes_it_and_writes_no_other(
         os.kill(os.getpid(), signal.SIGTERM)
     assert names(gated.folder) == ["00000001"]
     said = capsys.readouterr().err
-    assert "stopping: completes the save of step 1" in said
+    assert "stopping: completing the save of step 1" in said
     assert f"stopped at step 1 of 10, saved in {gated.folder}" in said
 
 
@@ -210,7 +210,7 @@ def test_a_stop_tells_what_it_writes_and_how_much_is_left(
         run.step()
         os.kill(os.getpid(), signal.SIGTERM)
     said = capsys.readouterr().err
-    assert "stopping: saves step 5, 15.7 GB, about 12 s" in said
+    assert "stopping: saving step 5, 15.7 GB, about 12 s" in said
     assert re.search(r"stopped at step 5 of 10, .*; 5 steps left, about 5 min; the same command", said)
 
 
@@ -276,7 +276,7 @@ def test_a_run_that_is_killed_in_the_middle_of_a_write_after_a_stop_continues_to
         assert run.stderr is not None
         assert run.stderr.readline() == b"half written\n"
         run.send_signal(signal.SIGTERM)
-        assert run.stderr.readline().startswith(b"stopping: completes the save of step 3")
+        assert run.stderr.readline().startswith(b"stopping: completing the save of step 3")
         run.kill()
     store = store_in(tmp_path / "cut")
     found = store.load()

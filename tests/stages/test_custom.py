@@ -11,10 +11,13 @@ import torch
 import yaml
 
 from spo.config import Config, ScoringConfig, load_config
+from spo.core.types import LabelledPairs
 from spo.errors import ConfigError, ModelError
+from spo.models.load import build
 from spo.runtime.files import read_json
 from spo.stages import align, evaluate, prepare, train_preference
 from spo.tracking import NullTracker
+from spo.training.custom_preference import CustomPreference
 from spo.training.preference_scorer import load_scorer
 from spo.workspace import Workspace
 from tests.test_pipeline import make_project
@@ -120,3 +123,24 @@ def test_scores_of_another_shape_are_refused(config: Config) -> None:
         ModelError, match=r"the reward gave \(2, 3, 4, 4\) for 2 images; it should give a tensor \(2,\)"
     ):
         scorer.score_images(torch.rand(2, 3, 4, 4), ["a", "b"], torch.tensor(1))
+
+
+@pytest.mark.parametrize("timestep", [0, 501])
+def test_pairs_of_several_sizes_are_measured_together(config: Config, timestep: int) -> None:
+    base = build(config.model, config.sampling, "cpu")
+    training = CustomPreference.start(base, config, "mine")
+    channels, height, width = base.latent_shape
+    generator = torch.Generator().manual_seed(0)
+    square = torch.randn(6, channels, height, width, generator=generator)
+    wide = torch.randn(6, channels, height, 2 * width, generator=generator)
+    bucket, members = torch.tensor([0, 1, 0, 1, 1, 0]), torch.tensor([[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]])
+    label = torch.tensor([[1.0, 0.0], [0.0, 1.0]] * 3)
+    pairs = LabelledPairs({0: square, 1: wide}, bucket, members, label, torch.ones(6), ["a"] * 6)
+    accuracy, count = training.accuracy(pairs, timestep, seed=0)
+    assert count == 6
+    if timestep == 0:  # without noise the score is the mean of the red channel
+        red = [base.decode(pairs.latents(torch.tensor([i]))[0])[:, 0].mean(dim=(1, 2)) for i in range(6)]
+        right = [
+            float((one > other) == (first == 1)) for (one, other), (first, _) in zip(red, label.tolist(), strict=True)
+        ]
+        assert accuracy == pytest.approx(sum(right) / 6)

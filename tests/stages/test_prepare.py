@@ -108,7 +108,7 @@ def test_fewer_prompts_than_evaluation_asks_for_are_a_warning(
     for num_prompts, warned in ((20, False), (21, True)):
         evaluate = config.evaluate.model_copy(update={"num_prompts": num_prompts})
         run(config.model_copy(update={"evaluate": evaluate}), root=project, tracker=NullTracker())
-        told = "warning: evaluate.num_prompts: only 20 of 100 prompts fall to test, not 21, and all of them"
+        told = "warning: evaluate.num_prompts: only 20 of 100 prompts are test prompts, fewer than the 21 asked"
         assert (told in capsys.readouterr().err) == warned
 
 

@@ -10,6 +10,7 @@ from torch import Generator
 from spo.config import PixelPreferenceConfig, SamplingConfig, load_config
 from spo.errors import TrainingError
 from spo.preference.checkpoint import load_clip
+from spo.preference.labels import pairwise_accuracy
 from spo.preference.score import PreferenceScorer
 from spo.training.preference import LabelledPairs, StepAwareTraining, predicted_images
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
@@ -251,15 +252,22 @@ def test_a_batch_of_several_sizes_has_the_loss_of_its_parts(training):
     index, t = torch.arange(8), torch.arange(8) * 100
     whole = training._accumulate(several, index, t, Generator().manual_seed(0))
     gradient = flat_gradient(training)
-    generator = Generator().manual_seed(0)
-    total = 0.0
+    generator, total, of_parts = Generator().manual_seed(0), 0.0, torch.zeros_like(gradient)
     for places in several.by_bucket(index):
         part = float(weight[places].sum() / weight.sum())
         total += part * training._accumulate(several, places, t[places], generator)["loss"]
+        of_parts += part * flat_gradient(training)
     assert whole["loss"] == pytest.approx(total, rel=1e-4)
-    assert gradient.norm() > 0
-    accuracy, count = training.accuracy(several, 501, seed=0)
-    assert count == 8 and 0 <= accuracy <= 1
+    assert_same_up_to_rounding(of_parts, gradient)
+    assert of_parts.norm() > 0
+    [right] = {training.accuracy(several, 0, seed=seed)[0] for seed in (0, 1)}  # at t = 0 there is no noise
+    noise = torch.zeros(8, 1, 1, 1, 1)
+    with torch.no_grad():
+        found = [
+            training.scores(several, index[i : i + 1], torch.zeros(1, dtype=torch.long), noise[:1], clean=True)
+            for i in range(8)
+        ]
+    assert right == pairwise_accuracy(torch.cat(found), several.label)[0]
 
 
 def flat_gradient(training: StepAwareTraining) -> torch.Tensor:
