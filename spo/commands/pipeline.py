@@ -25,7 +25,7 @@ def repro(
     force: Annotated[bool, typer.Option("--force", help="Run all stages, changed or not.")] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Preference models, then alignments, at once (default: by the cores; 1 with a GPU)."),
+        typer.Option(min=1, help="Preference models or alignments at once (default: as many as cores; 1 with a GPU)."),
     ] = None,
 ) -> None:
     """Run the stages that have changed, in order.

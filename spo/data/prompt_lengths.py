@@ -37,8 +37,7 @@ def cut_prompts(prompts: Sequence[str], config: ModelConfig) -> dict[str, dict[s
         with hub.loading(f"{name} of {source!r}", source, "model.path", remedy, hub.only("tokenizer*")):
             tokenizer = AutoTokenizer.from_pretrained(source, subfolder=name, revision=config.revision)
         context = (config.t5_tokens or T5[config.family, name]) if is_t5 else tokenizer.model_max_length
-        parts = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
-        longer = [prompt for part in parts for prompt in _longer(part, tokenizer, context)]
+        longer = longer_than(context, prompts, tokenizer)
         found[name] = {"context": context, "prompts": len(longer), "examples": longer[:EXAMPLES]}
     return found
 
@@ -47,6 +46,11 @@ def _may_have(source: str, name: str) -> bool:
     return not Path(source).is_dir() or (Path(source) / name).is_dir()
 
 
-def _longer(prompts: Sequence[str], tokenizer: Any, context: int) -> list[str]:
-    tokens = tokenizer(list(prompts), verbose=False).input_ids
-    return [prompt for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > context]
+def longer_than(context: int, prompts: Sequence[str], tokenizer: Any) -> list[str]:
+    """The prompts of more than `context` tokens."""
+    found = []
+    for start in range(0, len(prompts), AT_ONCE):
+        part = list(prompts[start : start + AT_ONCE])
+        tokens = tokenizer(part, verbose=False).input_ids
+        found += [prompt for prompt, ids in zip(part, tokens, strict=True) if len(ids) > context]
+    return found

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from spo.config import ClipMetricConfig
+from spo.data.prompt_lengths import longer_than
 from spo.preference.repository import read_clip, read_processor, tokenize
 
 
@@ -36,6 +37,11 @@ class Clip:
         tokens = tokenize(self.tokenizer, prompts, self.model.config).to(self.device)
         return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
 
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that are longer than the model's context."""
+        context = self.model.config.text_config.max_position_embeddings
+        return longer_than(context, prompts, self.tokenizer)
+
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosines (n,) of each image with its prompt."""
         return (self.image_features(images) * self.text_features(prompts)).sum(dim=-1)
@@ -50,6 +56,9 @@ class ClipMetric:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {self.name: (self.clip.model.logit_scale.exp() * self.clip.cosine(images, prompts)).cpu()}
+
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        return self.clip.cut(prompts)
 
 
 METRIC = ClipMetric

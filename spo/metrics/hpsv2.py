@@ -31,5 +31,8 @@ class HpsMetric:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {self.name: (100 * self.clip.cosine(images, prompts)).cpu()}
 
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        return self.clip.cut(prompts)
+
 
 METRIC = HpsMetric

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from spo.config import ImageRewardConfig
+from spo.data.prompt_lengths import longer_than
 from spo.errors import ModelError, one_line
 from spo.metrics.weights import fetch_file, fill, linear_head, read_tensors
 from spo.preference.preprocess import Preprocessing
@@ -66,6 +67,9 @@ class ImageRewardMetric:
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
         ).last_hidden_state
         return {self.name: ((self.head(read[:, 0])[:, 0] - MEAN) / STD).cpu()}
+
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        return longer_than(TOKENS, prompts, self.tokenizer)
 
 
 def _part(state: Mapping[str, Tensor], prefix: str, source: object) -> dict[str, Tensor]:

@@ -19,7 +19,10 @@ IMAGES_AT_A_TIME = 64
 
 class Metric(Protocol):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Named scores (n,) of images (n, 3, H, W) in [0, 1], on the CPU."""
+        """Named scores (n,) of images (n, 3, H, W) in [0, 1], on the CPU.
+
+        A metric with a text encoder may also have `cut(prompts)`, which gives the prompts that the encoder cuts.
+        """
         ...
 
 
@@ -39,6 +42,12 @@ def build_metrics(
                 raise
             print(f"{', '.join(config.scores)}: left out, {error}", flush=True)
     return metrics
+
+
+def cut_prompts(metrics: Sequence[Metric], prompts: Sequence[str]) -> dict[str, list[str]]:
+    """By a metric's name, the prompts that its text encoder cuts; only metrics that cut any."""
+    found = {getattr(each, "name", ""): each.cut(prompts) for each in metrics if hasattr(each, "cut")}
+    return {name: cut for name, cut in found.items() if cut}
 
 
 def score(metrics: Sequence[Metric], images: Tensor, prompts: Sequence[str]) -> Scores:

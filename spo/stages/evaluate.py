@@ -6,6 +6,7 @@ so an evaluation that was killed resumes with them.
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from spo.evaluation.checkpoint_selection import choose_checkpoint
 from spo.evaluation.image_scorer import ImageScorer, contrast, joined
 from spo.evaluation.model_variants import BASE, CONTROL, OTHERS_PROMPTS, ModelVariant, Task, checkpoints, tasks
 from spo.evaluation.tables import Column, Row, compact, comparison_rows, mean_rows, score_rows
-from spo.metrics.metric import Scores
+from spo.metrics.metric import Scores, cut_prompts
 from spo.models.generate import eight_bits, from_bytes
 from spo.runtime import distributed
 from spo.runtime.device import memory_advice
@@ -50,6 +51,8 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         (folder / "other_samplers").mkdir()
         columns, factor = evaluation.compare(chosen, folder)
         metrics = evaluation.write_tables(folder, columns, validation)
+        if cut := evaluation.cut_prompts():
+            metrics["cut"] = cut
         for name, variant in evaluation.release(validation, chosen).items():
             assert variant.checkpoint is not None
             shutil.copytree(variant.checkpoint, folder / "lora" / name)
@@ -81,6 +84,15 @@ class Evaluation:
         self.validation_scores: list[Row] = []  # of each image, in the primary and guarded scores
         self.others = [ModelVariant(name, published=source) for name, source in settings.published.items()]
         self.image_scorer = ImageScorer(config, root)
+
+    def cut_prompts(self) -> dict[str, int]:
+        """By a metric's name, how many test prompts its text encoder cuts; with a warning, and only if there are any."""
+        prompts = list(dict.fromkeys(task.prompt for task in self.test))
+        found = cut_prompts(self.image_scorer.metrics, prompts)
+        for name, cut in found.items() if distributed.is_main() else ():
+            text = f"warning: the metric {name} cuts {len(cut)} of {len(prompts)} prompts, which are too long for it"
+            print(f"{text}: {cut[0]!r}", file=sys.stderr, flush=True)
+        return {name: len(cut) for name, cut in found.items()}
 
     def choose(self) -> tuple[list[Row], Chosen]:
         """Score every checkpoint on the validation prompts; a row for each, and the choice for each training."""

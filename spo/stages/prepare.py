@@ -67,16 +67,16 @@ def _prepare_prompts(config: Config, root: Path, folder: Path, log: TextIO) -> t
     return split, counts
 
 
-def _cut(prompts: list[str], config: Config) -> dict[str, Any]:
+def _cut(prompts: list[str], config: Config, *, what: str = "prompts") -> dict[str, Any]:
     """The prompts that the text encoders will cut; empty, with a warning, where their tokenizers are not here."""
     try:
         found = cut_prompts(prompts, config.model)
     except ModelError as error:
-        print(f"warning: it is not known which prompts are too long: {error}", file=sys.stderr, flush=True)
+        print(f"warning: it is not known which {what} are too long: {error}", file=sys.stderr, flush=True)
         return {}
     for name, about in found.items():
         if about["prompts"]:
-            told = f"{about['prompts']} of {len(prompts)} prompts are longer than the {about['context']} tokens"
+            told = f"{about['prompts']} of {len(prompts)} {what} are longer than the {about['context']} tokens"
             print(f"warning: {told} of the {name} and are cut: {about['examples'][0]!r}", file=sys.stderr, flush=True)
     return found
 
@@ -124,6 +124,7 @@ def _prepare_preferences(config: Config, root: Path, folder: Path, log: TextIO, 
         "ties": ties,
         "rejected": dict(reasons.most_common()),
         "captions": len(captions),
+        "cut": _cut(sorted(captions), config, what="captions"),
         "train": to_train.count,
         "validation": to_validation.count,
     }

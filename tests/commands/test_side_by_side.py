@@ -97,6 +97,8 @@ def test_items_share_the_cores_and_evaluate_takes_processes_where_there_is_no_gp
     config = load_config(ROOT)
     monkeypatch.chdir(ROOT)
     assert fitting_jobs(config) == 4
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert fitting_jobs(config) == 2
     several = config.model_copy(update={"launch": config.launch.model_copy(update={"num_processes": 2})})
     assert fitting_jobs(several) == 1
     hub = config.model_copy(update={"model": config.model.model_copy(update={"path": "a/large-model"})})

@@ -14,7 +14,7 @@ from spo.config import AestheticConfig, ClipMetricConfig, HpsConfig, ImageReward
 from spo.errors import ModelError
 from spo.metrics.hpsv2 import HpsMetric
 from spo.metrics.image_reward import ImageRewardMetric
-from spo.metrics.metric import build_metrics, score
+from spo.metrics.metric import build_metrics, cut_prompts, score
 
 PUBLISHED = Path(__file__).parent / "published"
 CPU = torch.device("cpu")
@@ -167,3 +167,21 @@ def test_a_score_that_is_not_finite_is_named() -> None:
 
     with pytest.raises(ModelError, match="the score beauty of 'a dog' is nan; leave its metric out"):
         score([broken], torch.zeros(2, 3, 4, 4), ["a cat", "a dog"])
+
+
+def test_prompts_that_a_metrics_text_encoder_cuts_are_named(clip: Path, bert: Path, head: Path) -> None:
+    metrics = build_metrics(
+        [
+            ClipMetricConfig(name="pickscore", model=str(clip)),
+            HpsConfig(weights=str(PUBLISHED / "hps.pt"), clip=str(clip)),
+            ImageRewardConfig(weights=str(PUBLISHED / "image_reward.pt"), tokenizer=str(bert)),
+            AestheticConfig(head=str(head), clip=str(clip)),
+        ],
+        CPU,
+    )
+    longest, longer = " ".join("a" * 14), " ".join("a" * 15)  # of 16 tokens, two are the start and the end
+    assert cut_prompts(metrics, ["a cat", longest]) == {}
+    assert cut_prompts(metrics, ["a cat", longer]) == {"pickscore": [longer], "hpsv2": [longer]}
+    longest, longer = " ".join("a" * 33), " ".join("a" * 34)  # ImageReward's 35 tokens
+    assert "image_reward" not in cut_prompts(metrics, [longest])
+    assert cut_prompts(metrics, [longer])["image_reward"] == [longer]
