@@ -86,7 +86,7 @@ class Evaluation:
         self.image_scorer = ImageScorer(config, root)
 
     def cut_prompts(self) -> dict[str, int]:
-        """By a metric's name, how many test prompts its text encoder cuts; with a warning, and only if there are any."""
+        """By a metric's name, how many test prompts its text encoder cuts, if it cuts any; with a warning."""
         prompts = list(dict.fromkeys(task.prompt for task in self.test))
         found = cut_prompts(self.image_scorer.metrics, prompts)
         for name, cut in found.items() if distributed.is_main() else ():
