@@ -8,7 +8,6 @@ from pathlib import Path
 
 from spo.config import AlignConfig, Config
 from spo.errors import DataError
-from spo.evaluation.model_variants import OTHERS_PROMPTS
 from spo.runtime.files import read_json
 from spo.workspace import Workspace
 
@@ -34,6 +33,7 @@ def room(config: Config, root: Path, *, copies: int = 2, states: int = STATES) -
     states: of a training, each with the weights and AdamW's moments
     """
     from spo.commands.architectures import latent_size, preference_weights  # slow to import, and every command would
+    from spo.evaluation.model_variants import OTHERS_PROMPTS
 
     preferences, evaluate = config.prepare.preferences, config.evaluate
     seeds, pixels = len(config.training_seeds), math.prod(config.model.size)
