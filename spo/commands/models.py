@@ -143,8 +143,8 @@ def write_export(
         return f"{out}: {format} of {source.description}"
     evaluated, lora = None if checkpoint else source.name, Path(source.lora)
     with atomic_path(out) as made:
-        if (lora / WEIGHTS).is_file() and _is_within(lora, Workspace(config).runs):
-            copy_lora(lora, made)  # a stage of the profile wrote it in this format, for this base
+        if (lora / WEIGHTS).is_file() and _is_within(lora, Workspace(config).runs) and _fits(lora / WEIGHTS, config):
+            copy_lora(lora, made)  # a stage of the profile wrote it in this format
         else:
             _load_and_export(config, format, source.lora, made)
         write_text(made / "README.md", model_card(config, evaluated, license=license))
@@ -155,6 +155,26 @@ def write_export(
 
 def _is_within(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
+
+
+def _fits(file: Path, config: Config) -> bool:
+    """Whether our LoRA's layers are those of the profile's base, which may have changed since; nothing is loaded."""
+    from safetensors import SafetensorError, safe_open
+
+    from spo.commands.architectures import network_of
+    from spo.commands.preflight import UNFIT
+
+    try:
+        network = network_of(config.model)
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                layer = network.get_submodule(name.partition(".")[2].rpartition(".lora.")[0])
+                shape, is_down = weights.get_slice(name).get_shape(), name.endswith("down.weight")
+                if (shape[1] != layer.in_features) if is_down else (shape[0] != layer.out_features):
+                    return False
+    except (*UNFIT, OSError, SafetensorError):  # the base says what is wrong
+        return False
+    return True
 
 
 def _load_and_export(config: Config, format: Format, lora: str | Path, out: Path) -> None:

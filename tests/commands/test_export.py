@@ -120,6 +120,21 @@ def test_a_lora_that_a_stage_wrote_is_copied_for_diffusers_without_its_base(
     assert all(torch.equal(copied[name], loaded[name]) for name in loaded)
 
 
+def test_a_lora_of_an_earlier_base_is_not_copied(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load((project / "configs" / "own.yaml").read_text())
+    values["model"] = {"family": "sd15", "path": str(ROOT / "data/base/tiny"), "resolution": 64}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "own.yaml").write_text(yaml.safe_dump(values))
+    shutil.copy(project / "params.yaml", tmp_path)
+    shutil.copytree(project / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--format", "diffusers", "--out", "out"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-9]), lambda file: nan(file)])
 def test_a_damaged_lora_is_not_copied(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
