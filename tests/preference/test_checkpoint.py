@@ -79,7 +79,7 @@ def test_a_large_model_is_named_while_it_loads(
         f"preference model {tmp_path / 'published.bin'}": lambda: read_published(tmp_path / "published.bin", config),
         f"CLIP model '{clip_folder}'": lambda: load_clip(clip_folder),
     }
-    for large, told in ((10**9, ""), (1000, "loads the {}\n")):
+    for large, told in ((10**9, ""), (1000, "loading the {}\n")):
         monkeypatch.setattr(progress, "LARGE", large)
         for name, each in load.items():
             each()
