@@ -29,12 +29,14 @@ from spo.config import (
     StepGrpoConfig,
     TrainPreferenceConfig,
 )
+from spo.models.autoencoder import images_at_once
+from spo.models.network import samples_at_once
+from spo.stages.align import BATCH
 
 USABLE = 0.94  # of a GPU's memory; CUDA itself and gaps between tensors take the rest
 KEPT = {("all", True): 4.0, ("lora", True): 2.9, ("all", False): 7.0, ("lora", False): 4.0}  # by what trains; autocast?
 ALIVE = 4  # of the largest outputs, in a pass without gradients
 METRICS = {"hpsv2": 986, "image_reward": 447, "laion_aesthetic": 428}  # millions of weights, in float32
-WATCHED = 32  # images that the watch paints at once, at most
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _align(config: Config, name: str) -> MemoryEstimate:
     if isinstance(method, SampledConfig):
         images = getattr(method, "candidates", 2) * _share(config, method.prompts_per_rollout)
         sampling = max(_painting(config, images, config.preference_models[each]) for each in method.scorers)
-    watched = min(WATCHED, config.evaluate.batch_size) if method.watch else 0
+    watched = min(BATCH, config.evaluate.batch_size) if method.watch else 0
     return MemoryEstimate(counted, max(update, sampling, encoders + _pipeline(config, watched)))
 
 
@@ -151,12 +153,12 @@ def _painting(config: Config, images: int, scorer: TrainPreferenceConfig) -> flo
     """Bytes of a pass without gradients through the network and, for a pixel model, of decoding and scoring images."""
     model, size = config.model, _bytes(config)
     _, height, width = shapes.latent_size(model)
-    samples = min(_passes(config) * images, 64, max(2, 32 * 64**2 // (height * width)))  # as in spo.models.network
+    samples = min(_passes(config) * images, samples_at_once(height, width))
     network = ALIVE * size * samples * shapes.outputs_of_network(model).largest
     if not scorer.reads_x_0:
         return network
     pixels = model.size[0] * model.size[1]
-    at_once = min(16, max(1, 8 * 512**2 // pixels), images)  # as in spo.models.autoencoder
+    at_once = min(images_at_once(*model.size, on_cpu=False), images)
     decoding = ALIVE * size * at_once * shapes.outputs_of_decoder(model).largest
     start_from = scorer.start_from if isinstance(scorer, PixelPreferenceConfig) else None
     scoring = ALIVE * 4 * images * shapes.outputs_of_images(start_from).largest

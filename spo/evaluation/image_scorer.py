@@ -79,7 +79,6 @@ class ImageScorer:
         """The variant's scores of the tasks, in order; with `images` also the images.
 
         first: only batches with one of the first prompts have images; None: all.
-
         sampler: a name in evaluate.samplers. The key of a batch has the sampler's settings, not its name.
         With several processes, each makes its share of the batches and reads the others' from the cache.
         """

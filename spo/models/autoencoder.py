@@ -1,13 +1,17 @@
 """The autoencoder of a latent diffusion model: images to latents and back."""
 
 import copy
-import math
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from spo.config import sides
+
+
+def images_at_once(height: int, width: int, *, on_cpu: bool) -> int:
+    """Images of this size in one forward."""
+    return min(16, max(1, 8 * (128 if on_cpu else 512) ** 2 // (height * width)))
 
 
 class Autoencoder:
@@ -23,8 +27,7 @@ class Autoencoder:
         upcast = upcast and vae.dtype == torch.float16 and vae.config.force_upcast
         self.vae = copy.deepcopy(vae).float() if upcast else vae
         self.preview: AutoencoderTiny | None = None  # decodes instead of the VAE
-        pixels = 8 * (128 if vae.device.type == "cpu" else 512) ** 2
-        self.batch_size = min(16, max(1, pixels // math.prod(sides(resolution))))  # images in one forward
+        self.batch_size = images_at_once(*sides(resolution), on_cpu=vae.device.type == "cpu")
         self.decodes = 0  # images decoded so far
 
     def decode(self, latents: Tensor) -> Tensor:

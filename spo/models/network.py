@@ -22,6 +22,11 @@ Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline | Stab
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # the pipelines' names
 
 
+def samples_at_once(height: int, width: int) -> int:
+    """Latents of this size in one forward without gradients."""
+    return min(64, max(2, 32 * 64**2 // (height * width)))
+
+
 class Network(ABC):
     """A pipeline's denoising network and its text encoders; each model family is a subclass.
 
@@ -60,7 +65,7 @@ class Network(ABC):
         self.text_options = {} if t5_tokens is None else {"max_sequence_length": t5_tokens}
         height, width = (side // pipeline.vae_scale_factor for side in sides(resolution))
         self.latent_shape = (self.channels, height, width)
-        self.batch_size = min(64, max(2, 32 * 64**2 // (height * width)))  # in a forward without gradients
+        self.batch_size = samples_at_once(height, width)
         self.forwards: float = 0  # samples so far; both halves of the guidance count
         parts = pipeline.components
         self.offloaded = [parts[name] for name in TEXT_ENCODERS if parts.get(name)] if offload_text_encoders else []

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
 from spo.config import D3poConfig, DiffusionDpoConfig, GrpoConfig, SpoConfig
-from spo.core.types import LabelledPairs, Pairs
+from spo.core.types import LabelledPairs, Pairs, Steps
 from spo.methods.d3po import D3po
 from spo.methods.diffusion_dpo import DiffusionDpo, NoisedPairs
 from spo.methods.grpo import Grpo
@@ -71,3 +72,15 @@ def swapped(pairs: Examples) -> Examples:
 def what_is_learned(pairs: Examples) -> Tensor:
     """(n, 2, c, h, w): the wins and loses."""
     return pairs.x_0 if isinstance(pairs, NoisedPairs) else pairs.x_prev
+
+
+def assert_a_step_raises_what_has_an_advantage(method: Method, steps: Steps) -> None:
+    """At the policy that sampled them ratios are 1, and the advantages of a group cancel; a step lowers the loss."""
+    loss = method.loss(steps)
+    assert loss.metrics["ratio"].item() == pytest.approx(1, abs=1e-3)
+    assert loss.value.item() == pytest.approx(0, abs=1e-3)
+    loss.value.backward()
+    trained = method.policy.network.parameters()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    torch.optim.SGD(trained, lr=0.02 / norm.item()).step()
+    assert method.loss(steps).value < loss.value

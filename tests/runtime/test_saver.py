@@ -96,24 +96,18 @@ def test_while_a_state_is_written_no_other_is_due(gated: GatedStore, monkeypatch
     assert names(gated.folder) == ["00000001", "00000003"]
 
 
-def test_what_the_writing_thread_could_not_do_is_raised_by_the_next_save(
-    store: StateStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("saves", [1, 2])  # at the end, or by the next save
+def test_what_the_writing_thread_could_not_do_is_raised(
+    store: StateStore, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
     monkeypatch.setattr(store, "save", full)
-    run = Run(store)
-    run.saver.save()
-    run.step()
-    with pytest.raises(TrainingError, match="the state of 0 cannot be saved"):
-        run.saver.save()
-
-
-def test_what_the_writing_thread_could_not_do_is_raised_at_the_end(
-    store: StateStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "save", full)
-    run = Run(store)
+    run, done = Run(store), []
     with pytest.raises(TrainingError, match="the state of 0 cannot be saved"), run.saver.saving_when_stopped():
-        run.saver.save()
+        for number in range(saves):
+            run.saver.save()
+            run.step()
+            done.append(number)
+    assert done == [0]
 
 
 def test_an_error_of_the_training_wins_over_one_of_the_writing_thread(

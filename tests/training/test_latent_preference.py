@@ -17,7 +17,7 @@ from spo.preference.latent_checkpoint import LatentPreference
 from spo.preference.latent_score import LatentScorer
 from spo.preference.latent_transformer import TransformerPreference
 from spo.training.latent_preference import LatentPreferenceTraining
-from tests.models.tiny import FAMILIES, make_tiny_denoiser, make_tiny_pipeline
+from tests.models.tiny import DIFFUSION, FAMILIES, make_tiny_denoiser, make_tiny_pipeline
 from tests.training.steps import assert_same_up_to_rounding
 
 
@@ -158,9 +158,8 @@ def test_gradient_checkpointing_changes_no_gradient(base: LatentDiffusion):
     assert rows[0] is not None and rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("base", DIFFUSION, indirect=True)  # the text encoders of a flow's model are not trained
 def test_gradient_checkpointing_computes_the_layers_of_the_text_encoders_twice(base: LatentDiffusion):
-    if isinstance(base.network, FlowNetwork):
-        pytest.skip("the text encoders of a flow model's preference model are not trained")
     training, calls = make_training(base), []
     training.model.enable_gradient_checkpointing()
     for encoder in training.model.text_encoders:
