@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from spo.models.latent_diffusion import LatentDiffusion
@@ -68,6 +69,27 @@ def cudnn_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def autocast(policy: LatentDiffusion) -> Iterator[None]:
+    """Below float32 the network runs under autocast, and peft casts what goes into the LoRA to float32."""
+    layers = [layer for layer in policy.network.module.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+    try:
+        with changed(policy.network, "autocast", True):
+            yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+
+
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """cuDNN tries its algorithms at every new shape of a convolution, and keeps the fastest."""
+    with changed(torch.backends.cudnn, "benchmark", True):
+        yield
 
 
 @contextmanager

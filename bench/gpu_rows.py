@@ -37,12 +37,14 @@ ROWS = (
     Row("kinds-sd15", "bench.gpu_kinds:kinds", 25, {"family": "sd15"}),
     *(Row(f"preference-{n}", "bench.gpu_parts:preference_step", 4, {"num_pairs": n}) for n in (1, 4, 16)),
     Row("busy", "bench.gpu_busy:busy", 10),
+    _switch("autocast", 6),
     _switch("tf32", 7),
     _switch("attention", 9),
     _switch("fused-adamw", 4),
     _switch("channels-last", 9),
     _switch("checkpointing", 8),
     _switch("slices", 8),
+    _switch("cudnn-benchmark", 20),
     _switch("merged", 4),
     _switch("dtype", 9),
     Row("check", "bench.gpu_spo:check", 15),
@@ -51,7 +53,7 @@ ROWS = (
     Row("spo-sdxl", "bench.gpu_spo:duel", 110, {"family": "sdxl"}),
     Row("where-sdxl", "bench.gpu_spo:where", 45, {"family": "sdxl"}),
     Row("kinds-sdxl", "bench.gpu_kinds:kinds", 45, {"family": "sdxl"}),
-    _switch("compile", 60),  # last: it takes longest, and leaves a system that no other row may use
+    _switch("compile", 200),  # last: it takes longest, and leaves a system that no other row may use
 )
 
 

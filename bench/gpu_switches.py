@@ -152,15 +152,27 @@ def channels_last(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     with_and_without(bench, figures, parts, ("sample", "update", "decode"), switches)
 
 
+def autocast(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
+    """Below float32 only the LoRA's weights are cast; the switch: autocast, and peft's casts of the inputs."""
+    switches = {"autocast": lambda: around.autocast(parts.policy)}
+    with_and_without(bench, figures, parts, ("sample", "update"), switches)
+
+
+def cudnn_benchmark(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
+    """cuDNN chooses the algorithm of a convolution by its own rules; the switch lets it try them."""
+    with_and_without(bench, figures, parts, ("sample", "update", "decode"), {"tried": around.cudnn_benchmark})
+
+
 def compiled(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
-    """model.compile: the UNet's transformer blocks; the system is dropped afterwards, for it stays compiled."""
-    names = ("sample", "update") if bench.full else ("sample",)  # to trace the second takes a CPU ten seconds
+    """model.compile: the blocks of UNet and VAE; the system is dropped afterwards, for it stays compiled."""
+    names = ("decode", "sample", "update") if bench.full else ("sample",)  # to trace an update takes a CPU ten seconds
     calls = {name: getattr(parts, name) for name in names}
     for name, call in calls.items():
         in_turns(bench, figures, [(name, call, nullcontext())])
     try:
         if bench.full:
-            compile_blocks(parts.policy.network.module)
+            for module in (parts.policy.network.module, parts.policy.autoencoder.vae):
+                compile_blocks(module)
         else:  # in a second, and without a C++ compiler
             torch._dynamo.config.recompile_limit = VARIANTS
             parts.policy.network.module.compile_repeated_blocks(dynamic=False, backend="eager")
@@ -223,6 +235,8 @@ def _compare(figures: dict[str, Any], old: str, new: str) -> None:
 
 
 SWITCHES: dict[str, Callable[[Parts, Bench, dict[str, Any]], None]] = {
+    "autocast": autocast,
+    "cudnn-benchmark": cudnn_benchmark,
     "dtype": dtype,
     "tf32": tf32,
     "attention": attention,

@@ -10,6 +10,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import Generator, Tensor
 
 from bench.systems import System, attach_lora
@@ -26,6 +27,9 @@ class PlainPath:
         self.reference = copy.deepcopy(system.policy.network.module)
         attach_lora(system)
         self.unet = system.policy.network.module
+        for layer in self.unet.modules():
+            if isinstance(layer, LoraLayer):
+                layer.cast_input_dtype_enabled = True  # peft's own way
         self.device = system.policy.device
         self.clip = system.preference.model.to(self.device).eval()
         order = torch.randperm(len(system.prompts), generator=Generator().manual_seed(epoch_seed(seed, 0))).tolist()

@@ -61,7 +61,8 @@ def run_one(options: argparse.Namespace) -> None:
     system = make_system(options.size, device, **changes)
     path = PATHS[options.path](system, seed=SEED)
     if options.compile and isinstance(path, OurPath):
-        compile_blocks(path.policy.network.module)
+        for module in (path.policy.network.module, path.policy.autoencoder.vae):
+            compile_blocks(module)
         path.rehearse()
     gc.collect()
     with PeakMemory(device) as memory:

@@ -34,7 +34,7 @@ class ModelConfig(Section):
     keep_prompts: bool = False  # encode each prompt once and keep the result in the CPU's memory
     offload_text_encoders: bool = False  # they wait in the CPU's memory while they encode no prompt
     gradient_checkpointing: bool = False
-    compile: bool = False  # torch.compile of the UNet's transformer blocks; only useful on a GPU
+    compile: bool = False  # torch.compile of the blocks of network and VAE; only useful on a GPU
 
     @model_validator(mode="after")
     def _config_fits(self) -> "ModelConfig":

@@ -84,9 +84,10 @@ def assemble(pipeline: Pipeline, config: ModelConfig, sampling: SamplingConfig) 
     )
     if config.gradient_checkpointing:
         network.module.enable_gradient_checkpointing()
-    if config.compile:
-        compile_blocks(network.module)
     autoencoder = Autoencoder(pipeline.vae, resolution=config.resolution, upcast=network.upcasts_vae)
+    if config.compile:
+        for module in (network.module, autoencoder.vae):
+            compile_blocks(module)
     return LatentDiffusion(network, network.sampler(sampling), autoencoder)
 
 
@@ -188,11 +189,11 @@ def _load_single_file(config: ModelConfig, dtype: torch.dtype, parts: dict[str, 
     return pipeline
 
 
-def compile_blocks(network: Any) -> None:
-    """Compile the transformer blocks when they are first called; equal blocks share their code.
+def compile_blocks(module: Any) -> None:
+    """Compile the transformer and residual blocks of a network or a VAE when they are first called.
 
-    Every new shape compiles again, e.g. a smaller last batch. torch caches the code for later processes. ConfigError
-    without a C++ compiler.
+    Equal blocks share their code. Every new shape compiles again, e.g. a smaller last batch. torch caches the code for
+    later processes. ConfigError without a C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -200,8 +201,9 @@ def compile_blocks(network: Any) -> None:
             f"model.compile=true needs a C++ compiler, but there is no {compiler}; install it, or set CXX"
         )
     torch._dynamo.config.recompile_limit = VARIANTS
-    network._repeated_blocks = network._repeated_blocks or network._no_split_modules  # diffusers has none for SD3
-    network.compile_repeated_blocks(dynamic=False)
+    kinds = module._repeated_blocks or module._no_split_modules  # diffusers has none of the first kind for SD3 and VAEs
+    module._repeated_blocks = [*kinds, "ResnetBlock2D"]
+    module.compile_repeated_blocks(dynamic=False)
 
 
 def load_tiny_vae(path: str, policy: LatentDiffusion) -> AutoencoderTiny:

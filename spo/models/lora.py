@@ -14,9 +14,11 @@ from diffusers.utils import (
 )
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from spo.config import LoraConfig
 from spo.core.precision import all_finite
@@ -45,7 +47,37 @@ def add_lora(module: Any, config: LoraConfig, *, seed: int) -> None:
             raise ModelError(
                 f"lora.targets={list(config.targets)} do not fit this {type(module).__name__}: {one_line(error)}"
             ) from None
+    _train_in_float32(module)
+
+
+def _train_in_float32(module: nn.Module) -> None:
+    """Make the LoRA's weights float32, cast to the dtype of a layer's input when they are used.
+
+    peft's own layers cast every input to float32 instead, which is a copy of all activations.
+    """
     cast_training_params(module, torch.float32)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+                part.__class__ = CASTING.get(type(part), type(part))
+
+
+class CastingLinear(nn.Linear):
+    """A linear layer without bias that computes in the dtype of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight.to(input.dtype))
+
+
+class CastingConv2d(nn.Conv2d):
+    """A convolution without bias that computes in the dtype of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight.to(input.dtype), None)
+
+
+CASTING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: CastingLinear, nn.Conv2d: CastingConv2d}
 
 
 def save_lora(network: Network, folder: str | Path) -> None:
@@ -138,7 +170,7 @@ def load_lora(network: Network, source: str | Path) -> None:
             module.unload_lora()
         module.load_lora_adapter(state, prefix=prefix, adapter_name="default")
         _require_all(module, state, prefix, source)
-        cast_training_params(module, torch.float32)
+        _train_in_float32(module)
         weights = {name.removeprefix(f"{prefix}."): weight for name, weight in state.items()}
         set_peft_model_state_dict(module, weights)  # loading rounded to the base's dtype
 

@@ -31,7 +31,8 @@ class Network(ABC):
     """A pipeline's denoising network and its text encoders; each model family is a subclass.
 
     The whole pipeline is frozen and in eval mode; `lora.add_lora` or `unfreeze` adds trainable weights later.
-    Computation is in the network's dtype (autocast below float32); trainable weights and results are float32.
+    Computation is in the network's dtype; trainable weights and results are float32. Below float32 a LoRA's layers cast
+    their weights themselves (`lora.add_lora`); only full fine-tuning needs autocast, which casts more than weights.
 
     Args:
         pipeline: already on its device
@@ -74,6 +75,7 @@ class Network(ABC):
         self._negative: dict[str, Tensor] | None = None
         self._merged = False
         self._frozen: nn.Module | None = None
+        self.autocast = False  # whether below float32 the network needs it, because its weights have another dtype
 
     @property
     def channels(self) -> int:
@@ -147,7 +149,8 @@ class Network(ABC):
         if guided:
             x_t, t = x_t.repeat(2, 1, 1, 1), t.repeat(2)
         self.forwards += len(x_t)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        autocast = self.autocast and self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=autocast):
             output = self._output(x_t.to(self.dtype), t, self._inputs(x_t, cond, guided), guidance_scale).float()
         if not guided:
             return output
@@ -176,6 +179,7 @@ class Network(ABC):
         """Full fine-tuning: train the whole network in float32; a frozen copy of it is the reference."""
         self._frozen = copy.deepcopy(self.module)
         self.module.float().requires_grad_(True)
+        self.autocast = True
 
     def replace(self, module: nn.Module, *, source: str | Path = "the network") -> None:
         """Make `module` the policy, frozen, and the base the reference; an adapter is dropped.
@@ -192,12 +196,14 @@ class Network(ABC):
         module.to(self.device).to(**layout)
         self._frozen = self.module
         self._use(module.eval().requires_grad_(False))
+        self.autocast = True
 
     def restore(self) -> None:
         """Undo `replace` and `unfreeze`, so the base is the policy again."""
         if self._frozen is not None:
             self._use(self._frozen)
             self._frozen = None
+            self.autocast = False
 
     def _use(self, module: nn.Module) -> None:
         self.module = module

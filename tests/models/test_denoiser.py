@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
+from peft.tuners.lora import LoraLayer
 
 from spo.config import LoraConfig, SamplingConfig
 from spo.core.types import Conditioning
@@ -309,8 +310,8 @@ LONG = pytest.mark.skipif(not os.environ.get("SPO_SOAK"), reason="compiles for a
 @pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a C++ compiler and Python's headers")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=LONG)])  # traced alike, then compiled
 def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder, monkeypatch, backend):
-    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
-    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", partialmethod(compile_blocks, backend=backend))
+    compile_blocks = ModelMixin.compile_repeated_blocks
+    monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", partialmethod(compile_blocks, backend=backend))
     found = []
     for compiled in (False, True):
         denoiser = make_tiny_denoiser("sd15", tiny_folder("sd15"), compile=compiled)
@@ -323,10 +324,11 @@ def test_compiled_blocks_give_the_same_predictions_and_gradients(tiny_folder, mo
         with torch.no_grad(), denoiser.reference():
             reference = denoiser.predict(x_t, T, cond)
         gradients = torch.autograd.grad(policy.square().mean(), denoiser.network.parameters())
-        found.append((sampled, policy, reference, *gradients))
-        blocks = [
-            module for module in denoiser.network.module.modules() if type(module).__name__ == "BasicTransformerBlock"
-        ]
+        with torch.no_grad():
+            image = denoiser.decode(x_t)
+        found.append((sampled, policy, reference, image, *gradients))
+        modules = [*denoiser.network.module.modules(), *denoiser.autoencoder.vae.modules()]
+        blocks = [module for module in modules if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")]
         assert blocks and all((block._compiled_call_impl is not None) == compiled for block in blocks)
     for plain, compiled in zip(*found, strict=True):
         assert_same_up_to_rounding(plain, compiled)
@@ -356,6 +358,22 @@ def test_bfloat16_stays_near_float32_with_trainable_weights_in_float32(family, t
         )
         outputs.append(output.detach())
     assert (outputs[0] - outputs[1]).norm() < 0.05 * outputs[0].norm()
+
+
+def test_in_half_precision_a_lora_computes_in_the_dtype_of_its_layer(family, tiny_folder):
+    denoiser = make_tiny_denoiser(family, tiny_folder(family), dtype="bfloat16")
+    targets = ["to_q", "to_out.0", *(["conv1"] if family in DIFFUSION else [])]
+    add_lora(denoiser.network.module, LoraConfig(rank=2, targets=targets), seed=0)
+    shake(denoiser)
+    seen = []
+    for module in denoiser.network.module.modules():
+        if isinstance(module, LoraLayer):
+            for part in (*module.lora_A.values(), *module.lora_B.values()):
+                part.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    loss = denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(PROMPTS)).square().mean()
+    gradients = torch.autograd.grad(loss, denoiser.network.parameters())
+    assert set(seen) == {torch.bfloat16}
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of float32 under autocast
