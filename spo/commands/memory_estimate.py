@@ -5,7 +5,7 @@ AdamW's moments (8, or 2 in 8 bit) and autocast's copies in half precision (2). 
 numbers that its modules put out, times what was measured on one NVIDIA H100 (docs/performance.md):
 
     4.0 bytes a number if the whole network trains       a step of the pixel model with 16 pairs: 42.6 GB
-    2.9 bytes a number if only a LoRA trains             an update of SD v1.5 with 10 pairs: 32.0 GB
+    2.1 bytes a number if only a LoRA trains             an update of SD v1.5 with 10 pairs: 25.8 GB
     4 times the largest output of a pass without gradients    SD3.5, whose peak is 8 images in the VAE: 16.3 GB
 
 In float32 the first two are 7 and 4, counted from the tensors that torch keeps on a CPU.
@@ -34,7 +34,7 @@ from spo.models.network import samples_at_once
 from spo.stages.align import BATCH
 
 USABLE = 0.94  # of a GPU's memory; CUDA itself and gaps between tensors take the rest
-KEPT = {("all", True): 4.0, ("lora", True): 2.9, ("all", False): 7.0, ("lora", False): 4.0}  # by what trains; autocast?
+KEPT = {("all", True): 4.0, ("lora", True): 2.1, ("all", False): 7.0, ("lora", False): 4.0}  # by what trains; half precision?
 ALIVE = 4  # of the largest outputs, in a pass without gradients
 METRICS = {"hpsv2": 986, "image_reward": 447, "laion_aesthetic": 428}  # millions of weights, in float32
 
