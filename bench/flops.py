@@ -1,6 +1,6 @@
 """Floating-point operations of SPO, counted on the real shapes, and what they cost in time.
 
-    python -m bench.flops                           # SD v1.5 and SDXL: operations, and hours by GPU count
+    python -m bench.flops                           # SD v1.5 and SDXL: operations, hours by GPU count, weights
 
 Nothing is computed: the networks run on torch's meta device, whose tensors have shapes and no numbers. A multiply and
 an add are two operations. Backward passes are counted, too; only the LoRA trains.
@@ -81,6 +81,37 @@ def batch_flops(shape: Shape, settings: SpoConfig, pairs: int, *, steps: int) ->
     }
 
 
+def latent_flops(shape: Shape, settings: SpoConfig, *, steps: int) -> dict[str, int]:
+    """Operations of one batch with a latent preference model, every step branched and every pair kept.
+
+    The model scores k candidates by half a network each, with guidance; then one of them goes on.
+    """
+    size = next(name for name, each in SHAPES.items() if each is shape)
+    flops = count(size, settings.lora.rank)
+    b, pairs = settings.prompts_per_rollout, settings.prompts_per_rollout * (steps - settings.first_step)
+    return {
+        "rollout: network": 2 * b * steps * flops.network,
+        "rollout: preference model": pairs * settings.candidates * flops.network,
+        "updates: policy": 2 * pairs * flops.network_train,
+        "updates: reference": 2 * pairs * flops.network,
+    }
+
+
+def kinds() -> str:
+    """Operations of a kept pair by kind of preference model, with SD v1.5's published settings."""
+    shape = SHAPES["sd15"]
+    settings = SpoConfig(**shape.settings)
+    pairs = settings.prompts_per_rollout * (shape.steps - settings.first_step)
+    pixel = batch_flops(shape, settings, pairs, steps=shape.steps)
+    latent = latent_flops(shape, settings, steps=shape.steps)
+    lines = [["TFLOP a kept pair", "pixel", "latent"]]
+    for name in pixel:
+        lines.append([name, *(f"{found.get(name, 0) / pairs / 1e12:.1f}" for found in (pixel, latent))])
+    whole = [sum(found.values()) for found in (pixel, latent)]
+    lines.append(["all", *(f"{each / pairs / 1e12:.1f}" for each in whole)])
+    return f"{table(lines)}\n\nlatent of pixel: {whole[1] / whole[0]:.2f}"
+
+
 def last_steps(shape: Shape) -> int:
     """How many steps at the end have no density, so that no pair is made there: the last one of a flow."""
     return int(shape.family in FLOWS)
@@ -133,5 +164,5 @@ def _counted(call: Any) -> int:
 
 
 if __name__ == "__main__":
-    print(f"{calculator()}\n\n{weights()}")
+    print(f"{calculator()}\n\n{weights()}\n\n{kinds()}")
     sys.exit(0)

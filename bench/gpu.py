@@ -4,7 +4,7 @@
     python -m bench.gpu --minutes 9 --out FOLDER                    # measure; FOLDER/gpu.json and FOLDER/gpu.md
     python -m bench.gpu --only spo switch                           # some rows, by name or by its beginning
     python -m bench.gpu --device cpu --size small --minutes 3       # every row in small, to try it out
-    python -m bench.gpu --write-docs FOLDER/gpu.json                # the figures into docs/performance.md
+    python -m bench.gpu --write-docs FOLDER/gpu.json [...]          # the figures of these runs into docs/performance.md
 
 Random weights of the true shapes are made on the GPU itself, and nothing is fetched. The rows run in the order of their
 value. What goes wrong in one, memory that is short included, costs that row alone; both files are written anew after
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=["full", "small"], default="full", help="small: shapes to try it out with")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of gpu.json and gpu.md")
     parser.add_argument("--plan", action="store_true", help="only say what would be done, and how long it should take")
-    parser.add_argument("--write-docs", type=Path, metavar="JSON", help=f"put these figures into {DOCS}")
+    parser.add_argument("--write-docs", type=Path, nargs="+", metavar="JSON", help=f"put these figures into {DOCS}")
     return parser
 
 

@@ -1,7 +1,7 @@
 """The figures of `bench.gpu` as Markdown, and into docs/performance.md."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,43 @@ def markdown(results: Figures) -> str:
     return "\n\n".join(sections)
 
 
-def write_docs(results_file: Path, docs: Path) -> None:
-    """Put the figures of a GPU between the marks in `docs`; DataError where there are none, or no marks."""
-    try:
-        results = json.loads(results_file.read_text(encoding="utf-8"))
-        device, text = results["device"], markdown(results)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{results_file} is no result of bench.gpu: {type(error).__name__}: {error}") from None
-    if device != "cuda":
-        raise DataError(f"{results_file} is of {results['machine']}; the documentation takes a GPU's figures alone")
+def write_docs(files: Sequence[Path], docs: Path) -> None:
+    """Put the figures of a GPU between the marks in `docs`; DataError where there are none, or no marks.
+
+    files: of several runs on one kind of machine; of a row that several have, the last whole one counts
+    """
+    text = markdown(_together([_read(file) for file in files]))
     whole = docs.read_text(encoding="utf-8")
     before, begin, rest = whole.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise DataError(f"{docs} lacks the marks {BEGIN} and {END}, between which the figures go")
     docs.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def _read(file: Path) -> Figures:
+    """The results in a file; DataError unless they are of a GPU."""
+    try:
+        results: Figures = json.loads(file.read_text(encoding="utf-8"))
+        markdown(results)
+        device = results["device"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is no result of bench.gpu: {type(error).__name__}: {error}") from None
+    if device != "cuda":
+        raise DataError(f"{file} is of {results['machine']}; the documentation takes a GPU's figures alone")
+    return results
+
+
+def _together(runs: Sequence[Figures]) -> Figures:
+    """The rows of all runs under the first one's head; DataError if they are of different machines."""
+    machines = {run["machine"] for run in runs}
+    if len(machines) > 1:
+        raise DataError(f"--write-docs got results of {' and '.join(sorted(machines))}; give those of one machine")
+    rows: dict[str, Any] = {}
+    for row in (row for run in runs for row in run["rows"]):
+        if row["name"] not in rows or row["status"] == "measured":
+            rows[row["name"]] = row
+    return {**runs[0], "rows": list(rows.values())}
 
 
 def _head(results: Figures) -> str:

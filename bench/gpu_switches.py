@@ -147,7 +147,7 @@ def attention(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
 
 
 def channels_last(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
-    """Convolutions are in channels-last order; the switch takes that away."""
+    """Convolutions are in the order of `spo.models.load.order_for_convolutions`; the switch: channels first."""
     switches = {"channels first": lambda: around.channels_first(parts.policy)}
     with_and_without(bench, figures, parts, ("sample", "update", "decode"), switches)
 

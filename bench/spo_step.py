@@ -83,12 +83,17 @@ def run_one(options: argparse.Namespace) -> None:
 
 
 def compare(plain: dict[str, Any], ours: dict[str, Any], *, least: float) -> dict[str, Any]:
-    """Whether both paths came to the same losses and at `least` that share of the same pairs."""
+    """Whether both paths came to the same losses and at `least` that share of the same pairs.
+
+    A pair is the same if win and lose are the same candidates. Their latents may differ by the rounding of many steps,
+    so long as they differ by less than half of what two candidates of one x_t differ by.
+    """
     one, other = plain["pairs"], ours["pairs"]
     if len(one["t"]) != len(other["t"]):
         return {"agrees": False, "identical_pairs": 0.0, "largest_loss_difference": float("nan")}
-    distance = (one["x_prev"] - other["x_prev"]).abs().flatten(1).amax(1)
-    same = (distance < 1e-2) & (one["t"] == other["t"]) & (one["t_prev"] == other["t_prev"])
+    distance = (one["x_prev"] - other["x_prev"]).flatten(2).norm(dim=2).amax(1)
+    between = (one["x_prev"][:, 0] - one["x_prev"][:, 1]).flatten(1).norm(dim=1)
+    same = (distance < between / 2) & (one["t"] == other["t"]) & (one["t_prev"] == other["t_prev"])
     identical = same.float().mean().item()
     difference = max(abs(a - b) for a, b in zip(plain["losses"], ours["losses"], strict=True))
     agrees = identical >= least and difference < 1e-2

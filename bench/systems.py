@@ -43,7 +43,7 @@ from spo.commands.published_models import FLUX, SD35_MEDIUM, SDXL
 from spo.config import LoraConfig, OptimizerConfig, SamplingConfig, SpoConfig, load_config
 from spo.models.autoencoder import Autoencoder
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.load import NETWORKS, build
+from spo.models.load import NETWORKS, build, order_for_convolutions
 from spo.models.lora import add_lora
 from spo.preference.checkpoint import PreferenceModel, load_clip
 from spo.preference.pixel import StepAwareCLIP
@@ -328,8 +328,7 @@ def make_policy(shape: Shape, device: torch.device | str, *, steps: int | None =
         pipeline = PIPELINES[shape.family](shape)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device, dtype)
-    for name in {"unet", "vae"} & set(pipeline.components):
-        getattr(pipeline, name).to(memory_format=torch.channels_last)  # as spo.models.load does
+    order_for_convolutions(pipeline)
     network = NETWORKS[shape.family](pipeline, resolution=shape.resolution, t5_tokens=shape.t5_tokens)
     if shape.family != "sd15":
         network.module.enable_gradient_checkpointing()

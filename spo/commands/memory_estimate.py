@@ -34,7 +34,12 @@ from spo.models.network import samples_at_once
 from spo.stages.align import BATCH
 
 USABLE = 0.94  # of a GPU's memory; CUDA itself and gaps between tensors take the rest
-KEPT = {("all", True): 4.0, ("lora", True): 2.1, ("all", False): 7.0, ("lora", False): 4.0}  # by what trains; half precision?
+KEPT = {
+    ("all", True): 4.0,
+    ("lora", True): 2.1,
+    ("all", False): 7.0,
+    ("lora", False): 4.0,
+}  # half precision?
 ALIVE = 4  # of the largest outputs, in a pass without gradients
 METRICS = {"hpsv2": 986, "image_reward": 447, "laion_aesthetic": 428}  # millions of weights, in float32
 

@@ -28,12 +28,12 @@ class FluxNetwork(FlowNetwork):
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
 
     def _inputs(self, x_t: Tensor, cond: Conditioning, guided: bool) -> dict[str, Any]:
-        embeds = cond.tensors["prompt_embeds"]
+        embeds = self._halves(cond, "prompt_embeds", guided=False)
         rows, columns = (side // self.patch_size for side in x_t.shape[-2:])
         places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))  # (patches, 3)
         return {
             "encoder_hidden_states": embeds,
-            "pooled_projections": cond.tensors["pooled_embeds"],
+            "pooled_projections": self._halves(cond, "pooled_embeds", guided=False),
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=self.device, dtype=self.dtype),
             "img_ids": places.to(self.device, self.dtype),
         }

@@ -113,9 +113,20 @@ def load_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline:
         pipeline.scheduler = plain_scheduler(pipeline.scheduler, config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    for name in {"unet", "vae"} & set(pipeline.components):
-        getattr(pipeline, name).to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs
+    order_for_convolutions(pipeline, compiled=config.compile)
     return pipeline
+
+
+def order_for_convolutions(pipeline: Pipeline, *, compiled: bool = False) -> None:
+    """Put weights of convolutions into the order that makes them fastest: channels last, but for a GPU's plain VAE.
+
+    There torch's group norm would copy its input into the other order and back (docs/performance.md).
+    """
+    layout: dict[str, Any] = {"memory_format": torch.channels_last}
+    if "unet" in pipeline.components:
+        pipeline.unet.to(**layout)
+    if compiled or pipeline.vae.device.type == "cpu":
+        pipeline.vae.to(**layout)
 
 
 def _load_repository(config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any]) -> Pipeline:

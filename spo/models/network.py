@@ -165,11 +165,10 @@ class Network(ABC):
     def _inputs(self, x_t: Tensor, cond: Conditioning, guided: bool) -> dict[str, Any]:
         """The network's keyword arguments for latents x_t (b, c, h, w); if guided, the negative half first."""
 
-    @staticmethod
-    def _halves(cond: Conditioning, name: str, guided: bool) -> Tensor:
-        """The named tensor (b, ...), or its negative and it (2 * b, ...) if guided."""
+    def _halves(self, cond: Conditioning, name: str, guided: bool) -> Tensor:
+        """The named tensor (b, ...) in the network's dtype, or its negative and it (2 * b, ...) if guided."""
         positive = cond.tensors[name]
-        return torch.cat([cond.tensors[f"negative_{name}"], positive]) if guided else positive
+        return (torch.cat([cond.tensors[f"negative_{name}"], positive]) if guided else positive).to(self.dtype)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable weights: the LoRA's, or all after `unfreeze`. Do not call it inside `reference()`."""

@@ -60,6 +60,7 @@ class TransformerPreferenceModel(nn.Module):
         self.guidance_scale = 1.0 if network.is_distilled else guidance_scale
         self.network = copy.copy(network)
         self.network.module = transformer
+        self.network.autocast = True  # in half precision, for its weights are float32
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """What the scores need of b prompts: `text` (b, d), and the base's embeddings, which are not trained."""

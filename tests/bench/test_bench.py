@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from bench import preference_kinds, profile_step, spo_step
-from bench.flops import count
+from bench.flops import batch_flops, count, latent_flops
 from bench.measure import Stopwatch
 from bench.ours import OurPath
 from bench.plain import PlainPath
 from bench.profile_step import REST, SECTIONS, profile, show
 from bench.spo_step import compare
-from bench.systems import device_of, make_system
+from bench.systems import SHAPES, device_of, make_system
 from experiments import figures
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +48,22 @@ def test_the_sections_of_a_profile_are_all_met_and_add_up():
         "updates: reference",
     }
     assert "times the floor" in show(result)
+
+
+@pytest.mark.parametrize("kind", ["pixel", "latent"])
+def test_the_counted_operations_are_of_as_many_forwards_as_a_run_makes(kind):
+    path = OurPath(make_system("mini", "cpu"), seed=0, kind=kind)
+    pairs, _ = path.run()
+    shape, settings, steps = SHAPES["mini"], path.settings, len(path.policy.timesteps)
+    flops = count("mini", settings.lora.rank)
+    if kind == "pixel":
+        counted = batch_flops(shape, settings, len(pairs["t"]), steps=steps)
+        del counted["rollout: preference model"]
+    else:
+        counted = latent_flops(shape, settings, steps=steps)
+    trained, _ = counted.pop("updates: policy"), counted.pop("rollout: VAE decode", 0)
+    forwards = sum(counted.values()) / flops.network + trained / flops.network_train
+    assert forwards == path.metrics["unet_forwards"]
 
 
 def test_a_full_size_runs_on_a_gpu_unless_the_cpu_is_named(monkeypatch):

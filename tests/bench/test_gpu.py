@@ -138,16 +138,24 @@ def test_the_documentation_takes_a_gpus_figures_once(whole_run: tuple[Any, Path]
     docs, file = tmp_path / "performance.md", tmp_path / "gpu.json"
     docs.write_text(f"# Title\n\n{BEGIN}\nNot measured.\n{END}\n\n## After\n")
     with pytest.raises(DataError, match="GPU's figures alone"):
-        write_docs(out / "gpu.json", docs)
+        write_docs([out / "gpu.json"], docs)
     file.write_text(json.dumps({**results, "device": "cuda", "machine": "Some Card"}))
-    write_docs(file, docs)
+    write_docs([file], docs)
     once = docs.read_text()
-    write_docs(file, docs)
+    write_docs([file], docs)
     assert docs.read_text() == once
     assert once.startswith(f"# Title\n\n{BEGIN}\n**Some Card**")
     assert once.endswith(f"{END}\n\n## After\n")
     assert "Not measured." not in once
     assert all(text in once for text in ("times faster", "Where the time", "train_preference", "check's estimate"))
+    other = tmp_path / "other.json"
+    row = {"name": "rates", "status": TIME_OVER, "row_seconds": 0.0, "figures": {}}
+    other.write_text(json.dumps({**results, "device": "cuda", "machine": "Some Card", "rows": [row]}))
+    write_docs([other, file], docs)  # the whole row counts, wherever it is
+    assert TIME_OVER not in docs.read_text()
+    other.write_text(json.dumps({**results, "device": "cuda", "machine": "Another Card"}))
+    with pytest.raises(DataError, match="Another Card and Some Card"):
+        write_docs([file, other], docs)
 
 
 NO_DIFFUSERS = """
