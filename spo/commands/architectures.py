@@ -260,6 +260,19 @@ def network_inputs(network: Any, family: str, latents: Tensor, tokens: int) -> d
     return inputs
 
 
+def upcasts_vae(model: ModelConfig) -> bool:
+    """Whether a float16 model has its VAE in float32, as `spo.models.autoencoder` decides it.
+
+    A VAE of `model.vae` that is not here counts as one that was made for half precision.
+    """
+    if model.family != "sdxl" or model.dtype != "float16":
+        return False
+    if model.vae and config_of(model.vae) is None:
+        return False
+    settings: Any = part_of(model, "vae").config
+    return bool(settings.force_upcast)
+
+
 def outputs_of_decoder(model: ModelConfig) -> Outputs:
     """Of the autoencoder, as it decodes one image."""
     return _outputs_of_decoder(part_of(model, "vae"), latent_size(model))

@@ -150,7 +150,10 @@ def base_bytes(config: Config) -> tuple[int, int]:
     """Bytes of the pipeline's weights that are always on the GPU, and of those that are there to encode prompts."""
     model, size = config.model, _bytes(config)
     encoders = size * shapes.weights(*shapes.text_encoders_of(model))
-    resting = size * shapes.weights(shapes.network_of(model), shapes.part_of(model, "vae"))
+    vae = shapes.part_of(model, "vae")
+    resting = size * shapes.weights(shapes.network_of(model), vae)
+    if shapes.upcasts_vae(model):
+        resting += 4 * shapes.weights(vae)  # a copy in float32, beside the pipeline's own
     return (resting, encoders) if model.offload_text_encoders else (resting + encoders, 0)
 
 
@@ -164,7 +167,7 @@ def _painting(config: Config, images: int, scorer: TrainPreferenceConfig) -> flo
         return network
     pixels = model.size[0] * model.size[1]
     at_once = min(images_at_once(*model.size, on_cpu=False), images)
-    decoding = ALIVE * size * at_once * shapes.outputs_of_decoder(model).largest
+    decoding = ALIVE * _bytes_in_vae(config) * at_once * shapes.outputs_of_decoder(model).largest
     start_from = scorer.start_from if isinstance(scorer, PixelPreferenceConfig) else None
     scoring = ALIVE * 4 * images * shapes.outputs_of_images(start_from).largest
     return max(network, decoding, scoring) + 12 * 3 * images * pixels  # the images, and copies of them
@@ -172,8 +175,9 @@ def _painting(config: Config, images: int, scorer: TrainPreferenceConfig) -> flo
 
 def _pipeline(config: Config, images: int) -> float:
     """Bytes of the pass of diffusers' pipeline, which takes all images at once."""
-    network, decoder = shapes.outputs_of_network(config.model), shapes.outputs_of_decoder(config.model)
-    return ALIVE * _bytes(config) * images * max(_passes(config) * network.largest, decoder.largest)
+    network = _bytes(config) * _passes(config) * shapes.outputs_of_network(config.model).largest
+    decoder = _bytes_in_vae(config) * shapes.outputs_of_decoder(config.model).largest
+    return ALIVE * images * max(network, decoder)
 
 
 def _examples(config: Config, method: AlignConfig) -> int:
@@ -210,6 +214,11 @@ def _passes(config: Config) -> int:
 def _bytes(config: Config) -> int:
     """Of a number in the pipeline's dtype."""
     return 4 if config.model.dtype == "float32" else 2
+
+
+def _bytes_in_vae(config: Config) -> int:
+    """Of a number in the autoencoder."""
+    return 4 if shapes.upcasts_vae(config.model) else _bytes(config)
 
 
 def _share(config: Config, count: int) -> int:

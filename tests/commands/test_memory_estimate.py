@@ -9,7 +9,7 @@ import torch
 from ruamel.yaml import YAML
 
 from spo.commands import memory_estimate, preflight
-from spo.commands.architectures import network_of, preference_weights, weights
+from spo.commands.architectures import network_of, part_of, preference_weights, weights
 from spo.commands.memory_estimate import MemoryEstimate, base_bytes, estimate, jobs
 from spo.commands.memory_remedy import remedy, with_setting
 from spo.config import Config, load_config
@@ -95,6 +95,17 @@ def test_fewer_pairs_at_a_time_and_checkpointing_change_the_estimated_part_alone
     assert plain.counted == fewer.counted == checkpointed.counted
     assert fewer.activations == pytest.approx(plain.activations / 2)
     assert checkpointed.activations < plain.activations / 3
+
+
+def test_sdxls_own_vae_is_counted_in_float32_beside_a_float16_model() -> None:
+    """The pipeline and `Autoencoder` run it in float32; the fixed one of the profile runs in half precision."""
+    fixed, own = (
+        estimate(profile("sdxl", model__dtype="float16", model__vae=vae), "evaluate")
+        for vae in ("madebyollin/sdxl-vae-fp16-fix", None)
+    )
+    vae = weights(part_of(profile("sdxl").model, "vae"))
+    assert own.counted - fixed.counted == 4 * vae
+    assert own.activations == 2 * fixed.activations
 
 
 def test_several_processes_share_the_pairs_of_a_batch() -> None:
