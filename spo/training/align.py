@@ -4,6 +4,7 @@ Unlike in the published loop, a smaller last batch counts by its size, gradients
 clipped if the configuration says so.
 """
 
+import math
 import shutil
 import sys
 import time
@@ -39,6 +40,7 @@ from spo.training.watch import Watch
 
 Ratios = tuple[list[int], list[list[float]]]  # the timesteps of n examples, and their log-ratios of win and lose
 
+SHORT = 10.0  # seconds of a round's updates for which a stop waits
 REMEDY = "lower optimizer.learning_rate, set optimizer.max_grad_norm, or compute in bfloat16 or float32"
 
 
@@ -86,6 +88,7 @@ class _Alignment(Generic[E]):
     history: History = field(default_factory=History)
     examples_in_epoch: int = 0
     before: State | None = None  # in a round: how things stood before it
+    update_seconds: float = math.inf  # of an update of the last round of several
 
     def __post_init__(self) -> None:
         config = self.config.optimizer
@@ -175,8 +178,8 @@ class _Alignment(Generic[E]):
         """Train once on a round's examples, shuffled; a row of measurements for each update.
 
         A stop goes back to the state before the round. Until the first step of the optimizer its tensors are those in
-        training, so they need no copy. A round of one update is completed from there on; before the first of several,
-        they are copied. start: when the round's collection started, on `time.perf_counter`'s clock.
+        training, so they need no copy. From there on the round is completed if its updates are short, else they are
+        copied before. start: when the round's collection started, on `time.perf_counter`'s clock.
         """
         config, cost, examples = self.config, self.cost, round_.examples
         rows: list[dict[str, float]] = []
@@ -195,11 +198,15 @@ class _Alignment(Generic[E]):
                         row, ratios = self._gradient(examples[index])
                         if i == len(batches):
                             self._count_forwards()  # before the last step, since it waits for the other processes
-                        if len(batches) == 1:
-                            rest.enter_context(saver.uninterruptible())
-                        elif i == 1:
-                            self.before = saver.hold(self.before)
+                        if i == 1:
+                            first_step = time.perf_counter()
+                            if self._completes(len(batches)):
+                                rest.enter_context(saver.uninterruptible())
+                            else:
+                                self.before = saver.hold(self.before)
                         rows += self._step(row, ratios)
+                if len(batches) > 1:
+                    self.update_seconds = (time.perf_counter() - first_step) / (len(batches) - 1)
                 cost.num_examples += len(examples)
                 self.examples_in_epoch += len(examples)
             cost.seconds += time.perf_counter() - start
@@ -208,6 +215,14 @@ class _Alignment(Generic[E]):
                 self._end_epoch()
             self.before = None
         return rows
+
+    def _completes(self, updates: int) -> bool:
+        """Whether a stop waits for the rest of a round's updates: there is one, or they are short by the last round.
+
+        With several processes only for one: a process that is stopped earlier gives the others no gradients.
+        """
+        short = distributed.count() == 1 and updates * self.update_seconds <= SHORT
+        return updates == 1 or short
 
     def _count_forwards(self) -> None:
         """Add what all processes have used since the last call to the cost."""

@@ -392,6 +392,30 @@ def test_a_round_of_several_updates_that_is_stopped_goes_back_to_its_start(pipel
     assert_same_runs(tmp_path, whole, resumed)
 
 
+@pytest.mark.parametrize(("short", "saved"), [(1e9, 2), (0.0, 1)], ids=["short updates", "long updates"])
+def test_a_round_whose_updates_are_short_is_completed_without_a_copy(pipeline, tmp_path, monkeypatch, short, saved):
+    """How long they take is known from the round before."""
+    settings = {"batch_size": 1, "epochs": 2}
+    whole = train(pipeline, tmp_path / "whole", **settings)
+    copies, step, hold = [], loop._Alignment._step, Saver.hold
+
+    def stop(run, *arguments):
+        if run.cost.rounds == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "SHORT", short)
+        patch.setattr(Saver, "hold", lambda saver, state: copies.append(state.number) or hold(saver, state))
+        patch.setattr(loop._Alignment, "_step", stop)
+        with pytest.raises(Stopped), stoppable():
+            train(pipeline, tmp_path / "cut", store=tmp_path / "states", **settings)
+    assert saved_rounds(tmp_path / "states")[-1] == saved
+    assert copies == ([0] if short else [0, 1])
+    resumed = train(pipeline, tmp_path / "cut", store=tmp_path / "states", **settings)
+    assert_same_runs(tmp_path, whole, resumed)
+
+
 def test_a_checkpoint_that_a_stop_prevented_is_written_by_the_resumed_run(pipeline, tmp_path, monkeypatch):
     whole = train(pipeline, tmp_path / "whole")
     with monkeypatch.context() as patch:
