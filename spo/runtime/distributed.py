@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spo.errors import TrainingError
+
 T = TypeVar("T")
 BLOCK = 4096  # rows of each process, gathered at a time
-BUCKET = 2**25  # numbers of gradients, summed at a time
+BUCKET = 2**23  # gradients in a sum: 34 MB in float32
 PATIENCE = timedelta(hours=2)  # of a process that waits for the others, e.g. while the first one writes
 
 
@@ -101,37 +105,79 @@ def add_up(values: Mapping[str, float]) -> dict[str, float]:
     return total
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by the sum over processes; a missing one adds 0, but stays missing if all are.
+class GradientSum:
+    """Replaces each gradient by its sum over processes, in buckets, while the last backward pass of an update goes on.
 
-    A copy of at most BUCKET numbers, or of one gradient that is larger, is in memory beside them.
+    The buckets follow the parameters from the last to the first, which is about the order in which their gradients
+    become ready. Each is summed as soon as its gradients are ready and the bucket before it has been started, so all
+    processes sum the buckets in one order. What a process has no gradient for counts 0 there; where no process has one,
+    it stays missing. Gradients become views of their bucket, and only one bucket at a time is in memory twice.
     """
-    if count() == 1:
-        return
-    parameters = list(parameters)
-    have = gather_objects([parameter.grad is not None for parameter in parameters])
-    gradients: list[Tensor] = []
-    for parameter, *found in zip(parameters, *have, strict=True):
-        if any(found):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
-        for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self._buckets = list(_buckets([*parameters][::-1])) if count() > 1 else []
+        self._awaited: list[set[Tensor]] = []  # parameters of each bucket, in the last backward pass
+        self._started: list[Any] = []  # the sums, by bucket
+        self._had: list[bool] = []  # whether this process had a gradient, by parameter
+        for number, bucket in enumerate(self._buckets):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(partial(self._see, number))
+
+    def expect_last_pass(self) -> None:
+        """Call this before the last backward pass of an update; a process without one need not."""
+        self._awaited = [set(bucket) for bucket in self._buckets]
+
+    def finish(self) -> None:
+        """Start the sums that are left, and wait for all."""
+        if not self._buckets:
+            return
+        while len(self._started) < len(self._buckets):
+            self._start_next()
+        had = torch.tensor(self._had, dtype=torch.int32, device=self._buckets[0][0].device)
+        dist.all_reduce(had, dist.ReduceOp.MAX)
+        for work in self._started:
+            work.wait()
+        for parameter, anywhere in zip(chain.from_iterable(self._buckets), had.tolist(), strict=True):
+            if not anywhere:
+                parameter.grad = None
+        self._awaited, self._started, self._had = [], [], []
+
+    def _see(self, number: int, parameter: Tensor) -> None:
+        """The gradient of a parameter of bucket `number` has grown; in the last backward pass it is now ready."""
+        if not self._awaited:
+            return
+        if parameter not in self._awaited[number]:
+            raise TrainingError(
+                "a weight got its gradient in two parts of one backward pass, which several processes cannot sum; "
+                "checkpoint activations with use_reentrant=False"
+            )
+        self._awaited[number].remove(parameter)
+        while len(self._started) < len(self._buckets) and not self._awaited[len(self._started)]:
+            self._start_next()
+
+    @torch.no_grad()
+    def _start_next(self) -> None:
+        """Start the sum of the next bucket; its gradients become views of one tensor."""
+        bucket = self._buckets[len(self._started)]
+        flat = torch.zeros(sum(map(Tensor.numel, bucket)), dtype=bucket[0].dtype, device=bucket[0].device)
+        for parameter, part in zip(bucket, flat.split([*map(Tensor.numel, bucket)]), strict=True):
+            summed = part.as_strided(parameter.shape, parameter.stride())
+            if parameter.grad is not None:
+                summed.copy_(parameter.grad)
+            self._had.append(parameter.grad is not None)
+            parameter.grad = summed
+        self._started.append(dist.all_reduce(flat, async_op=True))
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in their order, in lists of one dtype and of at most BUCKET numbers, or of one larger tensor."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        full = sum(each.numel() for each in bucket) + tensor.numel() > BUCKET
-        if bucket and (full or bucket[0].dtype != tensor.dtype):
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in their order, in lists of one dtype and of at most BUCKET numbers, or of one larger tensor."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        full = sum(map(Tensor.numel, bucket)) + parameter.numel() > BUCKET
+        if bucket and (full or bucket[0].dtype != parameter.dtype):
             yield bucket
             bucket = []
-        bucket.append(tensor)
+        bucket.append(parameter)
     if bucket:
         yield bucket
 

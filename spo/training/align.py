@@ -241,10 +241,11 @@ class _Alignment(Generic[E]):
         ratios: list[Ratios] = []
         total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.policy.device))
         shard = torch.arange(len(examples), device=examples.t.device)[distributed.share(len(examples))]
-        for index in shard.split(config.micro_batch_size or len(examples)) if len(shard) else ():
+        micro_batches = shard.split(config.micro_batch_size or len(examples)) if len(shard) else ()
+        for i, index in enumerate(micro_batches, 1):
             part = examples[index]
             loss = self.method.loss(part)
-            self.updater.backward(loss.value * (len(part) / config.batch_size))
+            self.updater.backward(loss.value * (len(part) / config.batch_size), last=i == len(micro_batches))
             for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
                 total[name] += value * (len(part) / len(examples))
             if loss.log_ratio is not None:

@@ -125,21 +125,22 @@ class PreferenceTraining(ABC):
         """
         share = distributed.share(len(index))
         weight = pairs.weight[index]
-        measured: dict[str, float] = {}
+        micro_batches: list[tuple[Tensor, Tensor]] = []  # places in the batch, and their noise
         for places in pairs.by_bucket(index):
             noise = self.noise(pairs, index[places], generator)  # of all processes, so that each draws the same
             own = ((places >= share.start) & (places < share.stop)).nonzero().flatten()
             for some in own.split(self.config.micro_batch_size or max(1, len(own))):
-                rows = places[some]
-                part = float(weight[rows].sum() / weight.sum())  # of the batch, that is in these rows
-                if not len(rows) or part == 0:
-                    continue
-                scores = self.scores(pairs, index[rows], t[rows], noise[some])
-                device = scores.device
-                loss = preference_loss(scores, pairs.label[index[rows]].to(device), weight[rows].to(device))
-                self.updater.backward(loss.value * part)
-                for name, value in (("loss", loss.value), ("accuracy", loss.metrics["accuracy"])):
-                    measured[name] = measured.get(name, 0.0) + value.item() * part
+                if len(some) and weight[places[some]].sum() / weight.sum() != 0:
+                    micro_batches.append((places[some], noise[some]))
+        measured: dict[str, float] = {}
+        for i, (rows, noise) in enumerate(micro_batches, 1):
+            part = float(weight[rows].sum() / weight.sum())  # of the batch, that is in these rows
+            scores = self.scores(pairs, index[rows], t[rows], noise)
+            device = scores.device
+            loss = preference_loss(scores, pairs.label[index[rows]].to(device), weight[rows].to(device))
+            self.updater.backward(loss.value * part, last=i == len(micro_batches))
+            for name, value in (("loss", loss.value), ("accuracy", loss.metrics["accuracy"])):
+                measured[name] = measured.get(name, 0.0) + value.item() * part
         return measured
 
     def _rate_share(self, step: int) -> float:

@@ -27,16 +27,20 @@ class Updater:
         self.optimizer = optimizer
         self.guard = guard
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradient_sum = distributed.GradientSum(self.parameters)
         self.scaler = GradScaler(self.parameters[0].device.type, enabled=dtype == torch.float16)
         self.max_grad_norm = max_grad_norm or math.inf
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the loss ()."""
+    def backward(self, loss: Tensor, *, last: bool = False) -> None:
+        """Add the gradient of the loss (); in the last pass of an update sums over processes start meanwhile."""
+        if last:
+            self.gradient_sum.expect_last_pass()
         self.scaler.scale(loss).backward()
 
     def clip_gradient(self) -> Tensor:
-        """Sum the gradients over processes, remove the float16 factor and clip; the norm () before clipping."""
-        distributed.sum_gradients(self.parameters)
+        """Complete the sums over processes, remove the float16 factor and clip; the norm () before clipping."""
+        self.gradient_sum.finish()
+        self.scaler.scale(self.parameters[0].new_zeros(()))  # else unscale_ fails in a process that had no example
         self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
 

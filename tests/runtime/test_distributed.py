@@ -9,10 +9,11 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -163,27 +164,31 @@ def collect_steps(pipeline: Path) -> Steps:
     return Steps.cat([round_.examples for round_ in method.collect(0) if round_.examples is not None])
 
 
-SUM_GRADIENTS, SHARE = distributed.sum_gradients, distributed.share
+SHARE = distributed.share
 
 
-def take_the_mean(parameters: Iterable[torch.nn.Parameter]) -> None:
-    parameters = list(parameters)
-    SUM_GRADIENTS(parameters)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= 2
+class Averaged(distributed.GradientSum):
+    def finish(self) -> None:
+        super().finish()
+        for parameter in chain.from_iterable(self._buckets):
+            if parameter.grad is not None:
+                parameter.grad /= 2
 
 
-def keep_to_oneself(parameters: Iterable[torch.nn.Parameter]) -> None:
-    pass
+class KeptToOneself(distributed.GradientSum):
+    def expect_last_pass(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
 
 
-def lose_a_fiftieth(parameters: Iterable[torch.nn.Parameter]) -> None:
-    parameters = list(parameters)
-    for parameter in parameters:
-        if parameter.grad is not None and distributed.rank() == 1:
-            parameter.grad *= 0.98
-    SUM_GRADIENTS(parameters)
+class PartlyLost(distributed.GradientSum):
+    def _start_next(self) -> None:
+        for parameter in self._buckets[len(self._started)]:
+            if parameter.grad is not None and distributed.rank() == 1:
+                parameter.grad *= 0.98
+        super()._start_next()
 
 
 def drop_the_last(n: int) -> slice:
@@ -195,14 +200,15 @@ def key_by_place(seed: int, epoch: int, prompt_ids: list[int], device: torch.dev
     return KeyedNoise(seed, epoch, list(range(len(prompt_ids))), device)
 
 
+SUM = "spo.runtime.distributed.GradientSum"
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "gradients are averaged": ("spo.runtime.distributed.sum_gradients", take_the_mean),
-    "gradients are not summed": ("spo.runtime.distributed.sum_gradients", keep_to_oneself),
-    "a fiftieth of one gradient is lost": ("spo.runtime.distributed.sum_gradients", lose_a_fiftieth),
+    "gradients are averaged": (SUM, Averaged),
+    "gradients are not summed": (SUM, KeptToOneself),
+    "a fiftieth of one gradient is lost": (SUM, PartlyLost),
     "a process drops the last of its share": ("spo.runtime.distributed.share", drop_the_last),
     "noise is keyed to a prompt's place in its process": ("spo.methods.sampled.KeyedNoise", key_by_place),
 }
-OF_GRADIENTS = [fault for fault, (target, _) in FAULTS.items() if target == "spo.runtime.distributed.sum_gradients"]
+OF_GRADIENTS = [fault for fault, (target, _) in FAULTS.items() if target == SUM]
 OF_PAIRS = [fault for fault in FAULTS if fault not in OF_GRADIENTS]
 
 
@@ -379,12 +385,3 @@ def test_shares_follow_one_another_and_differ_by_one_at_most(monkeypatch):
             parts.append(list(range(n))[distributed.share(n)])
         assert [row for part in parts for row in part] == list(range(n))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_buckets_hold_every_gradient_once_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "BUCKET", 10)
-    sizes = [4, 6, 1, 25, 3, 3]
-    tensors = [torch.zeros(size) for size in sizes] + [torch.zeros(2, dtype=torch.float64)]
-    buckets = list(distributed._buckets(tensors))
-    assert [[len(tensor) for tensor in bucket] for bucket in buckets] == [[4, 6], [1], [25], [3, 3], [2]]
-    assert [id(tensor) for bucket in buckets for tensor in bucket] == [id(tensor) for tensor in tensors]
