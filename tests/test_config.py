@@ -168,6 +168,17 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             lambda v: v["align"]["spo"].update(scoring={"at_step_time": True}),
             r"align\.spo\.scoring\.at_step_time=true needs a preference model of kind latent",
         ),
+        (
+            lambda v: v.update(launch={"shard_network": True}, model={**v["model"], "compile": True}),
+            r"model\.compile=true is not possible with launch\.shard_network=true; set one of them false",
+        ),
+        (
+            lambda v: (
+                v.update(launch={"shard_network": True}),
+                v["align"]["spo"].update(optimizer={"eight_bit": True}),
+            ),
+            r"align\.spo\.optimizer\.eight_bit=true is not possible with launch\.shard_network=true; set one",
+        ),
         (lambda v: v["align"]["spo"].update(method="sp0"), r"align\.spo: .*'sp0'"),
         (lambda v: v["sampling"].update(noise="cps"), r"sampling\.noise=cps is for sd3 and flux; use ddim for sd15"),
         (

@@ -27,6 +27,7 @@ class LaunchConfig(Section):
     """The processes that share the work of the heavy stages, one for each GPU; results do not depend on them."""
 
     num_processes: Positive = 1
+    shard_network: bool = False  # `align` leaves each process its part of the network, of gradients and of moments
     accelerate_config: str | None = None  # a file of `accelerate config`, e.g. for several machines
 
 
@@ -91,6 +92,8 @@ class Config(Section):
                     "prepare.preferences is missing: name preference pairs to train on, or a trained preference model "
                     f"in preference_models.{name}.checkpoint"
                 )
+        if self.launch.shard_network and (problem := self._unshardable()):
+            raise ValueError(problem)
         if problem := self._family_misfit():
             raise ValueError(problem)
         if taken := [name for name in self.evaluate.published if name in ("base", "contrast", *self.align)]:
@@ -108,6 +111,13 @@ class Config(Section):
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}={list(values)} repeats a value; name each once")
         return self
+
+    def _unshardable(self) -> str | None:
+        """A setting that a sharded network does not allow; None if there is none."""
+        keys = {f"align.{name}.optimizer.eight_bit": self.align[name].optimizer.eight_bit for name in self.methods}
+        keys |= {"model.compile": self.model.compile}
+        wrong = next((key for key, value in keys.items() if value), None)
+        return wrong and f"{wrong}=true is not possible with launch.shard_network=true; set one of them false"
 
     def _family_misfit(self) -> str | None:
         """A setting that the model's family cannot use; None if there is none."""

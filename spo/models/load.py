@@ -35,7 +35,7 @@ from spo.errors import ConfigError, ModelError, one_line
 from spo.models.autoencoder import Autoencoder
 from spo.models.flux import FluxNetwork
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.network import TEXT_ENCODERS, Network, Pipeline
+from spo.models.network import TEXT_ENCODERS, Network, Pipeline, block_kinds
 from spo.models.schedulers import plain_scheduler
 from spo.models.sd3 import StableDiffusion3Network
 from spo.models.sd15 import StableDiffusionNetwork
@@ -212,8 +212,7 @@ def compile_blocks(module: Any) -> None:
             f"model.compile=true needs a C++ compiler, but there is no {compiler}; install it, or set CXX"
         )
     torch._dynamo.config.recompile_limit = VARIANTS
-    kinds = module._repeated_blocks or module._no_split_modules  # diffusers has none of the first kind for SD3 and VAEs
-    module._repeated_blocks = [*kinds, "ResnetBlock2D"]
+    module._repeated_blocks = block_kinds(module)
     module.compile_repeated_blocks(dynamic=False)
 
 

@@ -27,6 +27,7 @@ from spo.models.lora_file import WEIGHTS, read_lora
 from spo.models.network import TEXT_ENCODERS, Network
 from spo.runtime import hub
 from spo.runtime.files import atomic_path
+from spo.runtime.sharding import whole
 
 EXPECTED = f"it should be a folder with {WEIGHTS}, a .safetensors file or a hub repository, for the same base model"
 
@@ -143,7 +144,7 @@ def _kohya_metadata(network: Network, title: str, rank: int) -> dict[str, str]:
 
 def _layers(network: Network) -> dict[str, Tensor]:
     """The adapter's weights, padded with zeros to one rank: programs disagree about the scale of mixed ranks."""
-    layers = get_peft_model_state_dict(network.module)
+    layers = {name: whole(weight) for name, weight in get_peft_model_state_dict(network.module).items()}
     rank = max(len(weight) for name, weight in layers.items() if ".lora_A." in name)
     padded = {}
     for name, weight in layers.items():

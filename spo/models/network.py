@@ -17,9 +17,17 @@ from spo.core.prediction import guide
 from spo.core.types import Conditioning
 from spo.errors import ModelError
 from spo.models.sampler import Sampler
+from spo.runtime import distributed
+from spo.runtime.sharding import forget_passes, shard
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline | FluxPipeline
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # the pipelines' names
+
+
+def block_kinds(module: Any) -> list[str]:
+    """The names of the classes of a network's or a VAE's repeated blocks, and of residual blocks."""
+    kinds = module._repeated_blocks or module._no_split_modules  # diffusers has none of the first kind for SD3 and VAEs
+    return [*kinds, "ResnetBlock2D"]
 
 
 def samples_at_once(height: int, width: int) -> int:
@@ -75,6 +83,7 @@ class Network(ABC):
         self._negative: dict[str, Tensor] | None = None
         self._merged = False
         self._frozen: nn.Module | None = None
+        self.is_sharded = False  # whether each process holds a part of the weights
         self.autocast = False  # whether below float32 the network needs it, because its weights have another dtype
 
     @property
@@ -133,14 +142,21 @@ class Network(ABC):
         """The guided output (b, c, h, w), float32, for x_t (b, c, h, w) at times t (b,).
 
         With a guidance scale of 1, or distilled guidance, the network gets each sample once, else twice, both halves in
-        one call. Differentiable; without gradients at most `batch_size` samples go through at once.
+        one call. Differentiable; without gradients at most `batch_size` samples go through at once. If the network is
+        sharded, all processes must call this; those with fewer passes repeat one for the others.
         """
         if not len(x_t) == len(t) == len(cond):
             raise ValueError(f"predict got {len(x_t)} latents, {len(t)} timesteps and {len(cond)} conditions")
         guided = guidance_scale > 1 and not self.is_distilled
         size = len(x_t) if torch.is_grad_enabled() else max(1, self.batch_size // (1 + guided))
         slices = [slice(start, start + size) for start in range(0, len(x_t), size)]
+        shared = self.is_sharded and not torch.is_grad_enabled()
+        num_passes = distributed.most(len(slices)) if shared else len(slices)
         parts = [self._predict_at_once(x_t[part], t[part], cond[part], guidance_scale, guided) for part in slices]
+        forwards = self.forwards
+        for _ in range(num_passes - len(slices)):
+            self._predict_at_once(x_t[:1], t[:1], cond[:1], guidance_scale, guided)
+        self.forwards = forwards
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _predict_at_once(
@@ -150,7 +166,8 @@ class Network(ABC):
             x_t, t = x_t.repeat(2, 1, 1, 1), t.repeat(2)
         self.forwards += len(x_t)
         autocast = self.autocast and self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=autocast):
+        # a sharded weight's copy would be kept after the weight is dropped
+        with torch.autocast(self.device.type, self.dtype, enabled=autocast, cache_enabled=not self.is_sharded):
             output = self._output(x_t.to(self.dtype), t, self._inputs(x_t, cond, guided), guidance_scale).float()
         if not guided:
             return output
@@ -179,6 +196,17 @@ class Network(ABC):
         self._frozen = copy.deepcopy(self.module)
         self.module.float().requires_grad_(True)
         self.autocast = True
+
+    def shard(self) -> None:
+        """Leave this process its part of the network's weights and of the frozen copy's; with one process, all.
+
+        Call it in all processes, after `unfreeze` or `lora.add_lora` and before `parameters`.
+        """
+        if distributed.count() == 1:
+            return
+        for module in filter(None, (self.module, self._frozen)):
+            shard(module, block_kinds(module))
+        self.is_sharded = True
 
     def replace(self, module: nn.Module, *, source: str | Path = "the network") -> None:
         """Make `module` the policy, frozen, and the base the reference; an adapter is dropped.
@@ -226,6 +254,7 @@ class Network(ABC):
                 yield
             finally:
                 self._use(policy)
+                forget_passes(self._frozen)
         elif self._merged:
             raise RuntimeError("the adapter is merged into the weights; leave `merged()` before using the reference")
         elif self.has_adapter:
@@ -242,9 +271,10 @@ class Network(ABC):
         """Inside this context W + B A replaces W and the adapter is off, so `predict` is faster; do not train there.
 
         Afterwards the original tensors are back (peft's own unmerging leaves rounding errors). In half precision
-        nothing is merged, because most of a small update would be rounded away; neither is an adapter that is off.
+        nothing is merged, because most of a small update would be rounded away; neither is an adapter that is off, nor
+        one of a sharded network.
         """
-        modules = self.module.modules() if self.dtype == torch.float32 else ()
+        modules = self.module.modules() if self.dtype == torch.float32 and not self.is_sharded else ()
         layers = [layer for layer in modules if isinstance(layer, LoraLayer) and not layer.disable_adapters]
         if not layers:
             yield

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import SafetensorError
 
 from spo.errors import ModelError, one_line
 from spo.models.lora import load_lora, save_kohya, save_lora
 from spo.models.network import Network
-from spo.runtime import hub
+from spo.runtime import distributed, hub
 from spo.runtime.files import atomic_path
+from spo.runtime.sharding import gathered, plain_class
 
 WHOLE = ("unet", "transformer")  # folders of a whole network within a checkpoint
 
@@ -20,12 +22,23 @@ Format = Literal["diffusers", "kohya", "merged"]
 
 
 def save_policy(network: Network, folder: str | Path) -> None:
-    """Write a checkpoint: a LoRA for diffusers' `load_lora_weights`, or the whole network if all of it was trained."""
+    """Write a checkpoint: a LoRA for diffusers' `load_lora_weights`, or the whole network if all of it was trained.
+
+    If the network is sharded, all processes must call this; only the first one writes a whole network.
+    """
     if network.has_adapter:
         save_lora(network, folder)
         return
+    module = network.module
+    if network.is_sharded:
+        weights = gathered(module.state_dict())
+        if not distributed.is_main():
+            return
+        with torch.device("meta"):
+            module = plain_class(module).from_config(module.config)
+        module.load_state_dict(weights, assign=True)
     with atomic_path(folder) as temporary:
-        network.module.save_pretrained(temporary / network.component, safe_serialization=True)
+        module.save_pretrained(temporary / network.component, safe_serialization=True)
 
 
 def load_policy(network: Network, source: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""One run in several processes, one for each GPU; only this module communicates between them.
+"""One run in several processes, one for each GPU; only this module and `sharding` communicate between them.
 
 Every process holds the same weights and takes the same steps, on its own shard of the prompts and pairs. Results are
 gathered in the order in which a single process would make them, and gradients are summed, so a result does not depend
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from spo.errors import TrainingError
 
@@ -115,7 +116,8 @@ class GradientSum:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
-        self._buckets = list(_buckets([*parameters][::-1])) if count() > 1 else []
+        whole = [each for each in parameters if not isinstance(each, DTensor)]  # FSDP2 sums those of the others
+        self._buckets = list(_buckets(whole[::-1])) if count() > 1 else []
         self._awaited: list[set[Tensor]] = []  # parameters of each bucket, in the last backward pass
         self._started: list[Any] = []  # the sums, by bucket
         self._had: list[bool] = []  # whether this process had a gradient, by parameter
@@ -180,6 +182,11 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         bucket.append(parameter)
     if bucket:
         yield bucket
+
+
+def most(number: int) -> int:
+    """The largest of the processes' numbers."""
+    return max(gather_objects(number))
 
 
 def wait() -> None:

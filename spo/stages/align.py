@@ -44,6 +44,8 @@ def run(config: Config, name: str, seed: int, *, root: Path = Path(), tracker: T
     preference = LoadedPreference(config, config.scorer_of(name), root, policy)
     method = build_method(settings, build_inputs(config, name, policy, preference, root=root), seed=seed)
     watch = build_watch(config, name, policy, preference, root=root)
+    if config.launch.shard_network:
+        policy.network.shard()  # what is loaded above may copy from it
     work_dir = store.folder / "output"  # DVC removes the outputs of a stage before it runs again
     with distributed.written_by_main(nullcontext(work_dir)) as made:
         options: dict[str, Any] = {"seed": seed, "watch": watch, "safety": config.safety, "store": store}
@@ -131,7 +133,8 @@ def build_watch(
 
     def paint() -> Tensor:
         # full fine-tuning trains a float32 UNet between half-precision parts
-        with torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
+        options = {"enabled": policy.dtype != torch.float32, "cache_enabled": not policy.network.is_sharded}
+        with torch.autocast(policy.device.type, policy.dtype, **options):
             return generate(policy, prompts, seeds, sampler=sampler, batch_size=size, label="watch")
 
     def preference_score(images: Tensor) -> Tensor:

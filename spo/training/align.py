@@ -87,8 +87,9 @@ class _Alignment(Generic[E]):
     safety: SafetyConfig
     history: History = field(default_factory=History)
     examples_in_epoch: int = 0
-    before: State | None = None  # in a round: how things stood before it
+    before: State | None = None  # in a round: how things stood before it; of a sharded network always
     update_seconds: float = math.inf  # of an update of the last round of several
+    gathers: bool = field(default=False, init=False)  # whether states are gathered: a sharded network's
 
     def __post_init__(self) -> None:
         config = self.config.optimizer
@@ -114,6 +115,8 @@ class _Alignment(Generic[E]):
             self.tracker.log_metrics(row, step=int(row["update"]))
         for row in self.history.looks:
             self._log_look(row)
+        if store and self.updater.is_sharded:
+            self.gathers, self.before = True, self._state()
         return Saver(
             store if distributed.is_main() else None,
             self.safety.save_every_seconds,
@@ -179,11 +182,12 @@ class _Alignment(Generic[E]):
 
         A stop goes back to the state before the round. Until the first step of the optimizer its tensors are those in
         training, so they need no copy. From there on the round is completed if its updates are short, else they are
-        copied before. start: when the round's collection started, on `time.perf_counter`'s clock.
+        copied before. A sharded network's are gathered after each round, since a process that is stopped cannot wait
+        for the others. start: when the round's collection started, on `time.perf_counter`'s clock.
         """
         config, cost, examples = self.config, self.cost, round_.examples
         rows: list[dict[str, float]] = []
-        self.before = self._state()
+        self.before = self.before or self._state()
         cost.rounds += 1
         with ExitStack() as rest:
             if examples is None:
@@ -202,7 +206,7 @@ class _Alignment(Generic[E]):
                             first_step = time.perf_counter()
                             if self._completes(len(batches)):
                                 rest.enter_context(saver.uninterruptible())
-                            else:
+                            elif not self.gathers:
                                 self.before = saver.hold(self.before)
                         rows += self._step(row, ratios)
                 if len(batches) > 1:
@@ -213,7 +217,7 @@ class _Alignment(Generic[E]):
             self._record(rows, round_, epoch)
             if cost.rounds % self.method.rounds_per_epoch == 0:
                 self._end_epoch()
-            self.before = None
+            self.before = self._state() if self.gathers else None
         return rows
 
     def _completes(self, updates: int) -> bool:
@@ -241,7 +245,10 @@ class _Alignment(Generic[E]):
         ratios: list[Ratios] = []
         total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.policy.device))
         shard = torch.arange(len(examples), device=examples.t.device)[distributed.share(len(examples))]
-        micro_batches = shard.split(config.micro_batch_size or len(examples)) if len(shard) else ()
+        size, largest = config.micro_batch_size or len(examples), -(-len(examples) // distributed.count())
+        micro_batches = shard.split(size) if len(shard) else ()
+        # all processes of a sharded network make equally many passes
+        padding = self.policy.network.is_sharded and len(micro_batches) < -(-largest // size)
         for i, index in enumerate(micro_batches, 1):
             part = examples[index]
             loss = self.method.loss(part)
@@ -250,6 +257,10 @@ class _Alignment(Generic[E]):
                 total[name] += value * (len(part) / len(examples))
             if loss.log_ratio is not None:
                 ratios.append((part.t.tolist(), loss.log_ratio.tolist()))
+        if padding:
+            forwards = self.policy.network.forwards
+            self.updater.backward(self.method.loss(examples[:1]).value * 0)
+            self.policy.network.forwards = forwards
         norm = self.updater.clip_gradient()
         *parts, grad_norm = torch.stack([*total.values(), norm]).tolist()  # one transfer
         row = {**distributed.add_up(dict(zip(total, parts, strict=True))), "grad_norm": grad_norm}

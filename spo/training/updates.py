@@ -10,6 +10,7 @@ from torch.amp import GradScaler
 
 from spo.runtime import distributed
 from spo.runtime.checkpoint import pack_optimizer, unpack_optimizer
+from spo.runtime.sharding import gathered, local, part_of, total_norm
 from spo.training.guards import FiniteGuard
 
 
@@ -28,6 +29,7 @@ class Updater:
         self.guard = guard
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self.gradient_sum = distributed.GradientSum(self.parameters)
+        self.is_sharded = any(local(each) is not each for each in self.parameters)
         self.scaler = GradScaler(self.parameters[0].device.type, enabled=dtype == torch.float16)
         self.max_grad_norm = max_grad_norm or math.inf
 
@@ -40,9 +42,12 @@ class Updater:
     def clip_gradient(self) -> Tensor:
         """Complete the sums over processes, remove the float16 factor and clip; the norm () before clipping."""
         self.gradient_sum.finish()
-        self.scaler.scale(self.parameters[0].new_zeros(()))  # else unscale_ fails in a process that had no example
+        # else unscale_ fails in a process that had no example yet
+        self.scaler.scale(torch.zeros((), device=self.parameters[0].device))
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = total_norm(each.grad for each in self.parameters if each.grad is not None)
+        nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        return norm
 
     def step(self, loss: float, grad_norm: float, *, learning_rate: float) -> bool:
         """Make the update after `clip_gradient`; False if it is skipped. TrainingError after too many bad ones."""
@@ -57,17 +62,24 @@ class Updater:
         return not overflow and self.guard.allows(loss, grad_norm)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that updates change: weights and other tensors, and values for JSON."""
+        """Everything that updates change: weights and other tensors, and values for JSON.
+
+        Sharded tensors are gathered on the CPU of the first process, so all processes must call this; the others get
+        no tensors.
+        """
         tensors, numbers = pack_optimizer(self.optimizer)
         weights = {f"weight.{i}": parameter.detach() for i, parameter in enumerate(self.parameters)}
         values = {"optimizer": numbers, "scaler": self.scaler.state_dict(), "skipped": self.guard.skipped}
-        return {**weights, **tensors}, values
+        tensors = {**weights, **tensors}
+        return gathered(tensors) if self.is_sharded else tensors, values
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned, with or without sharding."""
         for i, parameter in enumerate(self.parameters):
-            parameter.copy_(tensors[f"weight.{i}"])
-        unpack_optimizer(self.optimizer, tensors, values["optimizer"])
+            parameter.copy_(part_of(tensors[f"weight.{i}"], parameter))
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
+        own = {name: part_of(each, self.parameters[int(name.split(".")[1])]) for name, each in moments.items()}
+        unpack_optimizer(self.optimizer, own, values["optimizer"])
         self.scaler.load_state_dict(values["scaler"])
         self.guard.skipped = values["skipped"]

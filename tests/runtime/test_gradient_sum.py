@@ -1,11 +1,6 @@
 """The sums of two processes' gradients are started during the last backward pass, and are plain sums."""
 
-import multiprocessing
-import os
-import socket
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,9 +13,9 @@ from spo.errors import TrainingError
 from spo.runtime import distributed
 from spo.training.guards import FiniteGuard
 from spo.training.updates import Updater
+from tests.runtime.two import in_two_processes
 
 BUCKET = 30  # numbers: a layer of the model below has 20
-SECONDS = 120  # until a hang is one
 
 
 class Layers(nn.Module):
@@ -116,49 +111,28 @@ def overlapping_parts() -> str:
     return ""
 
 
-def process(rank: int, port: int, out: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.join()
+def work() -> dict[str, Any]:
     made: dict[str, Any] = {}
     with mock.patch.object(distributed, "BUCKET", BUCKET):
         for name, orders in ORDERS.items():
             made[name] = {}
             for dtype in (torch.float32, torch.float16):
                 torch.manual_seed(0)
-                model, norm = passes(orders[rank], dtype=dtype)
+                model, norm = passes(orders[distributed.rank()], dtype=dtype)
                 torch.manual_seed(0)
-                plain, _ = passes(orders[rank], dtype=None)
+                plain, _ = passes(orders[distributed.rank()], dtype=None)
                 strides = [None if each.grad is None else each.grad.stride() for each in model.parameters()]
                 expected = [each.stride() for each in model.parameters()]
                 made[name][dtype] = (gradients(model), plain_sum(plain), norm, strides, expected)
         made["started"] = started_before_the_first_layer()
         made["error"] = overlapping_parts()
-    torch.save(made, out)
-    distributed.leave()
-    sys.exit(0)
+    return made
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("sums")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    files = [folder / f"rank-{rank}.pt" for rank in range(2)]
-    processes = [spawn.Process(target=process, args=(rank, port, files[rank])) for rank in range(2)]
-    for each in processes:
-        each.start()
-    for each in processes:
-        each.join(SECONDS)
-    codes = [each.exitcode for each in processes]
-    for each in processes:
-        each.kill()
-    assert codes == [0, 0]
-    return [torch.load(file, weights_only=False) for file in files]
+    return in_two_processes(work, folder=tmp_path_factory.mktemp("sums"))
 
 
 @pytest.mark.parametrize("case", ORDERS)
