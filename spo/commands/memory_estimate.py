@@ -9,6 +9,8 @@ numbers that its modules put out, times what was measured on one NVIDIA H100 (do
     4 times the largest output of a pass without gradients    SD3.5, whose peak is 8 images in the VAE: 16.3 GB
 
 In float32 the first two are 7 and 4, counted from the tensors that torch keeps on a CPU.
+
+Of a sharded network a process has its part, and what is gathered at a time; each loads it whole before it is sharded.
 """
 
 from dataclasses import dataclass
@@ -30,16 +32,12 @@ from spo.config import (
     TrainPreferenceConfig,
 )
 from spo.models.autoencoder import images_at_once
-from spo.models.network import samples_at_once
+from spo.models.network import block_kinds, samples_at_once
 from spo.stages.align import BATCH
 
 USABLE = 0.94  # of a GPU's memory; CUDA itself and gaps between tensors take the rest
-KEPT = {
-    ("all", True): 4.0,
-    ("lora", True): 2.1,
-    ("all", False): 7.0,
-    ("lora", False): 4.0,
-}  # half precision?
+# by what trains, and whether in half precision
+KEPT = {("all", True): 4.0, ("lora", True): 2.1, ("all", False): 7.0, ("lora", False): 4.0}
 ALIVE = 4  # of the largest outputs, in a pass without gradients
 METRICS = {"hpsv2": 986, "image_reward": 447, "laion_aesthetic": 428}  # millions of weights, in float32
 
@@ -124,7 +122,10 @@ def _align(config: Config, name: str) -> MemoryEstimate:
     counted += _metric(method.watch.metric) if method.watch else 0
     network, low = shapes.network_of(model), model.dtype != "float32"
     trained = shapes.weights(network) if method.full_fine_tuning else shapes.lora_weights(network, method.lora)
-    counted += trained * (4 + 4 + moments(method.optimizer.eight_bit) + 2 * low)  # a frozen copy is in `resting`
+    start = counted + 4 * trained  # a frozen copy is in `resting`
+    counted += trained * (4 + 4 + moments(method.optimizer.eight_bit) + 2 * low)
+    if config.launch.shard_network:
+        counted -= _on_other_processes(config, method, trained)
     counted += _examples(config, method) * _example(config)
     guided = 1 if isinstance(method, DiffusionDpoConfig) else _passes(config)
     shared = isinstance(method, SampledConfig) and not isinstance(method, D3poConfig)
@@ -137,7 +138,22 @@ def _align(config: Config, name: str) -> MemoryEstimate:
         images = getattr(method, "candidates", 2) * _share(config, method.prompts_per_rollout)
         sampling = max(_painting(config, images, config.preference_models[each]) for each in method.scorers)
     watched = min(BATCH, config.evaluate.batch_size) if method.watch else 0
-    return MemoryEstimate(counted, max(update, sampling, encoders + _pipeline(config, watched)))
+    return MemoryEstimate(counted, max(update, sampling, encoders + _pipeline(config, watched), start - counted))
+
+
+def _on_other_processes(config: Config, method: AlignConfig, trained: int) -> float:
+    """Bytes of a sharded network and its training that a process does not have, less those that it gathers at a time.
+
+    Gathered are the weights outside of blocks, a block and the next one. Autocast's copies stay whole, unless gradient
+    checkpointing makes them anew for each block.
+    """
+    network, size, whole = shapes.network_of(config.model), _bytes(config), method.full_fine_tuning
+    blocks = [shapes.weights(each) for each in network.modules() if type(each).__name__ in block_kinds(network)]
+    gathered = shapes.weights(network) - sum(blocks) + 2 * max(blocks)
+    divided = size * shapes.weights(network) + trained * (8 + moments(eight_bit=False))
+    if whole and config.model.dtype != "float32" and config.model.gradient_checkpointing:
+        divided += 2 * trained
+    return divided * (1 - 1 / config.launch.num_processes) - gathered * (4 if whole else size)
 
 
 def _evaluate(config: Config) -> MemoryEstimate:

@@ -11,9 +11,9 @@ from spo.config import Config
 def remedy(config: Config, job: str, memory: float) -> str | None:
     """The settings with which a job fits a GPU of so many bytes; None if none of those that are tried makes it fit.
 
-    Tried in this order: fewer pairs at a time, gradient checkpointing, a latent preference model, 8-bit moments. The
-    first two change no result, and the others keep the checkpointing. If a latent model is proposed, the next setting
-    that fits is named as well.
+    Tried in this order: fewer pairs at a time, gradient checkpointing, a latent preference model, a sharded network if
+    there are several processes, 8-bit moments. The first two and the fourth change no result, and all after the second
+    keep the checkpointing. If a latent model is proposed, the next setting that fits is named as well.
     """
     found = []
     for other, changes in _alternatives(config, job):
@@ -60,6 +60,11 @@ def _alternatives(config: Config, job: str) -> Iterator[tuple[str, dict[str, obj
             yield f"{stage} {latent}", less
         else:
             yield job, {f"align.{name}.preference_model": latent, **less}
+    several = stage == "align" and config.launch.num_processes > 1 and not config.model.compile
+    if several and not config.launch.shard_network and not config.align[name].optimizer.eight_bit:
+        yield job, {**less, "launch.shard_network": True}
+    if stage == "align" and config.launch.shard_network:
+        return
     eight = "preference_models.{}.eight_bit" if stage == "train_preference" else "align.{}.optimizer.eight_bit"
     yield job, {**less, eight.format(name): True}
 

@@ -117,6 +117,36 @@ def test_several_processes_share_the_pairs_of_a_batch() -> None:
     assert four.activations < alone.activations / 3
 
 
+def test_of_a_sharded_network_a_process_has_its_part_and_what_is_gathered_at_a_time() -> None:
+    common = {"align__spo__full_fine_tuning": True, "align__spo__watch": None, "launch__num_processes": 4}
+    common |= {"model__gradient_checkpointing": True}
+    unet = weights(network_of(profile("sdxl").model))
+    whole, part = (
+        estimate(profile("sdxl", launch__shard_network=sharded, **common), "align spo") for sharded in (False, True)
+    )
+    divided = unet * (2 + 4 + 4 + 8 + 2)  # the frozen copy, weights, gradients, moments, autocast's copies
+    gathered = part.counted - (whole.counted - 0.75 * divided)
+    assert 0 < gathered < 0.2 * 4 * unet
+    without = estimate(
+        profile("sdxl", launch__shard_network=True, **{**common, "model__gradient_checkpointing": False}), "align spo"
+    )
+    assert without.counted - part.counted == pytest.approx(0.75 * 2 * unet)
+
+
+def test_a_sharded_network_is_whole_in_each_process_at_the_start() -> None:
+    changes = {"align__spo__full_fine_tuning": True, "launch__shard_network": True, "launch__num_processes": 64}
+    config = profile("flux", **changes)
+    assert estimate(config, "align spo").total > 6 * weights(network_of(config.model))
+
+
+def test_several_processes_are_advised_to_shard_the_network_and_never_with_8_bit_moments() -> None:
+    changes = {"align__spo__full_fine_tuning": True, "align__spo__watch": None, "launch__num_processes": 4}
+    config = profile("sdxl", **changes)
+    assert "launch.shard_network: true" in (remedy(config, "align spo", 40 * GIB) or "")
+    sharded = profile("sdxl", launch__shard_network=True, **changes)
+    assert "eight_bit" not in (remedy(sharded, "align spo", 16 * GIB) or "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 @pytest.mark.parametrize("gib", [24, 40, 80])
