@@ -37,11 +37,6 @@ def shard(module: nn.Module, kinds: Iterable[str]) -> None:
         sharded.set_force_sum_reduction_for_comms(True)
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was called with the module."""
-    return isinstance(module, FSDPModule)
-
-
 def plain_class(module: nn.Module) -> Any:
     """The class of a sharded module before `shard`, which derives one from it."""
     return type(module).__bases__[1]
