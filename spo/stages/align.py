@@ -132,9 +132,10 @@ def build_watch(
     size = min(BATCH, config.evaluate.batch_size)
 
     def paint() -> Tensor:
-        # full fine-tuning trains a float32 UNet between half-precision parts
-        options = {"enabled": policy.dtype != torch.float32, "cache_enabled": not policy.network.is_sharded}
-        with torch.autocast(policy.device.type, policy.dtype, **options):
+        # full fine-tuning trains a float32 network between half-precision parts
+        network = policy.network
+        enabled = network.autocast and policy.dtype != torch.float32
+        with torch.autocast(policy.device.type, policy.dtype, enabled=enabled, cache_enabled=not network.is_sharded):
             return generate(policy, prompts, seeds, sampler=sampler, batch_size=size, label="watch")
 
     def preference_score(images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from spo.config import Config, ScoringConfig, load_config
 from spo.errors import ModelError
 from spo.models.latent_diffusion import LatentDiffusion
+from spo.models.lora import add_lora
 from spo.models.lora_file import WEIGHTS
 from spo.preference.score import PreferenceScorer
 from spo.stages import align, evaluate, prepare, train_preference
@@ -164,14 +165,29 @@ def test_a_watched_method_records_the_scores_of_its_metric(project: Path, config
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_of_a_base_in_half_precision_can_be_watched(project: Path, config: Config) -> None:
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full fine-tuning"])
+def test_a_base_in_half_precision_is_watched_under_autocast_only_for_full_fine_tuning(
+    project: Path, config: Config, monkeypatch, full
+) -> None:
+    """Under autocast a VAE that the pipeline runs in float32, as SDXL's own, would compute in half precision."""
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    generate, seen = align.generate, []
+
+    def recorded(*arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(align, "generate", recorded)
     with contextlib.chdir(project):
         policy = align.build_policy(half, "dpo")
-        policy.network.unfreeze()
+        if full:
+            policy.network.unfreeze()
+        else:
+            add_lora(policy.network.module, half.align["dpo"].lora, seed=0)
         watch = align.build_watch(half, "dpo", policy, preference_of(half, policy), root=Path())
         assert watch is not None
         pictures = watch.paint()
+    assert seen == [full]
     assert pictures.shape[0] == 2
     assert pictures.isfinite().all()
 
