@@ -201,6 +201,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
             lambda v: v.update(align={"mine": v["align"]["spo"]}),
             r"methods names \['spo'\], but align has only \['mine'\]",
         ),
+        (
+            lambda v: v.update(align={"mine": v["align"]["spo"]}, launch={"shard_network": True}),
+            r"methods names \['spo'\], but align has only \['mine'\]",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line_with_its_place(tmp_path: Path, change: Change, said: str) -> None:

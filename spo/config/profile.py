@@ -92,8 +92,6 @@ class Config(Section):
                     "prepare.preferences is missing: name preference pairs to train on, or a trained preference model "
                     f"in preference_models.{name}.checkpoint"
                 )
-        if self.launch.shard_network and (problem := self._unshardable()):
-            raise ValueError(problem)
         if problem := self._family_misfit():
             raise ValueError(problem)
         if taken := [name for name in self.evaluate.published if name in ("base", "contrast", *self.align)]:
@@ -102,6 +100,8 @@ class Config(Section):
             raise ValueError(f"promote.tolerance names {unknown}, but guarded are {list(self.evaluate.guarded)}")
         if missing := [name for name in self.methods if name not in self.align]:
             raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")
+        if self.launch.shard_network and (problem := self._unshardable()):
+            raise ValueError(problem)
         if missing := [name for name in self.train_preference if name not in self.preference_models]:
             raise ValueError(
                 f"train_preference names {missing}, but preference_models has only {sorted(self.preference_models)}"
