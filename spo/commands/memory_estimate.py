@@ -124,7 +124,7 @@ def _align(config: Config, name: str) -> MemoryEstimate:
     trained = shapes.weights(network) if method.full_fine_tuning else shapes.lora_weights(network, method.lora)
     start = counted + 4 * trained  # a frozen copy is in `resting`
     counted += trained * (4 + 4 + moments(method.optimizer.eight_bit) + 2 * low)
-    if config.launch.shard_network:
+    if config.launch.shard_network and config.launch.num_processes > 1:
         counted -= _on_other_processes(config, method, trained)
     counted += _examples(config, method) * _example(config)
     guided = 1 if isinstance(method, DiffusionDpoConfig) else _passes(config)

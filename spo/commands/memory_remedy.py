@@ -60,8 +60,9 @@ def _alternatives(config: Config, job: str) -> Iterator[tuple[str, dict[str, obj
             yield f"{stage} {latent}", less
         else:
             yield job, {f"align.{name}.preference_model": latent, **less}
-    several = stage == "align" and config.launch.num_processes > 1 and not config.model.compile
-    if several and not config.launch.shard_network and not config.align[name].optimizer.eight_bit:
+    refused = config.model.compile or any(config.align[each].optimizer.eight_bit for each in config.methods)
+    several = stage == "align" and config.launch.num_processes > 1
+    if several and not config.launch.shard_network and not refused:
         yield job, {**less, "launch.shard_network": True}
     if stage == "align" and config.launch.shard_network:
         return

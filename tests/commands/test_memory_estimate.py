@@ -144,7 +144,22 @@ def test_several_processes_are_advised_to_shard_the_network_and_never_with_8_bit
     config = profile("sdxl", **changes)
     assert "launch.shard_network: true" in (remedy(config, "align spo", 40 * GIB) or "")
     sharded = profile("sdxl", launch__shard_network=True, **changes)
-    assert "eight_bit" not in (remedy(sharded, "align spo", 16 * GIB) or "")
+    assert "eight_bit" not in (remedy(sharded, "align spo", 24 * GIB) or "")
+
+
+def test_a_sharded_network_is_not_advised_where_a_method_of_the_run_has_8_bit_moments() -> None:
+    changes = {"align__spo__full_fine_tuning": True, "align__spo__watch": None, "launch__num_processes": 4}
+    config = with_setting(profile("sdxl", **changes), "align.lpo.optimizer.eight_bit", True)
+    found = [
+        remedy(config.model_copy(update={"methods": each}), "align spo", 40 * GIB)
+        for each in (("spo",), ("spo", "lpo"))
+    ]
+    assert ["shard_network" in (each or "") for each in found] == [True, False]
+
+
+def test_one_process_holds_all_of_a_network_that_is_to_be_sharded() -> None:
+    one, plain = (profile("sdxl", launch__shard_network=sharded) for sharded in (True, False))
+    assert estimate(one, "align spo") == estimate(plain, "align spo")
 
 
 @pytest.mark.slow
