@@ -203,11 +203,11 @@ class _Alignment(Generic[E]):
                         if i == len(batches):
                             self._count_forwards()  # before the last step, since it waits for the other processes
                         if i == 1:
-                            first_step = time.perf_counter()
                             if self._completes(len(batches)):
                                 rest.enter_context(saver.uninterruptible())
                             elif not self.gathers:
                                 self.before = saver.hold(self.before)
+                            first_step = time.perf_counter()
                         rows += self._step(row, ratios)
                 if len(batches) > 1:
                     self.update_seconds = (time.perf_counter() - first_step) / (len(batches) - 1)
