@@ -219,7 +219,7 @@ class Network(ABC):
         shapes = [{name: weight.shape for name, weight in net.state_dict().items()} for net in (module, self.module)]
         if shapes[0] != shapes[1]:
             raise ModelError(f"{source} is the {self.component} of another base model; name its own as `model`")
-        layout: dict[str, Any] = {"memory_format": torch.channels_last}  # the base's: see load_pipeline
+        layout: dict[str, Any] = {"memory_format": torch.channels_last}  # the base's: see load.order_for_convolutions
         module.to(self.device).to(**layout)
         self._frozen = self.module
         self._use(module.eval().requires_grad_(False))
