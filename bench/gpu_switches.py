@@ -16,10 +16,10 @@ from torch import Tensor
 
 from bench import gpu_around as around
 from bench.gpu_bench import Bench, Meter
-from bench.systems import System, attach_lora
+from bench.systems import System, attach_lora, compile_policy
 from spo.core.types import Pairs
 from spo.methods.spo import Spo
-from spo.models.load import VARIANTS, compile_blocks
+from spo.models.load import VARIANTS
 from spo.preference.score import PreferenceScorer
 
 Call = Callable[[], object]
@@ -171,8 +171,7 @@ def compiled(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
         in_turns(bench, figures, [(name, call, nullcontext())])
     try:
         if bench.full:
-            for module in (parts.policy.network.module, parts.policy.autoencoder.vae):
-                compile_blocks(module)
+            compile_policy(parts.policy)
         else:  # in a second, and without a C++ compiler
             torch._dynamo.config.recompile_limit = VARIANTS
             parts.policy.network.module.compile_repeated_blocks(dynamic=False, backend="eager")

@@ -24,8 +24,7 @@ from bench.markdown import table
 from bench.measure import RESULTS, PeakMemory, clock, machine, save
 from bench.ours import OurPath
 from bench.plain import PlainPath
-from bench.systems import DEVICES, SHAPES, device_of, make_system
-from spo.models.load import compile_blocks
+from bench.systems import DEVICES, SHAPES, compile_policy, device_of, make_system
 from spo.runtime.libraries import set_up_libraries
 
 PATHS = {"plain": PlainPath, "ours": OurPath}
@@ -61,8 +60,7 @@ def run_one(options: argparse.Namespace) -> None:
     system = make_system(options.size, device, **changes)
     path = PATHS[options.path](system, seed=SEED)
     if options.compile and isinstance(path, OurPath):
-        for module in (path.policy.network.module, path.policy.autoencoder.vae):
-            compile_blocks(module)
+        compile_policy(path.policy)
         path.rehearse()
     gc.collect()
     with PeakMemory(device) as memory:

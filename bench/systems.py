@@ -43,7 +43,7 @@ from spo.commands.published_models import FLUX, SD35_MEDIUM, SDXL
 from spo.config import LoraConfig, OptimizerConfig, SamplingConfig, SpoConfig, load_config
 from spo.models.autoencoder import Autoencoder
 from spo.models.latent_diffusion import LatentDiffusion
-from spo.models.load import NETWORKS, build, order_for_convolutions
+from spo.models.load import NETWORKS, build, compile_blocks, order_for_convolutions
 from spo.models.lora import add_lora
 from spo.preference.checkpoint import PreferenceModel, load_clip
 from spo.preference.pixel import StepAwareCLIP
@@ -334,6 +334,13 @@ def make_policy(shape: Shape, device: torch.device | str, *, steps: int | None =
         network.module.enable_gradient_checkpointing()
     sampler = network.sampler(SamplingConfig(steps=steps or shape.steps, guidance_scale=shape.guidance_scale))
     return LatentDiffusion(network, sampler, Autoencoder(pipeline.vae, resolution=shape.resolution))
+
+
+def compile_policy(policy: LatentDiffusion) -> None:
+    """What model.compile does while a model is loaded, to one that is made already."""
+    order_for_convolutions(policy.network.pipeline, compiled=True)
+    for module in (policy.network.module, policy.autoencoder.vae):
+        compile_blocks(module)
 
 
 def _sd15(shape: Shape) -> StableDiffusionPipeline:
