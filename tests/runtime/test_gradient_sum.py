@@ -77,8 +77,8 @@ def plain_sum(model: nn.Module) -> list[Tensor | None]:
     return found
 
 
-def started_before_the_first_layer() -> tuple[int, int]:
-    """The sums that have been started when the backward pass reaches the first layer, and all of the update."""
+def started_before_the_first_layer() -> list[int]:
+    """Of two backward passes, the second the last: sums started when it reaches the first layer, and in the end."""
     model, counts = Layers(), []
     updater = Updater(
         torch.optim.SGD(model.parameters()), FiniteGuard(1, "stop"), dtype=torch.float32, max_grad_norm=None
@@ -90,7 +90,8 @@ def started_before_the_first_layer() -> tuple[int, int]:
             first, *others = (0, 1, 2, 3)
             loss = model(torch.tanh(model.layers[first](x)), others)
             updater.backward(loss, last=last)
-            updater.gradient_sum.finish() if last else None
+            if last:
+                updater.gradient_sum.finish()
             counts.append(reduce.call_count)
     return counts
 
