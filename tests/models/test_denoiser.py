@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from spo.config import LoraConfig, SamplingConfig
 from spo.core.types import Conditioning
 from spo.errors import ConfigError, ModelError
+from spo.models.load import order_for_convolutions
 from spo.models.lora import add_lora
 from tests.models.sampled import ours, theirs
 from tests.models.tiny import (
@@ -300,6 +301,21 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_folder):
             denoiser.predict(draw_latents(denoiser, 3), T, denoiser.encode(PROMPTS))
         gradients.append(torch.autograd.grad(loss, denoiser.network.parameters()))
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "last"), [("cpu", False, True), ("meta", False, False), ("meta", True, True)]
+)
+def test_a_vae_off_the_cpu_is_in_channels_last_order_only_if_it_is_compiled(tiny_folder, device, compiled, last):
+    pipeline = make_tiny_denoiser("sd15", tiny_folder("sd15")).network.pipeline
+    for part in (pipeline.unet, pipeline.vae):
+        part.to(memory_format=torch.contiguous_format).to(device)
+    order_for_convolutions(pipeline, compiled=compiled)
+    found = [
+        part.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        for part in (pipeline.unet, pipeline.vae.decoder)
+    ]
+    assert found == [True, last]
 
 
 LONG = pytest.mark.skipif(not os.environ.get("SPO_SOAK"), reason="compiles for a minute; `make soak` runs it")
