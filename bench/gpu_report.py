@@ -25,7 +25,7 @@ def markdown(results: Figures) -> str:
 def write_docs(files: Sequence[Path], docs: Path) -> None:
     """Put the figures of a GPU between the marks in `docs`; DataError where there are none, or no marks.
 
-    files: of several runs on one kind of machine; of a row that several have, the last whole one counts
+    files: of runs on one kind of machine; where several have a row, the last whole one counts
     """
     text = markdown(_together([_read(file) for file in files]))
     whole = docs.read_text(encoding="utf-8")
