@@ -63,8 +63,7 @@ def count(size: str, rank: int) -> Flops:
 
 def batch_flops(shape: Shape, settings: SpoConfig, pairs: int, *, steps: int) -> dict[str, int]:
     """Operations of one batch by what they are for; text towers, a hundredth of a percent, are left out."""
-    size = next(name for name, each in SHAPES.items() if each is shape)
-    flops = count(size, settings.lora.rank)
+    flops = count(_name_of(shape), settings.lora.rank)
     b, k, branch = settings.prompts_per_rollout, settings.candidates, settings.branch_steps
     branched = steps - settings.first_step
     segments = (branched - last_steps(shape)) // branch
@@ -82,12 +81,11 @@ def batch_flops(shape: Shape, settings: SpoConfig, pairs: int, *, steps: int) ->
 
 
 def latent_flops(shape: Shape, settings: SpoConfig, *, steps: int) -> dict[str, int]:
-    """Operations of one batch with a latent preference model, every step branched and every pair kept.
+    """Operations of one batch of SD v1.5 with a latent preference model, every step branched and every pair kept.
 
     The model scores k candidates by half a network each, with guidance; then one of them goes on.
     """
-    size = next(name for name, each in SHAPES.items() if each is shape)
-    flops = count(size, settings.lora.rank)
+    flops = count(_name_of(shape), settings.lora.rank)
     b, pairs = settings.prompts_per_rollout, settings.prompts_per_rollout * (steps - settings.first_step)
     return {
         "rollout: network": 2 * b * steps * flops.network,
@@ -148,6 +146,10 @@ def weights() -> str:
         millions = [f"{each / 1e6:.0f} M" for each in (unet, vae, clip)]
         rows.append([size, *millions, f"{bytes_ / 1e9:.1f} GB", f"{2 * unet / 1e9:.1f} GB"])
     return table(rows)
+
+
+def _name_of(shape: Shape) -> str:
+    return next(name for name, each in SHAPES.items() if each is shape)
 
 
 def _inputs(shape: Shape, network: nn.Module, latents: torch.Tensor) -> dict[str, Any]:

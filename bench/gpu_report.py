@@ -50,10 +50,10 @@ def _read(file: Path) -> Figures:
 
 
 def _together(runs: Sequence[Figures]) -> Figures:
-    """The rows of all runs under the first one's head; DataError if they are of different machines."""
-    machines = {run["machine"] for run in runs}
+    """The rows of all runs under the first one's head; DataError if they are of different machines or torches."""
+    machines = {f"{run['machine']} with torch {run['torch']}" for run in runs}
     if len(machines) > 1:
-        raise DataError(f"--write-docs got results of {' and '.join(sorted(machines))}; give those of one machine")
+        raise DataError(f"--write-docs got results of {' and '.join(sorted(machines))}; give those of one of them")
     rows: dict[str, Any] = {}
     for row in (row for run in runs for row in run["rows"]):
         if row["name"] not in rows or row["status"] == "measured":

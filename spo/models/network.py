@@ -220,10 +220,9 @@ class Network(ABC):
         if shapes[0] != shapes[1]:
             raise ModelError(f"{source} is the {self.component} of another base model; name its own as `model`")
         layout: dict[str, Any] = {"memory_format": torch.channels_last}  # the base's: see load.order_for_convolutions
-        module.to(self.device).to(**layout)
+        module.to(self.device, self.dtype).to(**layout)
         self._frozen = self.module
         self._use(module.eval().requires_grad_(False))
-        self.autocast = True
 
     def restore(self) -> None:
         """Undo `replace` and `unfreeze`, so the base is the policy again."""
