@@ -113,7 +113,8 @@ class PlainPath:
         """The guided output for the prompts at `row`."""
         policy = self.policy
         cond = Conditioning(self.cond)[row]
-        with torch.autocast(self.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
+        autocast = policy.dtype != torch.float32 and unet is self.unet  # accelerate's: of the policy alone
+        with torch.autocast(self.device.type, policy.dtype, enabled=autocast):
             inputs = policy.network._inputs(x_t, cond, True)
             output = unet(x_t.repeat(2, 1, 1, 1).to(policy.dtype), t.repeat(2), **inputs).sample.float()
         negative, positive = output.chunk(2)
