@@ -60,9 +60,8 @@ def _alternatives(config: Config, job: str) -> Iterator[tuple[str, dict[str, obj
             yield f"{stage} {latent}", less
         else:
             yield job, {f"align.{name}.preference_model": latent, **less}
-    refused = config.model.compile or any(config.align[each].optimizer.eight_bit for each in config.methods)
     several = stage == "align" and config.launch.num_processes > 1
-    if several and not config.launch.shard_network and not refused:
+    if several and not config.launch.shard_network and not config.unshardable():
         yield job, {**less, "launch.shard_network": True}
     if stage == "align" and config.launch.shard_network:
         return

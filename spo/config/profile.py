@@ -100,7 +100,7 @@ class Config(Section):
             raise ValueError(f"promote.tolerance names {unknown}, but guarded are {list(self.evaluate.guarded)}")
         if missing := [name for name in self.methods if name not in self.align]:
             raise ValueError(f"methods names {missing}, but align has only {sorted(self.align)}")
-        if self.launch.shard_network and (problem := self._unshardable()):
+        if self.launch.shard_network and (problem := self.unshardable()):
             raise ValueError(problem)
         if missing := [name for name in self.train_preference if name not in self.preference_models]:
             raise ValueError(
@@ -112,7 +112,7 @@ class Config(Section):
                 raise ValueError(f"{key}={list(values)} repeats a value; name each once")
         return self
 
-    def _unshardable(self) -> str | None:
+    def unshardable(self) -> str | None:
         """A setting that a sharded network does not allow; None if there is none."""
         keys = {f"align.{name}.optimizer.eight_bit": self.align[name].optimizer.eight_bit for name in self.methods}
         keys |= {"model.compile": self.model.compile}

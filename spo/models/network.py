@@ -165,14 +165,18 @@ class Network(ABC):
         if guided:
             x_t, t = x_t.repeat(2, 1, 1, 1), t.repeat(2)
         self.forwards += len(x_t)
-        autocast = self.autocast and self.dtype != torch.float32
-        # a sharded weight's copy would be kept after the weight is dropped
-        with torch.autocast(self.device.type, self.dtype, enabled=autocast, cache_enabled=not self.is_sharded):
+        with self.precision():
             output = self._output(x_t.to(self.dtype), t, self._inputs(x_t, cond, guided), guidance_scale).float()
         if not guided:
             return output
         negative, positive = output.chunk(2)
         return guide(negative, positive, guidance_scale)
+
+    def precision(self) -> torch.autocast:
+        """The context in which the network computes: autocast if it needs it, else none."""
+        enabled = self.autocast and self.dtype != torch.float32
+        # a sharded weight's copy would be kept after the weight is dropped
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=not self.is_sharded)
 
     def _output(self, x_t: Tensor, t: Tensor, inputs: dict[str, Any], guidance_scale: float) -> Tensor:
         """The network's output (b, c, h, w); guidance_scale is for distilled guidance."""

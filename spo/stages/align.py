@@ -132,10 +132,7 @@ def build_watch(
     size = min(BATCH, config.evaluate.batch_size)
 
     def paint() -> Tensor:
-        # full fine-tuning trains a float32 network between half-precision parts
-        network = policy.network
-        enabled = network.autocast and policy.dtype != torch.float32
-        with torch.autocast(policy.device.type, policy.dtype, enabled=enabled, cache_enabled=not network.is_sharded):
+        with policy.network.precision():  # full fine-tuning trains a float32 network between half-precision parts
             return generate(policy, prompts, seeds, sampler=sampler, batch_size=size, label="watch")
 
     def preference_score(images: Tensor) -> Tensor:

@@ -125,16 +125,16 @@ class PreferenceTraining(ABC):
         """
         share = distributed.share(len(index))
         weight = pairs.weight[index]
-        micro_batches: list[tuple[Tensor, Tensor]] = []  # places in the batch, and their noise
+        micro_batches: list[tuple[Tensor, Tensor, float]] = []  # places, noise, share of the loss
         for places in pairs.by_bucket(index):
             noise = self.noise(pairs, index[places], generator)  # of all processes, so that each draws the same
             own = ((places >= share.start) & (places < share.stop)).nonzero().flatten()
             for some in own.split(self.config.micro_batch_size or max(1, len(own))):
-                if len(some) and weight[places[some]].sum() / weight.sum() != 0:
-                    micro_batches.append((places[some], noise[some]))
+                part = float(weight[places[some]].sum() / weight.sum())
+                if len(some) and part != 0:
+                    micro_batches.append((places[some], noise[some], part))
         measured: dict[str, float] = {}
-        for i, (rows, noise) in enumerate(micro_batches, 1):
-            part = float(weight[rows].sum() / weight.sum())  # of the batch, that is in these rows
+        for i, (rows, noise, part) in enumerate(micro_batches, 1):
             scores = self.scores(pairs, index[rows], t[rows], noise)
             device = scores.device
             loss = preference_loss(scores, pairs.label[index[rows]].to(device), weight[rows].to(device))

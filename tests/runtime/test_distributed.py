@@ -5,9 +5,6 @@ are therefore plain ones (tests/training/steps.py), and no ratio is clamped, for
 there is a gradient. Planted faults show that the laws notice a real difference.
 """
 
-import multiprocessing
-import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +43,7 @@ from spo.training.measure import Measured, measure
 from spo.training.preference import StepAwareTraining
 from spo.world.pretraining.clip import new_clip, new_tokenizer, save_clip
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
+from tests.runtime.two import end, start_two
 from tests.training.steps import PlainSteps, assert_same_up_to_rounding, flat
 from tests.training.test_preference import make_pairs
 
@@ -63,7 +61,6 @@ SETTINGS = {
     "lora": LoraConfig(rank=2),
     "optimizer": OptimizerConfig(learning_rate=1.0),
 }
-SECONDS = 300  # until a hang is one
 
 
 class PickyScorer:
@@ -221,13 +218,8 @@ def planted(fault: str | None) -> Iterator[None]:
             yield
 
 
-def process(rank: int, port: int, pipeline: Path, flow: Path, clip: Path, pairs: Path, out: Path) -> None:
+def process(out: Path, pipeline: Path, flow: Path, clip: Path, pairs: Path) -> None:
     """One of two processes: aligns, with each fault, too; then process 1 fails while process 0 waits for it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.join()
-    assert (distributed.rank(), distributed.count()) == (rank, 2)
     made: dict[str | None, Any] = {}
     for number, fault in enumerate((None, *FAULTS)):
         with planted(fault):
@@ -239,7 +231,7 @@ def process(rank: int, port: int, pipeline: Path, flow: Path, clip: Path, pairs:
     measured = measure_pictures(pipeline, pairs, pairs.with_name("of-two"))
     made[None] |= {"measured": (measured.of_pairs(), measured.members)}
     torch.save(made, out)
-    if rank == 1:
+    if distributed.rank() == 1:
         sys.exit(3)
     try:
         distributed.gather(torch.zeros(1))
@@ -256,27 +248,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_clip(new_clip(tokenizer := new_tokenizer()), tokenizer, clip)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    files = [folder / f"rank-{rank}.pt" for rank in range(2)]
     pairs = folder / "pairs.parquet"
     write_pairs(pairs)
-    common = (port, pipeline, flow, clip, pairs)
-    processes = [spawn.Process(target=process, args=(rank, *common, files[rank])) for rank in range(2)]
-    for each in processes:
-        each.start()
+    processes, files = start_two(process, pipeline, flow, clip, pairs, folder=folder)
     alone = {"align": run(pipeline, folder / "alone"), "preference": train_preference(pipeline, clip)}
     alone |= {"latent": train_latent(pipeline), "grpo": collect_steps(pipeline)}
     alone |= {"flow": run(flow, folder / "alone-flow", family="sd3")}
     measured = measure_pictures(pipeline, pairs, folder / "of-one")
     alone |= {"measured": (measured.of_pairs(), measured.members)}
-    for each in processes:
-        each.join(SECONDS)
-    codes = [each.exitcode for each in processes]
-    for each in processes:
-        each.kill()
+    codes = end(processes)
     return alone, [torch.load(file, weights_only=False) for file in files], codes
 
 

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from spo.runtime.sharding import whole
+
 ROUNDING = 1e-3  # of a norm: far above the rounding of a sum, and far below a fault
 
 
 class PlainSteps(torch.optim.SGD):
-    """Steps along the gradient, which are as long as it is; remembers each gradient."""
+    """Steps along the gradient, which are as long as it is; remembers each gradient, in full."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float):
         super().__init__(parameters, lr=learning_rate)
@@ -22,7 +24,7 @@ class PlainSteps(torch.optim.SGD):
     def step(self, closure: None = None) -> None:
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        self.gradients.append(flat(gradients).clone())
+        self.gradients.append(flat(map(whole, gradients)).clone())
         super().step()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from spo.config import FLOW, OracleConfig, SafetyConfig, SamplerConfig, SpoConfig, WatchConfig
 from spo.core.types import Pairs
 from spo.methods.spo import Spo
+from spo.models.flow import FlowNetwork
 from spo.models.generate import generate
 from spo.models.latent_diffusion import LatentDiffusion
 from spo.models.lora import add_lora
@@ -31,28 +32,15 @@ from spo.training.watch import Watch
 from tests.models.tiny import draw_latents, make_tiny_denoiser, make_tiny_pipeline, shake
 from tests.runtime.test_distributed import PROMPTS, SETTINGS, PickyScorer, assert_same_pairs
 from tests.runtime.two import in_two_processes
-from tests.training.steps import assert_same_up_to_rounding, flat
+from tests.training.steps import PlainSteps, assert_same_up_to_rounding, flat
 
 CASES: dict[str, dict[str, Any]] = {
     "sd15": {"family": "sd15"},
     "sd15, whole": {"family": "sd15", "full": True},
+    "sd3": {"family": "sd3"},
     "flux, checkpointing": {"family": "flux", "gradient_checkpointing": True},
 }
 RATE = {True: 0.01, False: 1.0}  # by whether the whole network trains
-
-
-class RecordedSteps(torch.optim.SGD):
-    """Plain steps, whose gradients are kept in full."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], learning_rate: float):
-        super().__init__(parameters, lr=learning_rate)
-        self.gradients: list[Tensor] = []
-
-    def step(self, closure: None = None) -> None:
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        self.gradients.append(flat(map(whole, gradients)).clone())
-        super().step()
 
 
 def make_policy(pipeline: Path, family: str, *, full: bool = False, sharded: bool = False, **model: Any):
@@ -70,7 +58,7 @@ def make_policy(pipeline: Path, family: str, *, full: bool = False, sharded: boo
 
 def watch_of(policy: LatentDiffusion) -> Watch:
     """Two pictures of the pipeline at the start and after each round."""
-    kind: dict[str, Any] = {"scheduler": FLOW} if policy.network.is_distilled else {"eta": 0.0}
+    kind: dict[str, Any] = {"scheduler": FLOW} if isinstance(policy.network, FlowNetwork) else {"eta": 0.0}
     sampler = SamplerConfig(**{"scheduler": "DDIMScheduler", "steps": 2, "guidance_scale": 5.0, **kind})
 
     def paint() -> Tensor:
@@ -98,7 +86,7 @@ def run(pipeline: Path, folder: Path, case: str, *, sharded: bool = False) -> di
             yield round_
 
     method.collect = recorded
-    optimizer = RecordedSteps(network.parameters(), RATE[settings.get("full", False)])
+    optimizer = PlainSteps(network.parameters(), RATE[settings.get("full", False)])
     folder.mkdir()
     with (
         mock.patch("spo.training.align.adamw", return_value=optimizer),
@@ -169,9 +157,7 @@ def in_float16(pipeline: Path) -> dict[bool, Any]:
     for sharded in (False, True):
         policy = make_policy(pipeline, "flux", sharded=sharded, dtype="float16")
         parameters = policy.network.parameters()
-        updater = Updater(
-            RecordedSteps(parameters, 0.1), FiniteGuard(3, "stop"), dtype=torch.float16, max_grad_norm=None
-        )
+        updater = Updater(PlainSteps(parameters, 0.1), FiniteGuard(3, "stop"), dtype=torch.float16, max_grad_norm=None)
         norms = []
         for number in range(3):
             output = policy.predict(draw_latents(policy, 2), torch.tensor([801, 401]), policy.encode(["a", "b"]))
@@ -201,7 +187,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipelines(folder: Path) -> dict[str, Path]:
-    return {family: make_tiny_pipeline(family, folder / f"model-{family}") for family in ("sd15", "flux")}
+    return {family: make_tiny_pipeline(family, folder / f"model-{family}") for family in ("sd15", "sd3", "flux")}
 
 
 @pytest.fixture(scope="module")
