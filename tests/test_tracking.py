@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, INVALID_PARAMETER_VALUE
 from PIL import Image
 
 from spo import tracking
@@ -106,6 +107,29 @@ def test_a_run_names_its_data_with_the_hash_of_what_it_holds(root: Path, config:
     assert sorted(inputs) == ["prompts test", "prompts validation"]
     assert inputs["prompts test"].dataset.digest == hashlib.sha256(b"a small red cross\n").hexdigest()[:32]
     assert inputs["prompts test"].tags[0].value == "testing"
+
+
+def test_data_that_another_run_names_at_the_same_moment_is_named(
+    root: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow looks for a data set and then adds it; if another run is faster, its database refuses the second one."""
+    prompts = Workspace(config, root).prepared.prompts_file("test")
+    prompts.parent.mkdir(parents=True)
+    prompts.write_text("a small red cross\n")
+    refusals = [MlflowException("UNIQUE constraint failed: datasets.digest", BAD_REQUEST)]
+    log_inputs = MlflowClient.log_inputs
+
+    def racing(self: MlflowClient, *arguments: Any) -> None:
+        if refusals:
+            raise refusals.pop()
+        log_inputs(self, *arguments)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", racing)
+    with tracking.start(config, "evaluate", root):
+        pass
+    inputs = runs(root, config)["evaluate"].inputs.dataset_inputs
+    assert [each.dataset.name for each in inputs] == ["prompts test"]
+    assert "lost something" not in capsys.readouterr().err
 
 
 def test_what_is_logged_is_there_after_the_block(root: Path, config: Config, tmp_path: Path) -> None:

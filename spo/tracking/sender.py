@@ -93,7 +93,7 @@ class Sender:
                 folder = "/".join(filter(None, (event["folder"], path.name if path.is_dir() else None))) or None
                 self._call(upload, self._run_of(event), str(path), folder)
             case "inputs":
-                self._call(self.client.log_inputs, self.state["run_id"], [_input(each) for each in event["inputs"]])
+                self._call(self._log_inputs, [_input(each) for each in event["inputs"]])
             case "end":
                 results = self.state.get("results", {}).values()
                 for run_id in (*results, self.state["run_id"], self.state["parent"]):  # the parent: its latest stage's
@@ -133,6 +133,15 @@ class Sender:
         size = BATCH_SIZES[kind]
         for start in range(0, len(rows), size):
             self._call(self.client.log_batch, self._run_of(event), **{kind: rows[start : start + size]})
+
+    def _log_inputs(self, found: list[Any]) -> None:
+        """Log data sets, again if it is refused: the store does when another run adds the same one at that moment."""
+        try:
+            self.client.log_inputs(self.state["run_id"], found)
+        except Exception as error:
+            if not (_is_store_error(error) and refused(error)):
+                raise
+            self.client.log_inputs(self.state["run_id"], found)
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Call the client; an event that the store refuses is dropped with a warning."""
