@@ -1,7 +1,7 @@
 """Images and scores of model variants, a batch at a time. Finished batches are kept (see result_cache.py)."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -36,6 +36,17 @@ class Batch:
     key: str
     images: Tensor  # (n, 3, H, W) uint8, as a PNG keeps them; empty if they are not kept
     scores: Scores  # each (n,)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A batch that may have to be made."""
+
+    key: str
+    variant: ModelVariant
+    tasks: Sequence[Task]
+    sampler: SamplerConfig
+    keeps_images: bool
 
 
 class ImageScorer:
@@ -80,25 +91,55 @@ class ImageScorer:
 
         first: only batches with one of the first prompts have images; None: all.
         sampler: a name in evaluate.samplers. The key of a batch has the sampler's settings, not its name.
-        With several processes, each makes its share of the batches and reads the others' from the cache.
         """
-        settings = self.settings.samplers[sampler]
-        inputs = self._context | {"lora": digest_of_variant(variant), "sampler": settings.model_dump(mode="json")}
-        size = self.settings.batch_size
-        parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-        kept = [images and (first is None or any(task.prompt_index < first for task in part)) for part in parts]
-        keys = [
-            json_hash(inputs | {"images": keep, "of": [[task.prompt, task.seed] for task in part]}, 16)
-            for part, keep in zip(parts, kept, strict=True)
-        ]
+        self.share([variant], tasks, sampler, split=split, images=images, first=first)
+        parts = self._parts(variant, tasks, sampler, images=images, first=first)
         label = f"{split}: {variant.description}, {sampler}"
-        each = list(zip(parts, keys, kept, strict=True))
-        for part, key, keep in each[distributed.rank() :: distributed.count()] if distributed.count() > 1 else ():
-            self.cache.get(key, partial(self._make, variant, part, settings, keep))
+        for part in self._reported(parts, label):
+            entry = self._get(part)
+            yield Batch(part.tasks, part.key, entry.pop(IMAGES, torch.empty(0)), entry)
+
+    def share(
+        self,
+        variants: Sequence[ModelVariant],
+        tasks: Sequence[Task],
+        sampler: str,
+        *,
+        split: str,
+        images: bool,
+        first: int | None = None,
+    ) -> None:
+        """Let each of several processes make its share of the variants' batches, which `batches` then reads.
+
+        So a process does not wait for the others after each variant. With one process this does nothing.
+        """
+        if distributed.count() == 1:
+            return
+        parts = [part for each in variants for part in self._parts(each, tasks, sampler, images=images, first=first)]
+        label = f"{split}: {', '.join(dict.fromkeys(each.column for each in variants))}, {sampler}"
+        for part in self._reported(parts[distributed.rank() :: distributed.count()], label):
+            self._get(part)
         distributed.wait()
-        for part, key, keep in each if all(map(self.cache.holds, keys)) else progress(each, label=label):
-            entry = self.cache.get(key, partial(self._make, variant, part, settings, keep))
-            yield Batch(part, key, entry.pop(IMAGES, torch.empty(0)), entry)
+
+    def _parts(
+        self, variant: ModelVariant, tasks: Sequence[Task], sampler: str, *, images: bool, first: int | None
+    ) -> list[_Part]:
+        settings, size = self.settings.samplers[sampler], self.settings.batch_size
+        inputs = self._context | {"lora": digest_of_variant(variant), "sampler": settings.model_dump(mode="json")}
+        parts = []
+        for start in range(0, len(tasks), size):
+            some = tasks[start : start + size]
+            keeps = images and (first is None or any(task.prompt_index < first for task in some))
+            key = json_hash(inputs | {"images": keeps, "of": [[task.prompt, task.seed] for task in some]}, 16)
+            parts.append(_Part(key, variant, some, settings, keeps))
+        return parts
+
+    def _reported(self, parts: Sequence[_Part], label: str) -> Iterable[_Part]:
+        """The parts, with their progress if some have to be made."""
+        return parts if all(self.cache.holds(part.key) for part in parts) else progress(parts, label=label)
+
+    def _get(self, part: _Part) -> dict[str, Tensor]:
+        return self.cache.get(part.key, partial(self._make, part))
 
     def scores(self, variant: ModelVariant, tasks: Sequence[Task], sampler: str, *, split: str) -> Scores:
         """The scores (n,) of images that are not kept."""
@@ -121,17 +162,15 @@ class ImageScorer:
             lambda: score(self.metrics, eight_bits(contrast(from_bytes(batch.images), factor)), prompts),
         )
 
-    def _make(
-        self, variant: ModelVariant, tasks: Sequence[Task], sampler: SamplerConfig, keep: bool
-    ) -> dict[str, Tensor]:
-        prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
-        with self._as(variant):
+    def _make(self, part: _Part) -> dict[str, Tensor]:
+        prompts, seeds = [task.prompt for task in part.tasks], [task.seed for task in part.tasks]
+        with self._as(part.variant):
             start = time.perf_counter()
-            made = generate(self.model, prompts, seeds, sampler=sampler, batch_size=len(tasks))
+            made = generate(self.model, prompts, seeds, sampler=part.sampler, batch_size=len(part.tasks))
         images = to_bytes(made)
         scores = score(self.metrics, from_bytes(images), prompts)
         self.seconds += time.perf_counter() - start
-        return {**scores, **({IMAGES: images} if keep else {})}
+        return {**scores, **({IMAGES: images} if part.keeps_images else {})}
 
     def _as(self, variant: ModelVariant) -> AbstractContextManager[None]:
         """Make the model the variant for the block."""

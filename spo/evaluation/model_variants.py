@@ -24,6 +24,11 @@ class Task:
     prompt: str
     seed: int
 
+    @property
+    def file(self) -> str:
+        """The name of the image's file."""
+        return f"{self.prompt_index:04d}-{self.image_index}.png"
+
 
 @dataclass(frozen=True)
 class ModelVariant:

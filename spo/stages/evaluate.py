@@ -26,7 +26,7 @@ from spo.models.generate import eight_bits, from_bytes
 from spo.runtime import distributed
 from spo.runtime.device import memory_advice
 from spo.runtime.files import atomic_path, write_csv, write_json
-from spo.runtime.pictures import plain_sheet, to_picture
+from spo.runtime.pictures import row_sheet, to_picture
 from spo.tracking import Tracker
 from spo.workspace import Workspace
 
@@ -61,7 +61,7 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_json(folder / "metrics.json", metrics)
         if distributed.is_main():
-            samples = plain_sheet([_first_pictures(folder / "images" / name) for name in (BASE, *config.methods)])
+            samples = evaluation.samples(columns, folder / "images")
             samples.save(folder / "samples.png")
     if distributed.is_main():
         evaluation.image_scorer.cache.tidy()
@@ -96,6 +96,9 @@ class Evaluation:
 
     def choose(self) -> tuple[list[Row], Chosen]:
         """Score every checkpoint on the validation prompts; a row for each, and the choice for each training."""
+        trained = (each for by_seed in self.trainings.values() for some in by_seed.values() for each in some)
+        variants = [ModelVariant(BASE), *trained]
+        self.image_scorer.share(variants, self.validation, self.settings.deciding, split="validation", images=False)
         rows = [self._validation_row(ModelVariant(BASE))]
         chosen: Chosen = {}
         for name, by_seed in self.trainings.items():
@@ -127,6 +130,9 @@ class Evaluation:
         for sampler in self.settings.samplers:
             keep = folder / ("images" if sampler == self.settings.deciding else f"other_samplers/{sampler}")
             columns += self._untrained(sampler, keep, factors)
+            trained = [variant for by_seed in chosen.values() for variant in by_seed.values()]
+            which: dict[str, Any] = {"split": "test", "images": True, "first": self._first(sampler)}
+            self.image_scorer.share([*trained, *self.others], self.test, sampler, **which)
             for name, by_seed in chosen.items():
                 scores = [self._scores(variant, sampler, keep) for variant in by_seed.values()]
                 columns.append(Column(name, sampler, tuple(by_seed), _stacked(scores)))
@@ -147,6 +153,34 @@ class Evaluation:
         which: dict[str, Any] = {"primary": settings.primary, "guarded": settings.guarded}
         return {**facts, **compact(means, comparisons, sampler=settings.deciding, **which)}
 
+    def samples(self, columns: Sequence[Column], images: Path) -> Image.Image:
+        """A sheet of the base and the methods, first training seed, for prompts that show the first method fairly.
+
+        The prompts are ordered by its gain over the base and chosen at equal distances, from losses to gains.
+        """
+        settings = self.settings
+        scores = {
+            column.name: column.scores[settings.primary][0] for column in columns if column.sampler == settings.deciding
+        }
+        first = self.config.methods[0]
+        gain = scores[first] - scores[BASE]  # (n,)
+        places = [i for i, task in enumerate(self.test) if task.image_index == 0]
+        places.sort(key=lambda i: gain[i].item())
+        count = min(SAMPLE_COLUMNS, len(places))
+        chosen = [places[int((i + 0.5) / count * len(places))] for i in range(count)]
+
+        def picture(name: str, place: int) -> Image.Image:
+            return Image.open(images / name / self.test[place].file).copy()
+
+        seed = self.config.training_seeds[0]
+        names = {BASE: BASE, **{name: ModelVariant(name, seed).place for name in self.config.methods}}
+        title = (
+            f"{count} of {len(places)} test prompts, at equal distances from the largest loss of {first} to its "
+            f"largest gain; above each column: {first} minus {BASE} in {settings.primary}"
+        )
+        rows = {name: [picture(place, i) for i in chosen] for name, place in names.items()}
+        return row_sheet(rows, title, [f"{gain[i]:+.3f}" for i in chosen])
+
     def _untrained(self, sampler: str, folder: Path, factors: list[float]) -> list[Column]:
         base = ModelVariant(BASE)
         batches = list(self.image_scorer.batches(base, self.test, sampler, split="test", images=True))
@@ -163,12 +197,16 @@ class Evaluation:
 
     def _scores(self, variant: ModelVariant, sampler: str, folder: Path) -> Scores:
         scores = []
-        first = None if sampler == self.settings.deciding else OTHERS_PROMPTS
-        for batch in self.image_scorer.batches(variant, self.test, sampler, split="test", images=True, first=first):
+        which: dict[str, Any] = {"split": "test", "images": True, "first": self._first(sampler)}
+        for batch in self.image_scorer.batches(variant, self.test, sampler, **which):
             scores.append(batch.scores)
             if len(batch.images):
                 self._save(from_bytes(batch.images), batch.tasks, sampler, folder / variant.place)
         return joined(scores)
+
+    def _first(self, sampler: str) -> int | None:
+        """How many prompts' images of a trained model are kept; None: all."""
+        return None if sampler == self.settings.deciding else OTHERS_PROMPTS
 
     def _save(self, images: Tensor, tasks: Sequence[Task], sampler: str, folder: Path) -> None:
         """PNG files <prompt index>-<image index>.png; of other samplers only the first image of the first prompts."""
@@ -178,7 +216,7 @@ class Evaluation:
         for image, task in zip(images, tasks, strict=True):
             is_first = task.prompt_index < OTHERS_PROMPTS and task.image_index == 0
             if is_first or sampler == self.settings.deciding:
-                to_picture(image).save(folder / f"{task.prompt_index:04d}-{task.image_index}.png")
+                to_picture(image).save(folder / task.file)
 
     def _validation_row(self, variant: ModelVariant) -> Row:
         scores = self.image_scorer.scores(variant, self.validation, self.settings.deciding, split="validation")
@@ -211,13 +249,6 @@ class Evaluation:
 def _stacked(of_seeds: Sequence[Scores]) -> Scores:
     """The scores of all training seeds, each (seeds, n)."""
     return {name: torch.stack([scores[name] for scores in of_seeds]) for name in of_seeds[0]}
-
-
-def _first_pictures(folder: Path) -> list[Image.Image]:
-    """Images of the first prompts, of the first training seed."""
-    if seeds := sorted(folder.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-"))):
-        folder = seeds[0]
-    return [Image.open(path).copy() for path in sorted(folder.glob("*-0.png"))[:SAMPLE_COLUMNS]]
 
 
 def _report(

@@ -14,11 +14,13 @@ from spo.config import Config, LoraConfig, LoraSource, ModelConfig, NetworkSourc
 from spo.errors import DataError, ModelError
 from spo.evaluation import image_scorer
 from spo.evaluation.image_scorer import ImageScorer, contrast
-from spo.evaluation.model_variants import BASE, ModelVariant, tasks
+from spo.evaluation.model_variants import BASE, ModelVariant, checkpoints, tasks
+from spo.evaluation.result_cache import ResultCache
 from spo.evaluation.tables import compared
 from spo.models.generate import eight_bits, from_bytes
 from spo.models.lora import add_lora, save_lora
 from spo.models.lora_file import WEIGHTS
+from spo.runtime import distributed
 from spo.runtime.files import write_json
 from spo.runtime.pictures import to_picture
 from spo.stages import evaluate
@@ -245,6 +247,49 @@ def test_curves_tables_and_pictures_reach_the_tracker(ran):
     assert set(tracker.files) == {"samples", *evaluate.TABLES}
     assert "aesthetic" in tracker.steps[200]["validation.spo.seed_3"]
     assert "aesthetic" in tracker.steps[0]["validation.base"]
+
+
+def test_processes_share_the_batches_of_all_variants(root, config, ran, tmp_path, monkeypatch):
+    variants = [ModelVariant(BASE), *checkpoints(config, "spo", 3, root), *checkpoints(config, "other", 8, root)]
+    asked = tasks(Prepared(root / "runs/tiny/prepare"), "validation", 3, 1, config.evaluate.seed)
+    made = []
+    generate = image_scorer.generate
+    monkeypatch.setattr(image_scorer, "generate", lambda *a, **o: made.append(1) or generate(*a, **o))
+    cache = ResultCache(tmp_path)
+    for rank, own in ((0, 3), (1, 2)):
+        with monkeypatch.context() as patch:
+            for name, value in (("count", 2), ("rank", rank), ("wait", None)):
+                patch.setattr(distributed, name, lambda value=value: value)
+            scorer = ImageScorer(config, root)
+            scorer.cache = cache
+            scorer.share(variants, asked, "ddim", split="validation", images=False)
+        assert len(made) == own
+        made.clear()
+    scorer = ImageScorer(config, root)
+    expected = [scorer.scores(each, asked, "ddim", split="validation") for each in variants]
+    scorer.cache = cache
+    found = [scorer.scores(each, asked, "ddim", split="validation") for each in variants]
+    assert not made
+    assert all(torch.equal(a["aesthetic"], b["aesthetic"]) for a, b in zip(expected, found, strict=True))
+
+
+def test_the_sheet_of_samples_goes_from_the_largest_loss_of_the_first_method_to_its_largest_gain(folder, config):
+    rows = [row for row in read(folder / "scores.csv") if row["sampler"] == "ddim"]
+    score = {
+        (row["column"], row["training_seed"], int(row["prompt_index"])): float(row["aesthetic"])
+        for row in rows
+        if row["image_index"] == "0"
+    }
+    gains = [score["spo", "3", i] - score[BASE, "", i] for i in range(4)]
+    order = sorted(range(4), key=gains.__getitem__)
+    assert order != list(range(4))
+    sheet = Image.open(folder / "samples.png").convert("RGB")
+    shown = [Image.open(folder / f"images/{BASE}/{i:04d}-0.png") for i in order]
+    tiles = [picture.resize((112, 112), Image.Resampling.NEAREST) for picture in shown]
+    left, top = sheet.width - 16 - 4 * 112 - 3 * 8, sheet.height - 16 - 3 * 112 - 2 * 8
+    for x, tile in enumerate(tiles):
+        found = sheet.crop((left + x * 120, top, left + x * 120 + 112, top + 112))
+        assert found.tobytes() == tile.tobytes()
 
 
 def test_what_is_finished_is_not_made_again_and_a_new_checkpoint_costs_its_own_batches(
