@@ -62,9 +62,8 @@ def _results(config: Config, method: str, root: Path) -> list[str]:
     n, seeds = next((row["n"], row["training_seeds"]) for row in against_base.values())
     how = f"{n} prompts that were never trained on, {config.evaluate.samplers[sampler].description}"
     text = f"## Results\n\n{how}, 95% intervals over prompts; training seeds: {seeds}.\n\n" + "\n".join(lines)
-    columns = list(dict.fromkeys(row["column"] for row in means if row["column"] != "contrast"))
     if (evaluated / SAMPLES).is_file():
-        text += f"\n\n![samples]({SAMPLES})\n\nRows, from the top: {', '.join(columns)}. Same seeds in each column."
+        text += f"\n\n![samples]({SAMPLES})\n\nAll images of a column have the same prompt and seed."
     return [text]
 
 

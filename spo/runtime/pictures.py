@@ -33,6 +33,13 @@ def enlarged(picture: Image.Image, least: int) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def of_width(picture: Image.Image, least: int, most: int) -> Image.Image:
+    """A picture enlarged to at least `least` pixels of width, or reduced to at most `most`."""
+    if picture.width > most:
+        return picture.resize((most, max(1, round(picture.height * most / picture.width))), Image.Resampling.LANCZOS)
+    return enlarged(picture, least)
+
+
 def plain_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """Rows of pictures of one size, on white."""
     gap = 4
@@ -42,6 +49,28 @@ def plain_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     for y, row in enumerate(tiles):
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * (width + gap), y * (height + gap)))
+    return sheet
+
+
+def row_sheet(rows: Mapping[str, Sequence[Image.Image]], title: str, captions: Sequence[str]) -> Image.Image:
+    """A sheet with a title, a row of pictures of one size for each name, and a caption above each column."""
+    font, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    tiles = {name: [of_width(picture, 112, 256) for picture in pictures] for name, pictures in rows.items()}
+    width, height = next(iter(tiles.values()))[0].size
+    left = MARGIN + round(max(font.getlength(name) for name in tiles)) + MARGIN
+    sheet_width = left + len(captions) * (width + GAP) - GAP + MARGIN
+    lines = _wrapped(title, small, sheet_width - 2 * MARGIN)
+    top = MARGIN + 20 * len(lines) + 26
+    sheet = Image.new("RGB", (sheet_width, top + len(tiles) * (height + GAP) - GAP + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN + 20 * i), line, INK, small)
+    for x, caption in enumerate(captions):
+        draw.text((left + x * (width + GAP) + width / 2, top - 22), caption, INK, small, anchor="ma")
+    for y, (name, pictures) in enumerate(tiles.items()):
+        draw.text((MARGIN, top + y * (height + GAP) + height / 2), name, INK, font, anchor="lm")
+        for x, picture in enumerate(pictures):
+            sheet.paste(picture, (left + x * (width + GAP), top + y * (height + GAP)))
     return sheet
 
 

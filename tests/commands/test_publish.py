@@ -49,7 +49,7 @@ def test_the_card_of_an_evaluated_lora_has_its_results_and_settings(project: Pat
     assert "| aesthetic | 0.450 | 0.500 | +0.050 [+0.037, +0.065] | 80% [73%, 87%] |" in card.text
     assert "128 prompts that were never trained on" in card.text
     assert "![samples](samples.png)" in card.text and (out / "samples.png").is_file()
-    assert "Rows, from the top: base, spo." in card.text
+    assert "same prompt and seed" in card.text
     for part in (
         "arXiv 2406.04314",
         "StableDiffusionPipeline.from_pretrained",

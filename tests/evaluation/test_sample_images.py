@@ -12,7 +12,7 @@ from spo.evaluation.resolve_model import lora_within, resolve_model
 from spo.evaluation.sample_images import Painter, choose_sampler
 from spo.models.lora import add_lora, save_lora
 from spo.models.lora_file import WEIGHTS
-from spo.runtime.pictures import labelled_sheet
+from spo.runtime.pictures import labelled_sheet, row_sheet
 from tests.models.tiny import RESOLUTION, make_tiny_denoiser, make_tiny_pipeline, shake
 
 PROMPT = "a red cross <&> ünïcode"
@@ -88,6 +88,18 @@ def test_a_title_of_any_length_fits_its_sheet():
     sheet = labelled_sheet(words + "x" * 300, {"one": [picture]}, ["seed 0"])
     assert sheet.width == 300 + 32
     assert sheet.height > 300 + 26 * 10
+
+
+@pytest.mark.parametrize(("size", "shown"), [((64, 64), (128, 128)), ((1024, 512), (256, 128))])
+def test_a_sheet_of_rows_shows_small_pictures_enlarged_and_large_ones_reduced(size, shown):
+    rows = {name: [Image.new("RGB", size, colour)] * 2 for name, colour in (("base", "#ff0000"), ("spo", "#0000ff"))}
+    sheet = row_sheet(rows, "a title " * 40, ["-0.1", "+0.1"])
+    left, top = sheet.width - 16 - 2 * shown[0] - 8, sheet.height - 16 - 2 * shown[1] - 8
+    for x in range(2):
+        for y, colour in enumerate([(255, 0, 0), (0, 0, 255)]):
+            corner = (left + x * (shown[0] + 8), top + y * (shown[1] + 8))
+            tile = sheet.crop((*corner, corner[0] + shown[0], corner[1] + shown[1]))
+            assert tile.getcolors() == [(shown[0] * shown[1], colour)]
 
 
 def test_nothing_is_evaluated_yet_means_the_base(config, tmp_path):
