@@ -37,6 +37,7 @@ def repro(
 
     workspace, store = Workspace(load_config()), tracking.masked(tracking.store())
     require_repository(Path())
+    set_up_libraries()
     require_all(workspace.config, Path())
     environment = {tracking.PIPELINE_RUN: uuid.uuid4().hex, **child_environment()}
     start = time.monotonic()

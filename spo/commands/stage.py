@@ -66,6 +66,7 @@ def run_stage(
         raise SpoError(f"{stage.name} {name}: profile {config.profile} has no {name!r}; it has {sorted(known)}")
     if stage.item == "method" and seed is None:
         seed = config.training_seeds[0]
+    set_up_libraries()
     if stage.checked:
         require(config, stage.name, root)
     item = [*([] if name is None else [name]), *([] if seed is None else ["--seed", str(seed)])]
@@ -76,7 +77,6 @@ def run_stage(
     if processes > 1 and stage.distributed and not {"RANK", LAUNCHED} & set(os.environ):
         launching = config.launch.model_copy(update={"num_processes": processes})
         return launch(launching, [*arguments, "--profile", config.profile, *(["--restart"] if restart else [])])
-    set_up_libraries()
     from spo import tracking
     from spo.runtime import distributed
 
