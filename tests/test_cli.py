@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 
 from spo import tracking
 from spo.__main__ import COMMANDS, main
-from spo.commands.stage import only_one, settings
+from spo.commands.stage import only_one, run_stage, settings
 from spo.config import load_config
-from spo.errors import DataError
+from spo.errors import DataError, SpoError
 from spo.pipeline import STAGES
 from spo.runtime.environment import require_repository
 from spo.tracking import NullTracker
@@ -457,3 +457,17 @@ def test_the_usage_names_the_command_as_it_was_typed(
         monkeypatch.setattr(sys, "argv", [typed, "--help"])
         assert main() == 0
         assert capsys.readouterr().out.startswith(f"Usage: {shown} [OPTIONS]")
+
+
+def test_libraries_are_silent_before_a_stage_checks_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def require(*_: object) -> None:
+        calls.append("require")
+        raise SpoError("no inputs")
+
+    monkeypatch.setattr("spo.commands.stage.set_up_libraries", lambda: calls.append("set up"))
+    monkeypatch.setattr("spo.commands.stage.require", require)
+    with pytest.raises(SpoError, match="no inputs"):
+        run_stage(STAGES["align"], "tiny", "spo")
+    assert calls == ["set up", "require"]
