@@ -92,9 +92,9 @@ class ImageScorer:
         first: only batches with one of the first prompts have images; None: all.
         sampler: a name in evaluate.samplers. The key of a batch has the sampler's settings, not its name.
         """
-        self.share([variant], tasks, sampler, split=split, images=images, first=first)
         parts = self._parts(variant, tasks, sampler, images=images, first=first)
         label = f"{split}: {variant.description}, {sampler}"
+        self._share(parts, label)
         for part in self._reported(parts, label):
             entry = self._get(part)
             yield Batch(part.tasks, part.key, entry.pop(IMAGES, torch.empty(0)), entry)
@@ -113,10 +113,12 @@ class ImageScorer:
 
         So a process does not wait for the others after each variant. With one process this does nothing.
         """
+        parts = [part for each in variants for part in self._parts(each, tasks, sampler, images=images, first=first)]
+        self._share(parts, f"{split}: {', '.join(dict.fromkeys(each.column for each in variants))}, {sampler}")
+
+    def _share(self, parts: Sequence[_Part], label: str) -> None:
         if distributed.count() == 1:
             return
-        parts = [part for each in variants for part in self._parts(each, tasks, sampler, images=images, first=first)]
-        label = f"{split}: {', '.join(dict.fromkeys(each.column for each in variants))}, {sampler}"
         for part in self._reported(parts[distributed.rank() :: distributed.count()], label):
             self._get(part)
         distributed.wait()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -11,6 +12,7 @@ from spo.runtime.files import atomic_path
 
 GAP, MARGIN = 8, 16  # pixels
 INK, PAPER = "#17191c", "#ffffff"
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -40,15 +42,14 @@ def of_width(picture: Image.Image, least: int, most: int) -> Image.Image:
     return enlarged(picture, least)
 
 
-def plain_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of pictures of one size, on white."""
+def strip(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size in a row, on white."""
     gap = 4
-    tiles = [[enlarged(picture, 96) for picture in row] for row in rows]
-    width, height = tiles[0][0].size
-    sheet = Image.new("RGB", (len(tiles[0]) * (width + gap) - gap, len(tiles) * (height + gap) - gap), PAPER)
-    for y, row in enumerate(tiles):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * (width + gap), y * (height + gap)))
+    tiles = [enlarged(picture, 96) for picture in pictures]
+    width, height = tiles[0].size
+    sheet = Image.new("RGB", (len(tiles) * (width + gap) - gap, height), PAPER)
+    for x, picture in enumerate(tiles):
+        sheet.paste(picture, (x * (width + gap), 0))
     return sheet
 
 
@@ -58,13 +59,8 @@ def row_sheet(rows: Mapping[str, Sequence[Image.Image]], title: str, captions: S
     tiles = {name: [of_width(picture, 112, 256) for picture in pictures] for name, pictures in rows.items()}
     width, height = next(iter(tiles.values()))[0].size
     left = MARGIN + round(max(font.getlength(name) for name in tiles)) + MARGIN
-    sheet_width = left + len(captions) * (width + GAP) - GAP + MARGIN
-    lines = _wrapped(title, small, sheet_width - 2 * MARGIN)
-    top = MARGIN + 20 * len(lines) + 26
-    sheet = Image.new("RGB", (sheet_width, top + len(tiles) * (height + GAP) - GAP + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, line in enumerate(lines):
-        draw.text((MARGIN, MARGIN + 20 * i), line, INK, small)
+    size = (left + len(captions) * (width + GAP) - GAP + MARGIN, len(tiles) * (height + GAP) - GAP + MARGIN)
+    sheet, draw, top = _titled(title, small, size)
     for x, caption in enumerate(captions):
         draw.text((left + x * (width + GAP) + width / 2, top - 22), caption, INK, small, anchor="ma")
     for y, (name, pictures) in enumerate(tiles.items()):
@@ -79,13 +75,8 @@ def labelled_sheet(title: str, columns: Mapping[str, Sequence[Image.Image]], row
     font, small = ImageFont.load_default(18), ImageFont.load_default(14)
     tiles = {name: [enlarged(picture, 256) for picture in pictures] for name, pictures in columns.items()}
     tile = next(iter(tiles.values()))[0]
-    width = 2 * MARGIN + len(tiles) * (tile.width + GAP) - GAP
-    lines = _wrapped(title, font, width - 2 * MARGIN)
-    top = MARGIN + 26 * len(lines) + 30
-    sheet = Image.new("RGB", (width, top + len(rows) * (tile.height + 30) + MARGIN - 8), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, line in enumerate(lines):
-        draw.text((MARGIN, MARGIN + 26 * i), line, INK, font)
+    size = (2 * MARGIN + len(tiles) * (tile.width + GAP) - GAP, len(rows) * (tile.height + 30) + MARGIN - 8)
+    sheet, draw, top = _titled(title, font, size)
     for x, (name, pictures) in enumerate(tiles.items()):
         left = MARGIN + x * (tile.width + GAP)
         draw.text((left, top - 26), _fitting(name, font, tile.width), INK, font)
@@ -96,7 +87,19 @@ def labelled_sheet(title: str, columns: Mapping[str, Sequence[Image.Image]], row
     return sheet
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _titled(title: str, font: Font, size: tuple[int, int]) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """A sheet with a wrapped title and a line of heads above a body of `size`; its pen; and where the body begins."""
+    width, height = size
+    lines = _wrapped(title, font, width - 2 * MARGIN)
+    top = MARGIN + 26 * len(lines) + 30
+    sheet = Image.new("RGB", (width, top + height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN + 26 * i), line, INK, font)
+    return sheet, draw, top
+
+
+def _wrapped(text: str, font: Font, width: int) -> list[str]:
     """Lines of at most `width` pixels; a longer word has its own line and is cut."""
     lines: list[str] = []
     for word in text.split():
@@ -107,7 +110,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return [_fitting(line, font, width) for line in lines] or [""]
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _fitting(text: str, font: Font, width: int) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:

@@ -131,8 +131,7 @@ class Evaluation:
             keep = folder / ("images" if sampler == self.settings.deciding else f"other_samplers/{sampler}")
             columns += self._untrained(sampler, keep, factors)
             trained = [variant for by_seed in chosen.values() for variant in by_seed.values()]
-            which: dict[str, Any] = {"split": "test", "images": True, "first": self._first(sampler)}
-            self.image_scorer.share([*trained, *self.others], self.test, sampler, **which)
+            self.image_scorer.share([*trained, *self.others], **self._wanted(sampler))
             for name, by_seed in chosen.items():
                 scores = [self._scores(variant, sampler, keep) for variant in by_seed.values()]
                 columns.append(Column(name, sampler, tuple(by_seed), _stacked(scores)))
@@ -197,16 +196,16 @@ class Evaluation:
 
     def _scores(self, variant: ModelVariant, sampler: str, folder: Path) -> Scores:
         scores = []
-        which: dict[str, Any] = {"split": "test", "images": True, "first": self._first(sampler)}
-        for batch in self.image_scorer.batches(variant, self.test, sampler, **which):
+        for batch in self.image_scorer.batches(variant, **self._wanted(sampler)):
             scores.append(batch.scores)
             if len(batch.images):
                 self._save(from_bytes(batch.images), batch.tasks, sampler, folder / variant.place)
         return joined(scores)
 
-    def _first(self, sampler: str) -> int | None:
-        """How many prompts' images of a trained model are kept; None: all."""
-        return None if sampler == self.settings.deciding else OTHERS_PROMPTS
+    def _wanted(self, sampler: str) -> dict[str, Any]:
+        """Which batches of a trained model are made; other samplers keep only the first prompts' images."""
+        first = None if sampler == self.settings.deciding else OTHERS_PROMPTS
+        return {"tasks": self.test, "sampler": sampler, "split": "test", "images": True, "first": first}
 
     def _save(self, images: Tensor, tasks: Sequence[Task], sampler: str, folder: Path) -> None:
         """PNG files <prompt index>-<image index>.png; of other samplers only the first image of the first prompts."""

@@ -28,7 +28,7 @@ from spo.runtime import distributed
 from spo.runtime.checkpoint import State, StateStore
 from spo.runtime.device import memory_advice
 from spo.runtime.files import write_json
-from spo.runtime.pictures import plain_sheet, to_picture
+from spo.runtime.pictures import strip, to_picture
 from spo.runtime.progress import Progress
 from spo.runtime.saver import Saver
 from spo.tracking import Tracker
@@ -308,7 +308,7 @@ class _Alignment(Generic[E]):
             row, pictures = watch.look(self.cost, looks)
             looks.append(row)
             self._log_look(row)
-            sheet = plain_sheet([[to_picture(each) for each in pictures]])
+            sheet = strip([to_picture(each) for each in pictures])
             self.tracker.log_image(f"watch/round-{self.cost.rounds:06d}", sheet)
         elif not looks or looks[-1]["round"] != self.cost.rounds:
             return False
