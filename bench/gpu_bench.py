@@ -14,6 +14,7 @@ from spo.errors import ConfigError
 
 if TYPE_CHECKING:
     from bench.systems import System
+    from spo.models.latent_diffusion import LatentDiffusion
 
 SIZES = {  # names in bench.systems.SHAPES, by family
     "full": {"sd15": "sd15", "sdxl": "sdxl", "sd35": "sd35", "flux": "flux"},
@@ -61,6 +62,22 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def compile(self, policy: "LatentDiffusion") -> None:
+        """What model.compile does; in small the network is traced alone, which takes no C++ compiler."""
+        from bench.systems import compile_policy
+        from spo.models.load import VARIANTS
+
+        if self.full:
+            compile_policy(policy)
+        else:
+            torch._dynamo.config.recompile_limit = VARIANTS
+            policy.network.module.compile_repeated_blocks(dynamic=False, backend="eager")
+
+    def drop_compiled(self) -> None:
+        """Let go of the system, which stays compiled, and of the compiled code."""
+        self.drop()
+        torch._dynamo.reset()
 
     def rates(self) -> dict[str, float]:
         """What the floor is made of: FLOP/s of a large product and bytes/s of a large copy; measured once."""

@@ -120,6 +120,21 @@ def _where(rows: Mapping[str, Figures]) -> str:
     return f"Where the time of our batch goes ({'; '.join(_batch(rows[name]) for name in names)}):\n\n{table(lines)}"
 
 
+def _compiled(rows: Mapping[str, Figures]) -> str:
+    parts = []
+    for name in [name for name in rows if name.startswith("compiled-") and "runs" in rows[name]]:
+        runs = rows[name]["runs"]
+        lines = [["", "s a batch", "times faster", "peak memory, GB"]]
+        for label, run in runs.items():
+            faster = f"{runs['as it is']['seconds'] / run['seconds']:.2f}"
+            lines.append([label, number(run["seconds"]), faster, giga(run["peak_bytes"])])
+        text = f"{name}, our batch with model.compile: {_batch(rows[name])}.\n\n{table(lines)}"
+        if (difference := rows[name].get("largest_loss_difference")) is not None:
+            text += f"\n\nLargest difference of an update's loss: {difference:.1e}."
+        parts.append(text)
+    return "\n\n".join(parts)
+
+
 def _preference(rows: Mapping[str, Figures]) -> str:
     found = [rows[name] for name in rows if name.startswith("preference-") and "seconds" in rows[name]]
     if not found:
@@ -202,6 +217,7 @@ SECTIONS: tuple[Callable[[Mapping[str, Figures]], str], ...] = (
     _duels,
     _where,
     _kinds,
+    _compiled,
     _preference,
     _busy,
     _switches,

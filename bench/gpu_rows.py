@@ -50,10 +50,11 @@ ROWS = (
     Row("check", "bench.gpu_spo:check", 15),
     Row("where-sd35", "bench.gpu_spo:where", 35, {"family": "sd35"}),
     Row("where-flux", "bench.gpu_spo:where", 50, {"family": "flux"}),
-    Row("spo-sdxl", "bench.gpu_spo:duel", 110, {"family": "sdxl"}),
+    Row("spo-sdxl", "bench.gpu_spo:duel", 190, {"family": "sdxl"}),
     Row("where-sdxl", "bench.gpu_spo:where", 45, {"family": "sdxl"}),
     Row("kinds-sdxl", "bench.gpu_kinds:kinds", 45, {"family": "sdxl"}),
-    _switch("compile", 200),  # last: it takes longest, and leaves a system that no other row may use
+    Row("compiled-sd15", "bench.gpu_spo:compiled", 300, {"family": "sd15"}),  # the last two take longest
+    _switch("compile", 200),
 )
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from bench.flops import batch_flops, last_steps
 from bench.gpu_bench import Bench, Meter, in_use
 from bench.gpu_run import forget
@@ -71,6 +73,25 @@ def where(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
     figures["seconds_a_pair"] = meter.seconds / len(pairs["t"])
     figures["groups"] = {name: sum(seconds[each] for each in group) for name, group in GROUPS.items()}
     figures |= _floor(system, bench, len(pairs["t"]), meter.seconds)
+
+
+def compiled(bench: Bench, figures: dict[str, Any], *, family: str) -> None:
+    """Our batch without model.compile and with it; the batch that compiles counts apart."""
+    system = batch_of(bench, figures, family)
+    _run("ours", few(system), bench, rehearsal=True)
+    runs = figures["runs"] = {"as it is": _run("ours", system, bench)}
+    try:
+        with _path("ours", system) as path:  # one for both batches: another LoRA compiles anew
+            bench.compile(system.policy)
+            for label, call in (("the first batch, which compiles", path.rehearse), ("compiled", path.run)):
+                bench.tidy()
+                with Meter(bench.device) as meter:
+                    outcome = call()
+                runs[label] = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes}
+        agreement = compare(runs["as it is"].outcome, _outcome(*outcome), least=0.8 if bench.full else 0.98)
+        figures["largest_loss_difference"] = agreement["largest_loss_difference"]
+    finally:
+        bench.drop_compiled()
 
 
 def check(bench: Bench, figures: dict[str, Any]) -> None:
@@ -145,8 +166,12 @@ def _run(way: str, system: System, bench: Bench, *, rehearsal: bool = False) -> 
         run: dict[str, Any] = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes, "updates": len(losses)}
         if way == "ours":
             run["metrics"] = {name: path.metrics[name] for name in RUN_METRICS}
-    kept = {name: pairs[name].cpu() for name in ("x_t", "x_prev", "t", "t_prev")}
-    return Measured(run, outcome={"pairs": kept, "losses": losses})
+    return Measured(run, outcome=_outcome(pairs, losses))
+
+
+def _outcome(pairs: dict[str, Tensor], losses: list[float]) -> dict[str, Any]:
+    """What a batch came to, on the CPU."""
+    return {"pairs": {name: pairs[name].cpu() for name in ("x_t", "x_prev", "t", "t_prev")}, "losses": losses}
 
 
 class Measured(dict[str, Any]):

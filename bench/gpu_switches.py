@@ -16,10 +16,9 @@ from torch import Tensor
 
 from bench import gpu_around as around
 from bench.gpu_bench import Bench, Meter
-from bench.systems import System, attach_lora, compile_policy
+from bench.systems import System, attach_lora
 from spo.core.types import Pairs
 from spo.methods.spo import Spo
-from spo.models.load import VARIANTS
 from spo.preference.score import PreferenceScorer
 
 Call = Callable[[], object]
@@ -170,17 +169,12 @@ def compiled(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:
     for name, call in calls.items():
         in_turns(bench, figures, [(name, call, nullcontext())])
     try:
-        if bench.full:
-            compile_policy(parts.policy)
-        else:  # in a second, and without a C++ compiler
-            torch._dynamo.config.recompile_limit = VARIANTS
-            parts.policy.network.module.compile_repeated_blocks(dynamic=False, backend="eager")
+        bench.compile(parts.policy)
         for name, call in calls.items():
             in_turns(bench, figures, [(f"{name}, compiled", call, nullcontext())])
             _compare(figures, name, f"{name}, compiled")
     finally:
-        bench.drop()
-        torch._dynamo.reset()
+        bench.drop_compiled()
 
 
 def fused_adamw(parts: Parts, bench: Bench, figures: dict[str, Any]) -> None:

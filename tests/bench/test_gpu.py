@@ -128,6 +128,8 @@ def test_a_row_holds_what_it_is_for(whole_run: tuple[Any, Path]) -> None:
     assert {"sample", "update", "decode", "score"} == set(rows["busy"]["parts"])
     assert all(part["kernel_seconds"] > 0 for part in rows["busy"]["parts"].values())
     assert {"sample", "sample, compiled"} == set(rows["switch-compile"]["trials"])
+    assert list(rows["compiled-sd15"]["runs"]) == ["as it is", "the first batch, which compiles", "compiled"]
+    assert rows["compiled-sd15"]["largest_loss_difference"] < 1e-4
     assert rows["check"]["estimated_seconds"] > 0
 
 
