@@ -50,7 +50,7 @@ def _read(file: Path) -> Figures:
 
 
 def _together(runs: Sequence[Figures]) -> Figures:
-    """The rows of all runs under the first one's head; DataError if they are of different machines or torches."""
+    """The rows of all runs under one head; DataError if they are of different machines or torches."""
     machines = {f"{run['machine']} with torch {run['torch']}" for run in runs}
     if len(machines) > 1:
         raise DataError(f"--write-docs got results of {' and '.join(sorted(machines))}; give those of one of them")
@@ -58,7 +58,10 @@ def _together(runs: Sequence[Figures]) -> Figures:
     for row in (row for run in runs for row in run["rows"]):
         if row["name"] not in rows or row["status"] == "measured":
             rows[row["name"]] = row
-    return {**runs[0], "rows": list(rows.values())}
+    commits = " and ".join(dict.fromkeys(run["commit"] for run in runs if run.get("commit")))
+    times = sorted(run["started"] for run in runs)
+    started = times[0] if len(times) == 1 else f"{times[0]} to {times[-1]}"
+    return {**runs[0], "commit": commits, "started": started, "rows": list(rows.values())}
 
 
 def _head(results: Figures) -> str:

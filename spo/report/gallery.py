@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from spo.errors import DataError
 from spo.report.inputs import Row
 
-LARGEST = 384  # pixels; larger pictures are shown smaller, so that the page stays light
+LARGEST, LARGEST_SHEET = 384, 1600  # pixels; larger pictures are shown smaller, so that the page stays light
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,17 @@ def first_pictures(scores: Sequence[Row], sampler: str) -> tuple[dict[int, str],
     return prompts, places
 
 
-def picture(path: Path, column: str, score: float | None) -> Picture:
-    """A picture as a data URI: the file if it is small, else a smaller JPEG."""
+def picture(path: Path, column: str, score: float | None = None, *, largest: int = LARGEST) -> Picture:
+    """A picture as a data URI: the file if no side is above `largest` pixels, else a smaller JPEG."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
-            if image.format == "PNG" and max(image.size) <= LARGEST:
+            if image.format == "PNG" and max(image.size) <= largest:
                 image.verify()
                 width, height, kind = *image.size, "png"
             else:
                 small = image.convert("RGB")
-                small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+                small.thumbnail((largest, largest), Image.Resampling.LANCZOS)
                 buffer = io.BytesIO()
                 small.save(buffer, "JPEG", quality=88)
                 data, width, height, kind = buffer.getvalue(), *small.size, "jpeg"

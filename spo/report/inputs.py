@@ -52,6 +52,7 @@ class Inputs:
     training: dict[str, list[dict[str, Any]]]  # metrics.json of each method's training seeds
     preference_models: dict[str, PreferenceModel]
     seconds: dict[str, float]  # of each stage, in the order of the pipeline
+    samples: Path  # the sheet of samples
     images: Path  # of the deciding sampler
     other_samplers: dict[str, Path]  # images of a few prompts
 
@@ -98,6 +99,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
             for stage, parts in stages.items()
             if all("seconds" in metrics for metrics in parts)
         },
+        samples=evaluate / "samples.png",
         images=evaluate / "images",
         other_samplers={
             name: folder for name in config.evaluate.samplers if (folder := evaluate / "other_samplers" / name).is_dir()

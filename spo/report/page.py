@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from spo.config import Config
 from spo.report.charts import Chart
 from spo.report.cost import Duel, leading
-from spo.report.gallery import Card
+from spo.report.gallery import Card, Picture
 from spo.report.inputs import Inputs, PreferenceModel
 from spo.report.results import Results, direction, level
 from spo.report.studies import Study
@@ -27,6 +27,7 @@ def page(
     inputs: Inputs,
     results: Results,
     charts: Mapping[str, list[Chart]],
+    sheet: Picture,
     cards: list[Card],
     costs: Sequence[Duel],
     studies: Sequence[Study],
@@ -50,6 +51,7 @@ def page(
         level=level,
         left_out=left_out,
         charts=charts,
+        sheet=sheet,
         cards=cards,
         costs=costs,
         leading=leading(costs),

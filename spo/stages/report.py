@@ -10,7 +10,7 @@ from spo.config import Config
 from spo.errors import DataError
 from spo.report.charts import all_charts
 from spo.report.cost import duels, leading, numbers
-from spo.report.gallery import gallery
+from spo.report.gallery import LARGEST_SHEET, gallery, picture
 from spo.report.inputs import Inputs, read_inputs, total_cost
 from spo.report.page import page
 from spo.report.results import CONTRAST, Results
@@ -47,7 +47,8 @@ def run(config: Config, *, root: Path, tracker: Tracker) -> None:
     folder = Workspace(config, root).report
     studies = read_studies(config, root)
     facts = {**environment(root), "MLflow": tracker.address}
-    html = page(config, inputs, results, charts, cards, costs, studies, facts=facts)
+    sheet = picture(inputs.samples, "samples", largest=LARGEST_SHEET)
+    html = page(config, inputs, results, charts, sheet, cards, costs, studies, facts=facts)
     write_text(folder / "report.html", html)
     savings = [cost.sentence for cost in leading(costs) if cost.method == results.methods[0]]
     write_text(folder / "summary.txt", summary(results, savings, inputs.seconds))

@@ -119,6 +119,7 @@ def write_evaluation(runs: Path, methods, prompts, gains, rng, *, seeds, images:
         {name: row[name] for name in names} | {"prompt_index": i, "aesthetic": row["aesthetic"] + 0.01 * (i % 3),
                                                "alignment": row["alignment"]}
         for row in validation for i in range(6)])  # fmt: skip
+    Image.new("RGB", (1270, 500)).save(folder / "samples.png")
     for place in ("base", *(f"{name}/seed-{seeds[0]}" for name in methods)):
         for parent, indices in (("images", range(len(prompts))), ("other_samplers/ddim-stochastic", range(2))):
             (folder / parent / place).mkdir(parents=True)
@@ -197,7 +198,9 @@ def test_method_names_are_escaped_in_charts_too():
 
 
 def test_gallery_shows_every_prompt_in_every_column_with_words(page):
-    images = Tags(page).of("img")
+    sheet, *images = Tags(page).of("img")
+    assert (sheet["width"], sheet["height"]) == ("1270", "500")
+    assert sheet["alt"].startswith("Samples with ddim: a row each of base, spo, dpo;")
     assert [image["alt"].split(":")[0] for image in images] == ["base", "spo", "dpo"] * (len(PROMPTS) + 2)
     assert all(image["width"] == "64" and image["class"] == "pixels" for image in images)
 
@@ -586,10 +589,12 @@ def test_large_pictures_are_made_lighter(tmp_path):
     config = write_runs(tmp_path)
     for place in ("base", "spo/seed-0"):
         Image.new("RGB", (1024, 512)).save(tmp_path / f"runs/tiny/evaluate/images/{place}/0000-0.png")
+    Image.new("RGB", (3200, 1000)).save(tmp_path / "runs/tiny/evaluate/samples.png")
     report.run(config, root=tmp_path, tracker=Tracker())
-    image = Tags((tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")).of("img")[0]
+    sheet, image = Tags((tmp_path / "runs/tiny/report/report.html").read_text(encoding="utf-8")).of("img")[:2]
+    assert (sheet["width"], sheet["height"]) == ("1600", "500")
     assert (image["width"], image["height"]) == ("384", "192")
-    assert image["src"].startswith("data:image/jpeg;base64,")
+    assert all(each["src"].startswith("data:image/jpeg;base64,") for each in (sheet, image))
 
 
 def test_same_values_draw_the_same_chart():
