@@ -155,6 +155,11 @@ def test_the_documentation_takes_a_gpus_figures_once(whole_run: tuple[Any, Path]
     other.write_text(json.dumps({**results, "device": "cuda", "machine": "Some Card", "rows": [row]}))
     write_docs([other, file], docs)  # the whole row counts, wherever it is
     assert TIME_OVER not in docs.read_text()
+    later = {"device": "cuda", "machine": "Some Card", "commit": "abc", "started": "tomorrow"}
+    other.write_text(json.dumps({**results, **later, "rows": [row]}))
+    file.write_text(json.dumps({**results, **later, "commit": "def", "started": "now"}))
+    write_docs([file, other], docs)
+    assert "commit def and abc, now to tomorrow: small shapes" in docs.read_text()
     other.write_text(json.dumps({**results, "device": "cuda", "machine": "Another Card"}))
     with pytest.raises(DataError, match="of Another Card with torch"):
         write_docs([file, other], docs)
