@@ -68,7 +68,7 @@ def lessons(base: Path, prompts: Sequence[str], file: Path, *, per_prompt: int) 
     """
     if not file.exists():
         random = generator(7)
-        rows, pictures = sample_pool([base], prompts, per_prompt=per_prompt, chunk=RECIPE.chunk, generator=random)
+        rows, pictures = sample_pool(base, prompts, per_prompt=per_prompt, chunk=RECIPE.chunk, generator=random)
         _keep(file, pictures, rows)
     return scored(*_kept(file, prompts))
 
@@ -83,7 +83,7 @@ def like_pictures(base: Path, prompts: Sequence[str], file: Path, *, per_prompt:
             model,
             wanted,
             [image_seed(2, prompt, i % per_prompt) for i, prompt in enumerate(wanted)],
-            sampler=SamplerConfig(steps=steps, guidance_scale=5.0, eta=1.0),
+            sampler=SamplerConfig(steps=steps, guidance_scale=3.0, eta=1.0),
             batch_size=RECIPE.chunk,
             label="pictures of the base",
         )

@@ -28,11 +28,11 @@ def test_the_prompt_file_holds_the_whole_world():
 @pytest.mark.parametrize(
     ("profile", "least"),
     [
-        ("tiny", {"correct": 0.75, "alignment": 0.75, "aesthetic": 0.25}),
+        ("tiny", {"correct": 0.9, "alignment": 0.9, "aesthetic": 0.45}),
         ("tiny-flow", {"correct": 0.6, "alignment": 0.6, "aesthetic": 0.25}),
     ],
 )
-def test_the_base_knows_its_prompts_and_finishes_pictures_indifferently(profile, least, monkeypatch):
+def test_the_base_knows_its_prompts_and_chance_decides_how_well_it_finishes_pictures(profile, least, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(ROOT, profile)
     prompts = split_prompts(
@@ -52,7 +52,8 @@ def test_the_base_knows_its_prompts_and_finishes_pictures_indifferently(profile,
     seen = oracle_scores(eight_bits(pictures), prompts)
     for name, share in least.items():
         assert seen[name].mean() > share, name
-    assert seen["aesthetic"].mean() < 0.6
+    assert seen["aesthetic"].mean() < 0.75
+    assert seen["aesthetic"].std() > (0.15 if profile == "tiny" else 0.1)
 
 
 @pytest.mark.slow

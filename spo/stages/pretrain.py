@@ -29,30 +29,28 @@ def run(config: Config, *, root: Path = Path(), tracker: Tracker) -> None:
 
     vae = _once(work / "vae", parts.make_vae)
     clip = _once(work / "clip", parts.make_clip)
-    denoiser = _once(work / "denoiser", lambda folder: parts.make_denoiser(folder, vae, clip))
-    pool = parts.load_pool(_once(work / "pool", lambda folder: parts.make_pool(folder, denoiser, prompts)))
+    base = _once(work / "denoiser", lambda folder: parts.make_denoiser(folder, vae, clip))
+    pool = parts.load_pool(_once(work / "pool", lambda folder: parts.make_pool(folder, base, prompts)))
     taught = parts.training_prompts(config)
-    lessons = _once(work / "lessons", lambda folder: parts.make_lessons(folder, denoiser, taught))
+    lessons = _once(work / "lessons", lambda folder: parts.make_lessons(folder, base, taught))
     preference = _once(work / "preference", lambda folder: parts.make_preference(folder, vae, lessons, pool, config))
-    people = parts.load_pool(
-        _once(work / "people-pool", lambda folder: parts.make_people_pool(folder, denoiser / "final", prompts))
-    )
+    people = parts.load_pool(_once(work / "people-pool", lambda folder: parts.make_people_pool(folder, base, prompts)))
     sight = preference / parts.SIGHT
     of_people = _once(
         work / "people-preference", lambda folder: parts.make_people_preference(folder, sight, people, config)
     )
-    flow = _once(work / "flow", lambda folder: parts.make_flow(folder, denoiser / "final", preference))
+    flow = _once(work / "flow", lambda folder: parts.make_flow(folder, base, preference))
 
-    base_config = ModelConfig(family="sd15", path=str(denoiser / "final"), resolution=64)
+    base_config = ModelConfig(family="sd15", path=str(base), resolution=64)
     flow_config = ModelConfig(family="sd3", path=str(flow), resolution=64, t5=False, t5_tokens=1)
     figures = {
-        "base": parts.score_base(base_config, prompts, guidance_scale=5),
-        "flow": parts.score_base(flow_config, prompts, guidance_scale=3),
+        "base": parts.score_base(base_config, prompts),
+        "flow": parts.score_base(flow_config, prompts),
         "preference": read_json(preference / "accuracy.json"),
         "people": read_json(of_people / "accuracy.json"),
     }
     with atomic_path(data / "base" / "tiny") as folder:
-        shutil.copytree(denoiser / "final", folder)
+        shutil.copytree(base, folder)
         write_text(folder / "README.md", cards.base(RECIPE, figures["base"]))
     with atomic_path(data / "base" / "tiny-flow") as folder:
         shutil.copytree(flow, folder)

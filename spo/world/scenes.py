@@ -8,7 +8,8 @@ A picture of it is drawn by signed-distance functions, with flaws:
     blotch    0 .. .18  amplitude of coloured blotches
     dx, dy    +-.18     offset of the object from the centre, as a share of the side
 
-`spo.world.oracle` measures them; training never uses it.
+The diffusion models learn from pictures half of which are made with care and half without (`draw_care`), so theirs
+differ in finish, too. `spo.world.oracle` measures the flaws; training never uses it.
 """
 
 import math
@@ -101,6 +102,7 @@ def draw_attributes(scenes: list[Scene], generator: Generator) -> Tensor:
 
 
 FADE, SOFTNESS, BLOTCH, OFFSET = (0.0, 0.6), (0.5, 4.5), (0.0, 0.18), 0.18
+CARE = ((0.0, 0.35), (0.45, 1.0))  # flaws as shares of their ranges: with care, and without
 
 
 def draw_quality(n: int, generator: Generator, *, flaw: float = 1.0) -> Tensor:
@@ -109,6 +111,21 @@ def draw_quality(n: int, generator: Generator, *, flaw: float = 1.0) -> Tensor:
     offset = flaw * OFFSET * (2 * torch.rand(n, 2, generator=generator) - 1)
     low, high = torch.tensor([FADE, SOFTNESS, BLOTCH]).T
     return torch.cat([low + (high - low) * u, offset], dim=1)
+
+
+def draw_care(n: int, generator: Generator) -> Tensor:
+    """Quality factors (n, 5), as of `draw_quality`, of pictures half of which are made with care and half without.
+
+    All flaws of a picture are small, or all are large: each is drawn uniformly from its part of `CARE`.
+    """
+    careful = torch.rand(n, 1, generator=generator) < 0.5
+    (least, most), (careless_least, careless_most) = CARE
+    u = torch.rand(n, 4, generator=generator)
+    share = torch.where(careful, least + (most - least) * u, careless_least + (careless_most - careless_least) * u)
+    angle = 2 * math.pi * torch.rand(n, 1, generator=generator)
+    offset = OFFSET * share[:, 3:] * torch.cat([angle.cos(), angle.sin()], dim=1)
+    low, high = torch.tensor([FADE, SOFTNESS, BLOTCH]).T
+    return torch.cat([low + (high - low) * share[:, :3], offset], dim=1)
 
 
 def signed_distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from spo.world.scenes import (
     all_scenes,
     coverage,
     draw_attributes,
+    draw_care,
     draw_quality,
     pixel_grid,
     render,
@@ -88,6 +89,18 @@ def test_quality_stays_in_its_ranges_and_a_smaller_flaw_in_smaller_ones():
     assert (whole.amin(dim=0) >= torch.tensor([0, 0.5, 0, -0.18, -0.18])).all()
     assert (whole.amax(dim=0) <= torch.tensor([0.6, 4.5, 0.18, 0.18, 0.18])).all()
     assert (small.amax(dim=0) <= torch.tensor([0.06, 0.9, 0.018, 0.018, 0.018]) + 1e-6).all()
+
+
+def test_flaws_of_a_picture_are_all_small_or_all_large():
+    quality = draw_care(4000, Generator().manual_seed(0))
+    low, high = torch.tensor([0, 0.5, 0]), torch.tensor([0.6, 4.5, 0.18])
+    shares = torch.cat([(quality[:, :3] - low) / (high - low), quality[:, 3:].norm(dim=1, keepdim=True) / 0.18], dim=1)
+    careful, careless = (shares < 0.3501).all(dim=1), ((shares > 0.4499) & (shares < 1.0001)).all(dim=1)
+    assert (careful | careless).all()
+    assert 0.45 < careful.float().mean() < 0.55
+    for part, middle in ((careful, 0.175), (careless, 0.725)):
+        torch.testing.assert_close(shares[part].mean(dim=0), torch.full((4,), middle), atol=0.02, rtol=0)
+    assert quality[:, 3:].mean(dim=0).abs().max() < 0.01
 
 
 def test_the_same_generator_draws_the_same_picture():

@@ -24,9 +24,10 @@ A diffusion model of the drawn world (`spo/world/scenes.py`) in the format of St
 - Text encoder: the text tower of a CLIP taught for {recipe.clip_steps} steps which prompt belongs to which
   picture, then trained on with the UNet.
 - UNet: 1.1M parameters, {steps} steps of {recipe.unet_batch} latents out of {recipe.latents}, moving
-  average of the weights. The pictures it learns from mix good and poor finish evenly, so its own are mediocre.
+  average of the weights. Half of the pictures it learns from are made with care (`scenes.draw_care`), so chance decides
+  how well its own are made.
 
-The oracle's means over {recipe.scored} pictures (20 DDIM steps, eta 0, guidance 5):
+The oracle's means over {recipe.scored} pictures (20 DDIM steps, eta 0, guidance 3):
 
 {_table(figures)}
 """
@@ -51,7 +52,7 @@ pipe("a small red cross", height=64, width=64, num_inference_steps=20, guidance_
   deviation of about 1. All three were frozen.
 - Transformer: SD3Transformer2DModel, 1.6M parameters, {recipe.flow_steps} steps of {recipe.flow_batch} latents out of
   {recipe.flow_latents}, sigma logit-normal, moving average of the weights, stored in float16. The pictures it learns
-  from are drawn like those of `data/base/tiny`: they mix good and poor finish evenly, so its own are mediocre.
+  from are drawn like those of `data/base/tiny`.
 
 The oracle's means over {recipe.scored} pictures (20 Euler steps, guidance 3):
 
@@ -71,8 +72,7 @@ def preference(recipe: Recipe, accuracy: Mapping[str, float]) -> str:
 A `CLIPModel` of 0.57M parameters, what PickScore is to the real profiles: taught which prompt a drawn picture belongs
 to and what flaws it has ({recipe.sight_steps} steps), then preferences on clean pictures of the training prompts
 ({recipe.preference_steps} steps): generated ones (those of the shipped pairs, and {recipe.lessons_per_prompt} more a
-prompt by the base's checkpoint of {recipe.earlier[-1]} steps) and drawn ones. Labels are made by the opinion of the
-shipped pairs. Apache-2.0. {MADE}
+prompt by the base) and drawn ones. Labels are made by the opinion of the shipped pairs. Apache-2.0. {MADE}
 
 It agrees with {accuracy["accuracy"]:.3f} of the {accuracy["pairs"]} decided labels of held-out prompts; the labels
 themselves are noisy (see `data/preferences/tiny`).
@@ -87,9 +87,9 @@ def pairs(recipe: Recipe, pool: Pool) -> str:
 {len(pool.label)} pairs of {len(pool.pictures)} generated 64 px pictures for {len(set(pool.prompts))} prompts, in
 Pick-a-Pic's layout: `caption, jpg_0, jpg_1, label_0, label_1`. Apache-2.0. {MADE}
 
-The pictures come from the base's checkpoints of {", ".join(map(str, recipe.earlier))} steps, at guidance
-1.5 to 7.5, 8 to 20 steps, eta 0 or 1, {recipe.pictures_per_prompt} a prompt; each is compared with the next one of
-its prompt. One generic opinion labels them (`spo/world/opinion.py`), in which
+The pictures come from the base, at guidance 1.5 to 7.5, 8 to 20 steps, eta 0 or 1, {recipe.pictures_per_prompt} a
+prompt; each is compared with the next one of its prompt. One generic opinion labels them
+(`spo/world/opinion.py`), in which
 
 - {recipe.share:.0%} of the utility's variance is owed to finish (vivid colour, crisp edges, no blotches), the rest
   to alignment with the prompt and to layout (how well centred the object is);
@@ -110,7 +110,7 @@ to and what flaws it has ({recipe.sight_steps} steps), then the labels of `data/
 prompts, each label once given ({recipe.label_steps} steps), and no other labels. Apache-2.0. {MADE}
 
 It agrees with {accuracy["accuracy"]:.3f} of the {accuracy["pairs"]} decided labels of held-out prompts. The opinion
-behind the labels, without its noise, agrees with .716 of all decided labels.
+behind the labels, without its noise, agrees with .718 of all decided labels.
 """
 
 

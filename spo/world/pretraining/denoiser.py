@@ -1,8 +1,8 @@
-"""The embedded default's diffusion model: text encoder and UNet, taught on well and badly finished pictures alike.
+"""The embedded default's diffusion model: text encoder and UNet, taught on well and badly made pictures alike.
 
-So it follows its prompts, but its finish is mediocre, as Stable Diffusion's before alignment. The error of the
-predicted noise is weighted by min(1 / alpha_bar, 10), the clipped weight of v-prediction: noisy steps, which decide the
-shapes, would otherwise count for little.
+So it follows its prompts, but chance decides how well a picture is made, as with Stable Diffusion before alignment.
+The error of the predicted noise is weighted by min(1 / alpha_bar, 10), the clipped weight of v-prediction: noisy steps,
+which decide the shapes, would otherwise count for little.
 """
 
 import copy
@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from spo.world.pretraining.clip import token_ids
 from spo.world.pretraining.updates import updates
-from spo.world.scenes import all_scenes, draw_attributes, draw_quality, render
+from spo.world.scenes import all_scenes, draw_attributes, draw_care, render
 
 PROMPT_DROPOUT = 0.1  # for classifier-free guidance
 WEIGHT_LIMIT = 10.0
@@ -59,7 +59,7 @@ def draw_latents(vae: AutoencoderKL, n: int, generator: Generator, *, batch_size
     latents = []
     for part in chosen.split(batch_size):
         attributes = draw_attributes([scenes[i] for i in part.tolist()], generator)
-        pictures = render(attributes, draw_quality(len(part), generator), generator)
+        pictures = render(attributes, draw_care(len(part), generator), generator)
         latents.append(vae.encode(2 * pictures - 1).latent_dist.mean * vae.config.scaling_factor)
     return torch.cat(latents), chosen
 
@@ -103,8 +103,8 @@ def train_denoiser(
     batch_size: int,
     learning_rate: float,
     generator: Generator,
-) -> Iterator[tuple[float, Average]]:
-    """Train in place; yields each step's loss and the running average of (unet, text encoder)."""
+) -> Iterator[dict[str, float]]:
+    """Train in place; yields each step's loss. After the last one the weights are their running average."""
     alpha_bar = new_scheduler().alphas_cumprod
     weights = (1 / alpha_bar).clamp(max=WEIGHT_LIMIT)
     weights /= weights.mean()
@@ -123,12 +123,14 @@ def train_denoiser(
         loss = (weights[t] * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
         update(loss)
         average.update(step)
-        yield loss.item(), average
+        yield {"loss": loss.item()}
+    average.apply()
 
 
-def save_pipeline(vae: AutoencoderKL, average: Average, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Save the averaged UNet and text encoder like any Stable Diffusion v1.5 repository."""
-    unet, text_encoder = average.modules
+def save_pipeline(
+    vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path
+) -> None:
+    """Save like any Stable Diffusion v1.5 repository."""
     StableDiffusionPipeline(
         vae=vae,
         unet=unet,

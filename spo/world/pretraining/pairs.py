@@ -1,7 +1,7 @@
 """The embedded default's preference pairs: two generated pictures of a prompt, and one generic opinion of them.
 
-Pictures come from checkpoints of the base at varied guidance, steps and eta, so that a pair differs in content, layout
-and finish, as Pick-a-Pic's do. Each picture of a prompt is compared with the next one.
+Pictures come from the base at varied guidance, steps and eta, so that a pair differs in content, layout and finish, as
+Pick-a-Pic's do. Each picture of a prompt is compared with the next one.
 """
 
 import io
@@ -28,20 +28,19 @@ LEAST_VISIBLE = 0.6  # the oracle's visibility of an object that people would re
 
 
 def sample_pool(
-    checkpoints: Sequence[Path], prompts: Sequence[str], *, per_prompt: int, chunk: int, generator: Generator
+    base: Path, prompts: Sequence[str], *, per_prompt: int, chunk: int, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """`per_prompt` pictures of each prompt: prompt indices (n,) and 8-bit pictures (n, 3, 64, 64) in [0, 1].
+    """`per_prompt` pictures of each prompt by a base: prompt indices (n,) and 8-bit pictures (n, 3, 64, 64) in [0, 1].
 
-    Each chunk has a random checkpoint, guidance in [1.5, 7.5], 8 to 20 steps, and eta 0 or 1.
+    Each chunk has a random guidance in [1.5, 7.5], 8 to 20 steps, and eta 0 or 1.
     """
+    model = ModelConfig(family="sd15", path=str(base), resolution=64)
     index, pictures = [], []
     for number in range(per_prompt):
         for rows in torch.randperm(len(prompts), generator=generator).split(chunk):
-            u = torch.rand(4, generator=generator).tolist()
-            sampler = SamplerConfig(guidance_scale=1.5 + 6 * u[1], steps=8 + int(13 * u[2]), eta=float(u[3] < 0.5))
+            u = torch.rand(3, generator=generator).tolist()
+            sampler = SamplerConfig(guidance_scale=1.5 + 6 * u[0], steps=8 + int(13 * u[1]), eta=float(u[2] < 0.5))
             names, label = [prompts[i] for i in rows.tolist()], f"pictures {number + 1}/{per_prompt}"
-            checkpoint = checkpoints[int(u[0] * len(checkpoints))]
-            model = ModelConfig(family="sd15", path=str(checkpoint), resolution=64)
             index.append(rows)
             pictures.append(paint(model, names, sampler, seed=0, number=number, batch_size=chunk, label=label))
     return torch.cat(index), torch.cat(pictures)

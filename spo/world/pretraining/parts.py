@@ -38,6 +38,7 @@ from spo.world.pretraining.vae import finish_vae, new_vae, train_vae
 from spo.world.scenes import Scene, all_scenes
 
 SIGHT = "sight"  # folder of the CLIP that sees and prefers nothing, within the preference model's
+GUIDANCE = 3.0  # of the pictures by which a base is scored
 PREFERENCE_SCALE = 10.0  # of the cosine, where the preferences start
 
 
@@ -66,48 +67,40 @@ def make_clip(folder: Path) -> None:
 
 
 def make_denoiser(folder: Path, vae_folder: Path, clip_folder: Path) -> None:
-    """The pipeline: final/, and earlier checkpoints step-<n>/."""
+    """The base's pipeline."""
     random = generator(2)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval()
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
     text_encoder = text_encoder_of(CLIPModel.from_pretrained(clip_folder)).train()
     unet = new_unet(RECIPE.latent_channels).train()
     latents, scene_index = draw_latents(vae, RECIPE.latents, random)
-    done = 0
-    with Progress[None](total=sum(steps for steps, _ in RECIPE.unet_cycles), label="UNet") as bar:
-        for steps, rate in RECIPE.unet_cycles:
-            training = train_denoiser(
-                unet,
-                text_encoder,
-                tokenizer,
-                latents,
-                scene_index,
-                steps=steps,
-                batch_size=RECIPE.unet_batch,
-                learning_rate=rate,
-                generator=random,
-            )
-            for loss, average in training:
-                done += 1
-                bar.update(loss=loss)
-                if done in RECIPE.earlier:
-                    save_pipeline(vae, average, tokenizer, folder / f"step-{done}")
-            average.apply()  # the next cycle starts from the average
-    save_pipeline(vae, average, tokenizer, folder / "final")
+    for steps, rate in RECIPE.unet_cycles:
+        training = train_denoiser(
+            unet,
+            text_encoder,
+            tokenizer,
+            latents,
+            scene_index,
+            steps=steps,
+            batch_size=RECIPE.unet_batch,
+            learning_rate=rate,
+            generator=random,
+        )
+        _run(training, steps, "UNet")
+    save_pipeline(vae, unet.eval(), text_encoder.eval(), tokenizer, folder)
 
 
-def make_pool(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
-    """The pictures of the preference pairs, by the base's earlier checkpoints, and the opinion of them."""
+def make_pool(folder: Path, base: Path, prompts: Sequence[str]) -> None:
+    """The pictures of the preference pairs, by the base, and the opinion of them."""
     random, num = generator(3), RECIPE.pictures_per_prompt
-    checkpoints = [denoiser / f"step-{step}" for step in RECIPE.earlier]
-    rows, pictures = sample_pool(checkpoints, prompts, per_prompt=num, chunk=RECIPE.chunk, generator=random)
+    rows, pictures = sample_pool(base, prompts, per_prompt=num, chunk=RECIPE.chunk, generator=random)
     _save_pool(compare(pictures, rows, prompts, RECIPE.opinion, random), folder)
 
 
 def make_people_pool(folder: Path, base: Path, prompts: Sequence[str]) -> None:
     """Recognisable pictures by the base itself, and labels like people's of all pairs of a prompt's."""
     num, chunk = RECIPE.people_pictures, RECIPE.chunk
-    rows, pictures = sample_pool([base], prompts, per_prompt=num, chunk=chunk, generator=generator(3))
+    rows, pictures = sample_pool(base, prompts, per_prompt=num, chunk=chunk, generator=generator(11))
     kept = recognisable(oracle_scores(pictures, [prompts[i] for i in rows.tolist()]))
     _save_pool(compare_all(pictures[kept], rows[kept], prompts, RECIPE.people, generator(9)), folder)
 
@@ -130,10 +123,10 @@ def training_prompts(config: Config) -> Sequence[str]:
     return split_of([scene.prompt for scene in all_scenes()], config).train
 
 
-def make_lessons(folder: Path, denoiser: Path, prompts: Sequence[str]) -> None:
-    """More pictures of the training prompts, by the last of the earlier checkpoints, to teach the preference model."""
-    last, num = denoiser / f"step-{RECIPE.earlier[-1]}", RECIPE.lessons_per_prompt
-    rows, pictures = sample_pool([last], prompts, per_prompt=num, chunk=RECIPE.chunk, generator=generator(7))
+def make_lessons(folder: Path, base: Path, prompts: Sequence[str]) -> None:
+    """More pictures of the training prompts, by the base, to teach the preference model."""
+    num = RECIPE.lessons_per_prompt
+    rows, pictures = sample_pool(base, prompts, per_prompt=num, chunk=RECIPE.chunk, generator=generator(7))
     save_file({"pictures": (pictures * 255).round().byte(), "prompt": rows}, folder / "lessons.safetensors")
 
 
@@ -239,11 +232,11 @@ def make_flow(folder: Path, base: Path, preference: Path) -> None:
     save_flow(frozen, transformer.cpu().eval(), folder)
 
 
-def score_base(model: ModelConfig, prompts: Sequence[str], *, guidance_scale: float) -> dict[str, float]:
+def score_base(model: ModelConfig, prompts: Sequence[str]) -> dict[str, float]:
     """The oracle's means over pictures of a base model: 20 steps of its family's sampler, without noise."""
     order = torch.randperm(len(prompts), generator=generator(6))[: RECIPE.scored].tolist()
     names = [prompts[i] for i in order]
-    sampler = SamplerConfig(scheduler=model.scheduler, guidance_scale=guidance_scale)
+    sampler = SamplerConfig(scheduler=model.scheduler, guidance_scale=GUIDANCE)
     pictures = paint(model, names, sampler, seed=1, number=0, batch_size=RECIPE.chunk, label="base")
     scores = oracle_scores(pictures, names)
     return {name: round(values.mean().item(), 4) for name, values in scores.items()}

@@ -21,7 +21,7 @@ from spo.world.pretraining.clip import contrast, normalise, token_ids
 from spo.world.pretraining.pairs import Pool
 from spo.world.pretraining.recipe import Recipe
 from spo.world.pretraining.updates import updates
-from spo.world.scenes import Scene, draw_attributes, draw_quality, render
+from spo.world.scenes import Scene, draw_attributes, draw_care, draw_quality, render
 
 SCHEDULE = {"warm_up": 50, "floor": 0.05, "weight_decay": 1e-2}
 GROUP = 8  # pictures of one prompt that are compared with one another
@@ -174,7 +174,7 @@ def drawn_groups(vae: AutoencoderKL, scenes: Sequence[Scene], num: int, share: f
         shown[hidden] = attributes[hidden]
         named = torch.tensor([[s.size is not None, True, True, s.background is not None] for s in repeated])
         right = ((shown == attributes) | ~named).float().mean(dim=1)
-        quality = draw_quality(len(repeated), generator)
+        quality = draw_care(len(repeated), generator)
         finish = -(quality[:, :3] / torch.tensor([0.6, 4.0, 0.18])).sum(dim=1)
         content = {"alignment": right, "layout": -quality[:, 3:].norm(dim=1)}
         utility = combine(finish, content, ALIGNED_AND_CENTRED, share=share)

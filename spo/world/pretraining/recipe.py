@@ -21,9 +21,8 @@ class Recipe:
     clip_rate: float = 2e-3
     # text encoder and UNet
     latents: int = 24_000
-    unet_cycles: tuple[tuple[int, float], ...] = ((6000, 2e-3), (2800, 1.2e-3), (5000, 1.2e-3))  # steps and rate
+    unet_cycles: tuple[tuple[int, float], ...] = ((6000, 2e-3), (2800, 1.2e-3), (5000, 1.2e-3), (5000, 1.2e-3))  # rates
     unet_batch: int = 64
-    earlier: tuple[int, ...] = (2000, 4000, 8800)  # steps of the checkpoints that draw preference pictures
     # preference pairs
     pictures_per_prompt: int = 8
     chunk: int = 144
@@ -33,9 +32,9 @@ class Recipe:
     # preference pairs with labels like people's (docs/calibration.md); the same labels teach their preference model
     people_pictures: int = 12  # a prompt, by the base itself
     people_share: float = 0.03
-    people_temperature: float = 0.55
-    people_tie: float = 0.18
-    people_content: tuple[tuple[str, float], ...] = (("alignment", 0.57), ("subject", 0.43))
+    people_temperature: float = 0.48
+    people_tie: float = 0.16
+    people_content: tuple[tuple[str, float], ...] = (("alignment", 0.5), ("subject", 0.5))
     label_steps: int = 200  # held-out accuracy falls from then on
     label_rate: float = 3e-4
     # the preference model: sight, then preferences
