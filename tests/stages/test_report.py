@@ -244,7 +244,7 @@ def test_links_within_the_page_lead_somewhere(page):
 
 def test_samplers_are_named_and_described(page):
     for name, eta in (("ddim", 0), ("ddim-stochastic", 1)):
-        assert re.search(rf"{name}\s*<span>20 steps, guidance 5, eta {eta}</span>", page)
+        assert re.search(rf"{name}\s*<span>20 steps, guidance 3, eta {eta}</span>", page)
     assert "With ddim." in page
 
 
@@ -289,7 +289,7 @@ def test_chosen_checkpoints_are_told(page):
 
 def test_page_says_how_many_training_seeds_it_rests_on(page, tmp_path):
     seeds = "2 training seeds; the intervals cover their differences."
-    assert f"Over 5 prompts never trained on, with ddim (20 steps, guidance 5, eta 0) and {seeds}" in page
+    assert f"Over 5 prompts never trained on, with ddim (20 steps, guidance 3, eta 0) and {seeds}" in page
     assert len(Tags(page).of("tr")) > 4
     config = write_runs(tmp_path)
     report.run(config, root=tmp_path, tracker=Tracker())
