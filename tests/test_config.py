@@ -261,7 +261,9 @@ def test_the_first_sampler_of_a_profile_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("profile", ["sd15", "sdxl"])
 def test_the_shipped_samplers_are_the_default(profile: str) -> None:
-    assert load_config(ROOT, profile).evaluate.samplers == EvaluateConfig.model_fields["samplers"].get_default(call_default_factory=True)
+    assert load_config(ROOT, profile).evaluate.samplers == EvaluateConfig.model_fields["samplers"].get_default(
+        call_default_factory=True
+    )
 
 
 def test_a_repeated_key_is_refused_as_dvc_refuses_it(tmp_path: Path) -> None:

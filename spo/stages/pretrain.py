@@ -1,8 +1,9 @@
 """Make the models and data of the profiles `tiny*` again: base models, preference models, prompts, pairs.
 
-The results are in git and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it, in about three hours on
-two CPU cores. Finished parts are cached in .cache/pretrain, so a killed run continues with the next part. The recipe is
-fixed; the last digits of the weights depend on the machine.
+The results are in git and the stage is frozen in dvc.yaml; `python -m spo pretrain` runs it. It takes about six hours
+on two CPU cores, half of them for the flow model (estimated from the time of a step). Finished parts are cached in
+.cache/pretrain, so a killed run continues with the next part. The recipe is fixed; the last digits of the weights
+depend on the machine.
 """
 
 import shutil
