@@ -59,7 +59,7 @@ def test_a_picture_says_how_it_was_made(made, config):
         "sampler": "ddim",
         "scheduler": "DDIMScheduler",
         "steps": "2",
-        "guidance": "5.0",
+        "guidance": "3.0",
         "eta": "0.0",
         "base": config.model.path,
     }.items() <= facts.items()
