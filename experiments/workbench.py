@@ -114,6 +114,6 @@ SHORT = {"steps": 4, "evaluate_pairs": 16, "candidates": None}  # of the prefere
 def shortened(config: Config) -> Config:
     """The configuration with as little work as possible, to test that an experiment runs."""
     settings = {name: each.model_copy(update={"epochs": 1, "checkpoints": 2}) for name, each in config.align.items()}
-    preference = {"pixel": config.preference_models["pixel"].model_copy(update=SHORT)}
+    preference = {**config.preference_models, "pixel": config.preference_models["pixel"].model_copy(update=SHORT)}
     evaluate = config.evaluate.model_copy(update=QUICK)
     return config.model_copy(update={"align": settings, "preference_models": preference, "evaluate": evaluate})

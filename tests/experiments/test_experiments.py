@@ -16,6 +16,7 @@ from torch import Generator
 from experiments import best_of, calibration, dpo_curve, methods, share_sweep
 from experiments.pictures import Pictures, prepared_pictures
 from experiments.relabel import Comparisons, prepared_comparisons, rings, write_pairs
+from experiments.workbench import shortened
 from spo.config import load_config
 from spo.data.preferences import read_pairs
 from spo.stages import align, evaluate, prepare, train_preference
@@ -264,3 +265,9 @@ def test_methods_are_compared_by_their_best_trials_and_no_trial_is_made_twice(pr
     assert methods.main(command) == 0
     assert rows(project / "compared" / "methods.csv") == table
     assert methods.main(["--quick", "--methods", "ddpo"]) == 1
+
+
+def test_a_shortened_profile_keeps_every_preference_model_that_its_methods_use() -> None:
+    config = shortened(load_config(Path(__file__).parents[2], "tiny"))
+    used = {scorer for method in config.align.values() for scorer in method.scorers}
+    assert used == {"pixel", "latent"} and used <= set(config.preference_models)
