@@ -67,7 +67,7 @@ def run_stage(
     if stage.item == "method" and seed is None:
         seed = config.training_seeds[0]
     set_up_libraries()
-    if stage.checked:
+    if stage.checked and LAUNCHED not in os.environ:  # the process that launched this one has checked
         require(config, stage.name, root)
     item = [*([] if name is None else [name]), *([] if seed is None else ["--seed", str(seed)])]
     arguments = [stage.name, *item]
