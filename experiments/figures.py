@@ -45,14 +45,14 @@ def sweep(name: str, score: str, *, over: str, share: str | None = None, tempera
     return interval_chart(name, spans, x_label=f"{score}: gain by {over}")
 
 
-def methods() -> str:
-    """Each method's gain over the base on the test prompts, at its best trial."""
-    rows = [row for row in read("methods") if row["against"] == "base"]
+def methods(name: str) -> str:
+    """Each method's gain over the base on the test prompts, at its best trial, from the table `name`."""
+    rows = [row for row in read(name) if row["against"] == "base"]
     spans = [
         Span(row["method"], *(float(row[f"aesthetic_{key}"]) for key in ("difference", "low", "high")), 0)
         for row in rows
     ]
-    return interval_chart("methods", spans, x_label="aesthetic: gain over the base")
+    return interval_chart(name, spans, x_label="aesthetic: gain over the base")
 
 
 def dpo_curve() -> str:
@@ -74,7 +74,8 @@ def main() -> int:
         "share_sweep": sweep("share", "aesthetic", over="share", temperature="0.3"),
         "share_sweep_alignment": sweep("share-alignment", "alignment", over="share", temperature="0.3"),
         "noise_sweep": sweep("noise", "aesthetic", over="temperature", share="0.25"),
-        "methods": methods(),
+        "methods": methods("methods"),
+        "ablations": methods("ablations"),
         "dpo_curve": dpo_curve(),
     }
     for name, svg in drawn.items():
