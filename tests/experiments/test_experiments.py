@@ -34,7 +34,7 @@ PICTURES = 8  # of each prompt, each compared with the next, as in the embedded 
 
 def write_rings(file: Path) -> None:
     generator = Generator().manual_seed(0)
-    scenes = [scene for scene in all_scenes()[::24] for _ in range(PICTURES)]
+    scenes = [scene for scene in all_scenes()[::48] for _ in range(PICTURES)]
     pictures = [jpeg(each) for each in render(
         draw_attributes(scenes, generator), draw_quality(len(scenes), generator), generator)]  # fmt: skip
     following = [i - PICTURES + 1 if i % PICTURES == PICTURES - 1 else i + 1 for i in range(len(scenes))]
@@ -231,6 +231,7 @@ def test_the_sweep_has_a_row_for_every_comparison_and_goes_on_where_it_stopped(p
     monkeypatch.setattr(align, "run", no_training)
     assert share_sweep.main([*command, "0.1"]) == 0
     assert rows(project / "sweep.csv") == first
+    monkeypatch.setattr(share_sweep.Teacher, "teach", no_training)
     with pytest.raises(AssertionError, match="not done again"):
         share_sweep.main([*command, "0.1", "0.5"])
     assert rows(project / "sweep.csv") == first  # a sweep that is killed keeps its finished cells
